@@ -1,0 +1,78 @@
+# Canopy Quantization. On a fresh machine two commands are enough:
+#
+#     make lab      set everything up and open the course
+#     make test     set everything up and check that all of it works
+#
+# make lab PYTHON=python3.12     uses another Python (3.10 or newer)
+# make test CONSTRAINTS=         takes the newest releases instead of the versions in constraints.txt
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+LABFLAGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed$(if $(CONSTRAINTS),,-newest)
+LAB_AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
+
+# The environment is stale when pyproject.toml or constraints.txt is newer than the stamp (make's own rule), when its
+# Python does not start, and when the project was moved since (the stamp names the folder).
+MIN_PYTHON := import sys; sys.exit(sys.version_info < (3, 10))
+ifneq ($(shell $(RUN) -c '$(MIN_PYTHON)' 2>/dev/null && grep -xF '$(CURDIR)' $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+
+ifeq ($(CI),true)
+export CANOPYQ_REQUIRE_BROWSER ?= 1
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help lab test test-fast notebooks check-notebooks train-tutor lint clean
+
+help: ## Show this list
+	@echo "Canopy Quantization: make <target>"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+lab: $(STAMP) ## Open the course in JupyterLab
+	$(RUN) -m jupyterlab notebooks/00_start_here.ipynb $(LAB_AS_ROOT) $(LABFLAGS)
+
+test: lint ## Check everything: lint, unit tests, notebooks, and the course in a real browser
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore=tests/browser -n 2
+	$(MAKE) --no-print-directory check-notebooks
+	bash tools/install_browser.sh $(RUN)
+	$(RUN) -m pytest tests/browser
+
+test-fast: $(STAMP) ## Unit tests only, without the slow ones
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore=tests/browser -n 2 -m "not slow"
+
+notebooks: $(STAMP) ## Run all notebooks again and store their outputs in place
+	$(RUN) tools/notebooks.py execute
+
+check-notebooks: $(STAMP) ## Run all notebooks and compare every output with the stored one
+	$(RUN) tools/notebooks.py check
+	$(RUN) -m pytest notebooks -p tests.notebooks.nbval_plugin --nbval --nbval-current-env --nbval-cell-timeout=120 \
+		--nbval-sanitize-with=tests/notebooks/sanitize.cfg -n 2 --dist loadfile
+
+train-tutor: $(STAMP) ## Train the tutor model again (needs an NVIDIA GPU; a few minutes on a large one)
+	@$(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+		{ echo "make train-tutor needs an NVIDIA GPU that torch can use, and finds none here." \
+		"The trained model ships with the package, so the course does not need this."; exit 1; }
+	$(RUN) -m canopyq.tutor.train --out canopyq/tutor/weights
+
+lint: $(STAMP) ## Look for mistakes in code and notebooks with ruff
+	$(RUN) -m ruff check .
+
+clean: ## Remove caches and build products; keeps .venv, your progress and out/
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find canopyq tests tools notebooks benchmarks -depth \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found; name another: make lab PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c '$(MIN_PYTHON)' || \
+		{ echo "Canopy Quantization needs Python 3.10 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
+		"name another: make lab PYTHON=python3.12"; exit 1; }
+	@$(RUN) -c '$(MIN_PYTHON)' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || \
+		{ echo "$(PYTHON) could not create $(VENV); on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(RUN) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS),--upgrade --upgrade-strategy eager) -e '.[course,test]'
+	@rm -f $(VENV)/.installed*
+	@echo '$(CURDIR)' > $@

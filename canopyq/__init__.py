@@ -1,0 +1,34 @@
+"""Canopy Quantization: what the lessons build by hand, made whole and fast."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from canopyq.errors import CanopyError
+from canopyq.formats import FORMATS, get_format
+from canopyq.granularity import Granularity
+from canopyq.linear import QuantizedLinear
+from canopyq.model import Report, quantize_
+from canopyq.scheme import RECIPES, Recipe, Scheme
+from canopyq.tensor import QuantizedTensor, quantize
+
+__version__ = "0.1.0"
+
+# What needs transformers, matplotlib or ipywidgets loads on first use, so that `import canopyq` stays quick.
+_LATER = {"compare": "canopyq.evaluate", "examine": "canopyq.evaluate"}
+_MODULES = ("lessons", "tutor")
+
+__all__ = [
+    "FORMATS", "RECIPES", "CanopyError", "Granularity", "QuantizedLinear", "QuantizedTensor", "Recipe", "Report",
+    "Scheme", "compare", "examine", "get_format", "lessons", "quantize", "quantize_", "tutor",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any | ModuleType:
+    if name in _MODULES:
+        return import_module(f"canopyq.{name}")
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'canopyq' has no attribute {name!r}")

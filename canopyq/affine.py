@@ -1,0 +1,122 @@
+"""Scale and zero point; quantize, dequantize, fake-quantize. Pure functions.
+
+    codes = clamp(round(x / scale) + zero_point, qmin, qmax)          x̂ = (codes − zero_point) · scale
+
+Inside the range the error |x − x̂| is at most scale / 2. The range always contains zero, so that real zero has a code of
+its own (Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference", section 2.1). Shapes broadcast: rows (R, n) go with scales (R, 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from canopyq.errors import CanopyError
+from canopyq.formats import Format, IntFormat, get_format
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # the dtypes that torch computes in
+
+
+def scale_and_zero_point(
+    lo: Tensor,
+    hi: Tensor,
+    format: str | Format = "int8",
+    *,
+    symmetric: bool = True,
+    restricted: bool = False,
+    scale_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The scale (and zero point) that lays the range [lo, hi] over a format's codes.
+
+    Args:
+        lo, hi: ends of each row's range, any equal shape, float.
+        symmetric: zero sits in the middle and there is no zero point. The scale covers max(|lo|, |hi|).
+        restricted: symmetric integers without their lowest code: ±127 rather than −128…127. Full range divides absmax
+            by 127.5 (half the codes), restricted by 127.
+        scale_dtype: the scale is rounded to this dtype before anything is divided by it, so that codes fit the scale
+            that is really stored. Default: lo's dtype (float32 for integers).
+
+    Returns:
+        scale (``scale_dtype``) and zero_point (int8, or None when symmetric). An all-zero row gets scale 1.
+    """
+    fmt = get_format(format)
+    dtype = scale_dtype or (lo.dtype if lo.dtype in FLOATS else torch.float32)
+    work = torch.promote_types(lo.dtype, torch.float32)
+    lo, hi = lo.to(work).clamp(max=0), hi.to(work).clamp(min=0)
+    if symmetric:
+        absmax = torch.maximum(-lo, hi)
+        span = (fmt.qmax - fmt.qmin) / 2 if isinstance(fmt, IntFormat) and not restricted else fmt.largest
+        return _stored(absmax / span, dtype), None
+    if not isinstance(fmt, IntFormat):
+        raise CanopyError(f"{fmt.name} is a signed float grid and has no zero point; use symmetric=True")
+    scale = _stored(hi / (fmt.qmax - fmt.qmin) - lo / (fmt.qmax - fmt.qmin), dtype)
+    zero_point = (fmt.qmin - lo / scale.to(lo.dtype)).round().clamp(fmt.qmin, fmt.qmax)
+    return scale, zero_point.to(torch.int8)
+
+
+def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``scale`` as it will be kept: rounded to ``dtype``, never zero, never infinite."""
+    info = torch.finfo(dtype)
+    if not bool((scale <= info.max).all()):  # so put, it catches NaN too
+        cure = "bring the values into its range" if dtype == torch.float32 else "use scale_dtype=torch.float32"
+        raise CanopyError(f"a scale of {scale.max().item():.3g} does not fit in {dtype}; {cure}")
+    stored = scale.to(dtype)
+    # Subnormals are far apart, and float16 has them from 6e-5 down: a scale is rounded up there, so that nothing clips.
+    smallest = info.smallest_normal * info.eps
+    short = (stored < info.smallest_normal) & (stored.to(scale.dtype) < scale)
+    stored = torch.where(short, stored + smallest, stored)
+    stored = stored.clamp(min=max(smallest, torch.finfo(torch.float32).tiny))  # float32 can still hold 1 / scale
+    return torch.where(scale == 0, torch.ones_like(stored), stored)
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    format: str | Format = "int8",
+    *,
+    restricted: bool = False,
+) -> Tensor:
+    """Codes of ``x``. Integers come as int8, floats as their torch dtype, 4-bit floats and tables as uint8."""
+    fmt = get_format(format)
+    work = torch.promote_types(x.dtype, torch.float32)
+    scaled = x.to(work) / scale.to(work)
+    if not isinstance(fmt, IntFormat):
+        return fmt.encode(scaled)
+    codes = scaled.round_()
+    if zero_point is not None:
+        codes = codes.add_(zero_point)
+    return codes.clamp_(fmt.qmin + restricted, fmt.qmax).to(torch.int8)
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    format: str | Format = "int8",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The real values that ``codes`` stand for, computed in float32 (float64 if asked for) and returned as ``dtype``.
+
+    Values beyond the end of ``dtype`` saturate: the lowest code of a full range may lie half a step outside.
+    """
+    if dtype not in FLOATS:
+        raise CanopyError(f"codes stand for float16, bfloat16, float32 or float64 values, not {dtype}")
+    work, end = torch.promote_types(dtype, torch.float32), torch.finfo(dtype).max
+    values = get_format(format).decode(codes).to(work)
+    if zero_point is not None:
+        values = values - zero_point
+    return (values * scale.to(work)).clamp_(-end, end).to(dtype)
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    format: str | Format = "int8",
+    *,
+    restricted: bool = False,
+) -> Tensor:
+    """``x`` after a trip through its codes and back: what quantization leaves of it, in x's dtype."""
+    return dequantize(quantize(x, scale, zero_point, format, restricted=restricted), scale, zero_point, format, x.dtype)

@@ -1,0 +1,247 @@
+"""How good is a model, and what did quantizing it cost?
+
+All figures come from one teacher-forced pass: the right answer is fed in, and at every position the model is asked for
+the next token. Perplexity and KL divergence are over all tokens of the chats. An answer counts as right if the most
+likely token is the right one at every position of it, its end included: for these models that is the same as greedy
+generation reproducing the answer, without the decoding loop.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from canopyq.errors import CanopyError
+from canopyq.memory import bytes_held, human
+from canopyq.stats import Share, mcnemar
+from canopyq.track import track
+from canopyq.tutor.chat import encode
+from canopyq.tutor.questions import Question
+
+BATCH_TOKENS = 8192  # padded tokens a batch: keeps the logits of a small vocabulary under 50 MB
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on a list of questions.
+
+    Attributes:
+        bytes: storage behind its parameters and buffers.
+        perplexity: exp of the mean cross-entropy over all ``tokens``.
+        right: for each question, whether its answer was right.
+        questions: the questions, in the same order.
+    """
+
+    bytes: int
+    perplexity: float
+    tokens: int
+    right: tuple[bool, ...]
+    questions: tuple[Question, ...] = field(repr=False)
+
+    @property
+    def accuracy(self) -> Share:
+        return Share(sum(self.right), len(self.right))
+
+    @property
+    def skills(self) -> dict[str, Share]:
+        """Accuracy by skill, in the order in which skills first appear."""
+        groups: dict[str, list[bool]] = {}
+        for question, right in zip(self.questions, self.right, strict=True):
+            groups.setdefault(question.skill, []).append(right)
+        return {skill: Share(sum(group), len(group)) for skill, group in groups.items()}
+
+    def to_dict(self) -> dict:
+        """Plain numbers, for JSON."""
+        return {
+            "bytes": self.bytes,
+            "perplexity": self.perplexity,
+            "tokens": self.tokens,
+            "accuracy": self.accuracy.to_dict(),
+            "skills": {skill: share.to_dict() for skill, share in self.skills.items()},
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{human(self.bytes)} in memory, perplexity {self.perplexity:.4f}, right {self.accuracy}"]
+        lines += [f"  {skill:<12} {share}" for skill, share in self.skills.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside the one it came from, on the same questions.
+
+    Attributes:
+        kl: mean KL divergence, in nats per token, from the reference's next-token distribution to the model's. It is
+            zero only if every probability is the same, and shows damage long before an answer turns wrong.
+    """
+
+    reference: Evaluation
+    model: Evaluation
+    kl: float
+
+    def _changed(self, before: bool) -> list[Question]:
+        pairs = zip(self.model.questions, self.reference.right, self.model.right, strict=True)
+        return [question for question, old, new in pairs if old is before and new is not before]
+
+    @property
+    def lost(self) -> list[Question]:
+        """Questions that the reference answers right and the model wrong."""
+        return self._changed(True)
+
+    @property
+    def gained(self) -> list[Question]:
+        """Questions that the reference answers wrong and the model right."""
+        return self._changed(False)
+
+    @property
+    def p_value(self) -> float:
+        """McNemar's exact p for lost against gained: above 0.05 the change may well be chance."""
+        return mcnemar(len(self.lost), len(self.gained))
+
+    def to_dict(self) -> dict:
+        """Plain numbers, for JSON."""
+        return {
+            "reference": self.reference.to_dict(),
+            "model": self.model.to_dict(),
+            "kl": self.kl,
+            "lost": [_question_dict(question) for question in self.lost],
+            "gained": [_question_dict(question) for question in self.gained],
+            "p_value": self.p_value,
+        }
+
+    def _rows(self) -> Iterator[tuple[str, str, str]]:
+        a, b = self.reference, self.model
+        yield "in memory", human(a.bytes), human(b.bytes)
+        yield "perplexity", f"{a.perplexity:.4f}", f"{b.perplexity:.4f}"
+        yield "KL, nats per token", "0", f"{self.kl:.2g}"
+        yield "right answers", str(a.accuracy), str(b.accuracy)
+        for skill, share in a.skills.items():
+            yield f"  {skill}", str(share), str(b.skills[skill])
+
+    def __str__(self) -> str:
+        lines = [f"{'':<20} {'reference':<22} model"]
+        lines += [f"{name:<20} {old:<22} {new}" for name, old, new in self._rows()]
+        lines.append(f"{len(self.lost)} answers lost, {len(self.gained)} gained (McNemar p = {self.p_value:.2g})")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def examine(model: nn.Module, tokenizer, questions: Sequence[Question]) -> Evaluation:
+    """Examine one model. See `compare` for the arguments and errors."""
+    return _Examiner(tokenizer, questions).run(model)[0]
+
+
+def compare(reference: nn.Module, model: nn.Module, tokenizer, questions: Sequence[Question]) -> Comparison:
+    """Examine a model and the one that it came from, side by side.
+
+    Args:
+        reference, model: transformers causal language models with the same vocabulary.
+        tokenizer: of both.
+        questions: e.g. ``cq.tutor.questions(200)``.
+
+    Raises:
+        CanopyError: for no questions, a question longer than the model's context, differing vocabularies, or logits
+            that are not finite.
+    """
+    evaluation, before, kl = _Examiner(tokenizer, questions).run(model, reference)
+    return Comparison(before, evaluation, kl)
+
+
+class _Examiner:
+    """The questions as padded batches of similar length."""
+
+    def __init__(self, tokenizer, questions: Sequence[Question]) -> None:
+        if not questions:
+            raise CanopyError("no questions to evaluate on; use e.g. cq.tutor.questions(200)")
+        self.questions = tuple(questions)
+        self.encoded = [encode(tokenizer, question.turns) for question in self.questions]
+        self.order = sorted(range(len(questions)), key=lambda i: len(self.encoded[i][0]))
+
+    def _batches(self) -> list[list[int]]:
+        batches: list[list[int]] = [[]]
+        for i in self.order:
+            if batches[-1] and (len(batches[-1]) + 1) * len(self.encoded[i][0]) > BATCH_TOKENS:
+                batches.append([])
+            batches[-1].append(i)
+        return batches
+
+    @torch.inference_mode()
+    def run(self, model: nn.Module, reference: nn.Module | None = None) -> tuple[Evaluation, Evaluation | None, float]:
+        models = [model] if reference is None else [model, reference]
+        self._check_context(models)
+        loss = [0.0 for _ in models]
+        right = [[False] * len(self.questions) for _ in models]
+        kl, tokens = 0.0, 0
+        for batch in track(self._batches(), "evaluating"):
+            ids, real, graded = self._pad(batch)
+            tokens += int(real[:, 1:].sum())
+            log_probs = []
+            for k, examined in enumerate(models):
+                found = _log_probs(examined, ids)
+                log_probs.append(found)
+                target = ids[:, 1:].to(found.device)
+                chosen = found.gather(-1, target[..., None])[..., 0]
+                loss[k] -= float(chosen.double()[real[:, 1:].to(found.device)].sum())
+                wrong = (found.argmax(-1) != target) & graded[:, 1:].to(found.device)
+                for i, any_wrong in zip(batch, wrong.any(dim=1).tolist(), strict=True):
+                    right[k][i] = not any_wrong
+            if reference is not None:
+                kl += _kl_sum(log_probs[1], log_probs[0], real[:, 1:])
+        results = [
+            Evaluation(bytes_held(examined), math.exp(loss[k] / tokens), tokens, tuple(right[k]), self.questions)
+            for k, examined in enumerate(models)
+        ]
+        return results[0], (results[1] if reference is not None else None), kl / tokens
+
+    def _check_context(self, models: list[nn.Module]) -> None:
+        longest = len(self.encoded[self.order[-1]][0])
+        sizes = set()
+        for model in models:
+            config = getattr(model, "config", None)
+            limit = getattr(config, "max_position_embeddings", None)
+            if limit is not None and longest > limit:
+                raise CanopyError(
+                    f"a question of {longest} tokens exceeds the model's context of {limit}; leave it out"
+                )
+            sizes.add(getattr(config, "vocab_size", None))
+        if len(sizes) > 1:
+            raise CanopyError(f"models with vocabularies of {sizes} cannot be compared token by token")
+
+    def _pad(self, batch: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids (B, T), which of them are real, and which belong to the graded answer. Padding stands at the right,
+        where causal attention keeps it out of every real position's sight."""
+        rows = [torch.tensor(self.encoded[i][0]) for i in batch]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        position = torch.arange(ids.shape[1])
+        length = torch.tensor([[len(row)] for row in rows])
+        start = torch.tensor([[self.encoded[i][1]] for i in batch])
+        real = position < length
+        return ids, real, real & (position >= start)
+
+
+def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:
+    """Next-token log-probabilities (B, T − 1, vocabulary), float32."""
+    device = next(model.parameters()).device
+    logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].float()
+    if not bool(logits.isfinite().all()):
+        raise CanopyError("the model's logits are not finite; look for NaN or infinite weights or scales")
+    return F.log_softmax(logits, dim=-1)
+
+
+def _kl_sum(reference: Tensor, model: Tensor, real: Tensor) -> float:
+    """Σ over real positions of Σ_v p(v) · (log p(v) − log q(v)). Exact zeros in p count as nothing."""
+    model = model.to(reference.device)
+    terms = (reference.exp() * (reference - model)).sum(-1)
+    return float(terms.double()[real.to(terms.device)].sum().clamp(min=0))
+
+
+def _question_dict(question: Question) -> dict:
+    return {"skill": question.skill, "level": question.level, "prompt": question.prompt, "answer": question.answer}

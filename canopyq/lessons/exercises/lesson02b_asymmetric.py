@@ -1,0 +1,159 @@
+"""Lesson 02: signed codes with a zero point."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import Exercise, Mistake, altered, clear_of_ties, normal
+
+STUB = """\
+def quantize(x, bits):
+    raise NotImplementedError("replace this line")
+"""
+
+SOLUTION = """\
+def quantize(x, bits):
+    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    scale = (high - low) / (qmax - qmin)
+    zero_point = torch.round(qmin - low / scale)
+    codes = torch.clamp(torch.round(x / scale) + zero_point, qmin, qmax)
+    return codes.to(torch.int8), scale, zero_point.to(torch.int8)
+"""
+
+
+def _wrong(name: str, message: str, *changes: tuple[str, str]) -> Mistake:
+    return Mistake(name, message, altered(SOLUTION, *changes))
+
+
+_TRUNCATED = (
+    "You cut off instead of rounding, so the error reaches a whole step instead of half of one. Use `torch.round`."
+)
+_MISTAKES = (
+    _wrong(
+        "no clamp",
+        "The zero point is rounded as well, so the largest value can land one code beyond the end: -3.5 and "
+        "11.5 in 4 bits give "
+        "codes -8 and 8, and 8 is not INT4. Clamp to `qmin` and `qmax`.",
+        ("torch.clamp(torch.round(x / scale) + zero_point, qmin, qmax)", "torch.round(x / scale) + zero_point"),
+    ),
+    _wrong(
+        "missing qmin in the zero point",
+        "Your zero point is `round(-low / scale)`, which is right for codes that begin at 0. Signed codes "
+        "begin at `qmin`: "
+        "`round(qmin - low / scale)`.",
+        ("torch.round(qmin - low / scale)", "torch.round(-low / scale)"),
+        ("zero_point.to(torch.int8)", "zero_point"),
+    ),
+    _wrong(
+        "unsigned codes",
+        "Your codes run from 0 to 2**bits - 1. That is a convention too, but this exercise (as PyTorch and "
+        "compressed-tensors) "
+        "asks for signed ones: from `qmin = -2**(bits-1)` to `qmax = 2**(bits-1) - 1`.",
+        ("qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1", "qmin, qmax = 0, 2**bits - 1"),
+        (".to(torch.int8)", ""),
+    ),
+    _wrong(
+        "range without zero",
+        "Your range runs from the smallest to the largest value. If all of them are on one side, real zero has "
+        "no code. Widen "
+        "the range until it holds 0: `x.min().clamp(max=0)`, `x.max().clamp(min=0)`.",
+        ("x.min().clamp(max=0), x.max().clamp(min=0)", "x.min(), x.max()"),
+        (".to(torch.int8)", ""),
+    ),
+    _wrong(
+        "2**bits for 2**bits - 1",
+        "Your scale divides the range by 2**bits. That many codes have one step fewer between them: divide by "
+        "`qmax - qmin`.",
+        ("/ (qmax - qmin)", "/ 2**bits"),
+    ),
+    _wrong(
+        "symmetric scale",
+        "Your range is centred on zero, so a one-sided tensor wastes half of its codes. Let it run from `low` "
+        "to `high`.",
+        ("    scale =", "    high = torch.maximum(-low, high)\n    low = -high\n    scale ="),
+    ),
+    _wrong(
+        "truncation instead of rounding",
+        _TRUNCATED,
+        ("torch.round(x / scale)", "torch.trunc(x / scale)"),
+    ),
+    _wrong("truncation instead of rounding", _TRUNCATED, ("torch.round(x / scale)", "torch.floor(x / scale)")),
+    _wrong(
+        "zero point not rounded",
+        "Your zero point is not a whole number. It is a code, the one that stands for 0.0: round it.",
+        ("torch.round(qmin - low / scale)", "qmin - low / scale"),
+        (".to(torch.int8)", ""),
+    ),
+    _wrong(
+        "zero point subtracted",
+        "You subtract the zero point where codes are made. Add it here; dequantizing subtracts it.",
+        ("torch.round(x / scale) + zero_point", "torch.round(x / scale) - zero_point"),
+    ),
+    _wrong(
+        "zero point left out",
+        "Your codes do not contain the zero point: `round(x / scale) + zero_point`.",
+        ("torch.round(x / scale) + zero_point", "torch.round(x / scale)"),
+    ),
+    _wrong(
+        "scale on the wrong side",
+        "Codes count steps, so divide: `x / scale`. You multiply.",
+        ("torch.round(x / scale)", "torch.round(x * scale)"),
+    ),
+    _wrong(
+        "always 8 bits",
+        "`bits` makes no difference to your codes. Compute `qmin` and `qmax` from it.",
+        ("-(2 ** (bits - 1)), 2 ** (bits - 1) - 1", "-128, 127"),
+    ),
+)
+
+
+def cases() -> list[tuple]:
+    """Ranges on both sides, above zero, below zero, and one whose ends lie exactly between two codes."""
+    made: list[tuple] = [(torch.tensor([0.0, 0.7, 0.2, 1.3]), 8), (torch.tensor([-1.0, 0.5, 2.0, 0.1]), 4)]
+    recipes = [
+        (0, (7,), 8, 0.4),
+        (1, (4, 5), 4, 1.1),
+        (2, (32,), 3, -0.7),
+        (3, (2, 3, 4), 2, 0.3),
+        (4, (9,), 8, 6.0),
+        (5, (9,), 4, -6.0),
+    ]
+    for seed, shape, bits, shift in recipes:
+        x = normal(seed, *shape) + shift
+        step = (x.max().clamp(min=0) - x.min().clamp(max=0)) / (2**bits - 1)
+        made.append((clear_of_ties(x, step), bits))
+    return [*made, (torch.tensor([-3.5, 0.2, 4.1, 11.5]), 4), (torch.tensor([[3.0, 4.2], [5.0, 3.3]]), 8)]
+
+
+EXERCISES = [
+    Exercise(
+        id="02-quantize-asymmetric",
+        title="Asymmetric codes with a zero point",
+        minutes=12,
+        difficulty=3,
+        task="""
+Write `quantize(x, bits)` and return three things: `codes, scale, zero_point`.
+
+- Codes are signed: `qmin = -2**(bits-1)`, `qmax = 2**(bits-1) - 1`.
+- The range runs from `low` to `high`, the smallest and largest value of `x`, widened so that it holds 0.
+- `scale = (high - low) / (qmax - qmin)`, the width of one step.
+- `zero_point = round(qmin - low / scale)`, the code that stands for 0.0.
+- `codes = round(x / scale) + zero_point`, clamped to `qmin` and `qmax`. Use `torch.round`.
+
+Convention: as PyTorch, values come back by `(codes - zero_point) * scale`.
+""",
+        function="quantize",
+        stub=STUB,
+        solution=SOLUTION,
+        hints=(
+            "`x.min().clamp(max=0)` is the smallest value, or 0 if all of them are positive. The other end likewise.",
+            "Follow the task line by line: qmin and qmax, then low and high, then scale, zero_point, codes.",
+            "Both roundings can go up at once. Only the clamp keeps the last code inside the range.",
+        ),
+        mistakes=_MISTAKES,
+        cases=cases,
+        parts=("codes", "scale", "zero_point"),
+        integers=("codes", "zero_point"),
+    ),
+]

@@ -1,0 +1,94 @@
+"""Sliders: one parameter to move, a picture and a line of numbers that follow.
+
+A callback writes a PNG into ``Image.value`` and text into ``HTML.value``. It prints nothing and shows nothing, since
+output from a callback would land in a cell that is long finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from ipywidgets import HTML, HBox, Image, Layout, VBox, Widget
+
+from .canvas import detached, png
+from .explore_bits import BitsView
+from .explore_clip import ClipView
+from .explore_float import FloatView
+from .look import card, heading, section, table
+from .shown import Shown
+from .text import inline
+
+__all__ = ["Explorer", "bits", "clip", "float_bits"]
+
+
+class Explorer(Shown):
+    """Controls above, a picture and a line below.
+
+    Args:
+        name: a short id, used in ``text/plain`` and in CSS classes.
+        controls: widgets with a ``value``, by name.
+        draw: gets the controls' values and a figure; draws (or leaves the figure alone) and returns HTML.
+        rows: header and rows of the table that stands for the explorer where nothing moves.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        controls: Mapping[str, Widget],
+        draw: Callable[..., str],
+        rows: Callable[[], tuple[Sequence[str], list[Sequence[str]]]],
+    ) -> None:
+        self.name, self.title, self.controls, self._draw, self._rows = name, title, dict(controls), draw, rows
+        self.image = Image(format="png", layout=Layout(max_width="100%", width="768px", display="none"))
+        self.line = HTML("")
+        self.line.add_class("canopyq-line")
+
+    def widget(self) -> VBox:
+        return self._live
+
+    @cached_property
+    def _live(self) -> VBox:
+        for control in self.controls.values():
+            control.observe(self._changed, "value")
+        self._changed()
+        row = HBox(list(self.controls.values()), layout=Layout(flex_flow="row wrap", overflow="visible"))
+        live = [HTML(heading("Explore", self.title)), row, self.line, self.image]
+        return card(live, "canopyq-explore", f"canopyq-explore-{self.name}")
+
+    def _changed(self, _change: object = None) -> None:
+        figure = detached()
+        self.line.value = self._draw(figure, **{name: control.value for name, control in self.controls.items()})
+        if figure.axes:
+            self.image.value = png(figure)
+            self.image.layout.display = None
+
+    def static_html(self) -> str:
+        head, rows = self._rows()
+        note = (
+            '<p style="margin:4px 0;font-size:13px;opacity:.8">In a live notebook there is something to move here.</p>'
+        )
+        return section(heading("Explore", self.title) + table(head, rows) + note)
+
+    def plain(self) -> str:
+        return f"Explore {self.name}: {self.title} ({inline(', '.join(self.controls))})"
+
+
+def bits(x: torch.Tensor, title: str = "How many bits does this tensor need?") -> Explorer:
+    """Bits from 8 to 2 and the kind of range: the staircase or the histogram, the largest and the mean error."""
+    view = BitsView(x)
+    return Explorer("bits", title, view.controls(), view.draw, view.rows)
+
+
+def float_bits(value: float = 0.1, title: str = "One number in five formats, bit by bit") -> Explorer:
+    """Type a number and see its sign, exponent and mantissa in FP32, FP16, BF16 and both FP8 formats."""
+    view = FloatView(value)
+    return Explorer("float-bits", title, view.controls(), view.draw, view.rows)
+
+
+def clip(x: torch.Tensor, title: str = "Where to cut the range") -> Explorer:
+    """Move the end of the range: what clipping costs, what rounding costs, and their sum."""
+    view = ClipView(x)
+    return Explorer("clip", title, view.controls(), view.draw, view.rows)

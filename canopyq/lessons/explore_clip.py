@@ -1,0 +1,92 @@
+"""The view behind ``explore.clip``: a narrower range rounds more finely and clips more."""
+
+from __future__ import annotations
+
+import torch
+from ipywidgets import FloatSlider, IntSlider, Widget
+from matplotlib.figure import Figure
+
+from canopyq.affine import dequantize, quantize, scale_and_zero_point
+
+from .canvas import BLUE, FAINT, GREEN, INK, RED, new_figure, numbers, styled
+from .look import box
+
+SHARES = [s / 100 for s in range(5, 101, 5)]
+
+
+class ClipView:
+    """Mean squared error of clipping and of rounding, for each place where the range may end."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x.detach().float().flatten()
+        self.absmax = self.x.abs().max()
+        self._known: dict[tuple[float, int], tuple[float, float]] = {}
+
+    def controls(self) -> dict[str, Widget]:
+        return {
+            "clip": FloatSlider(1.0, min=0.05, max=1.0, step=0.01, description="clip at", readout_format=".0%"),
+            "bits": IntSlider(4, 2, 8, description="bits"),
+        }
+
+    def errors(self, share: float, bits: int) -> tuple[float, float]:
+        """Mean squared error of the values beyond the range, and of those inside."""
+        if (share, bits) not in self._known:
+            self._known[share, bits] = self._errors(share, bits)
+        return self._known[share, bits]
+
+    def _errors(self, share: float, bits: int) -> tuple[float, float]:
+        end = (self.absmax * share).reshape(1)
+        scale, _ = scale_and_zero_point(-end, end, f"int{bits}")
+        kept = dequantize(quantize(self.x, scale, None, f"int{bits}"), scale, None, f"int{bits}")
+        squared = (kept - self.x).square()
+        beyond = self.x.abs() > end
+        return (squared * beyond).mean().item(), (squared * ~beyond).mean().item()
+
+    def draw(self, figure: Figure, clip: float, bits: int) -> str:
+        clipping, rounding = self.errors(clip, bits)
+        self._picture(figure, clip, bits)
+        end = self.absmax.item() * clip
+        beyond = (self.x.abs() > end).float().mean().item()
+        best = self.best(bits)
+        return box(
+            "info",
+            f"<b>Range ±{end:.4g}</b> ({clip:.0%} of the largest magnitude, {beyond:.2%} of the values lie beyond). "
+            f"Squared error: clipping {clipping:.3g} + rounding {rounding:.3g} = <b>{clipping + rounding:.3g}</b>; "
+            f"least of the curve: {sum(self.errors(best, bits)):.3g} at {best:.0%}.",
+        )
+
+    def best(self, bits: int) -> float:
+        """The share of absmax with the least total error, of those on the curve."""
+        return min(SHARES, key=lambda share: sum(self.errors(share, bits)))
+
+    @styled
+    def _picture(self, figure: Figure, clip: float, bits: int) -> Figure:
+        fig = new_figure(2.9, figure)
+        left, right = fig.subplots(1, 2)
+        left.hist(numbers(self.x), bins=80, color="#9ecae1", log=True)
+        end = self.absmax.item() * clip
+        for side in (-end, end):
+            left.axvline(side, color=RED, linewidth=1.5, linestyle="--")
+        left.set(xlabel="value (dashed: where the range ends)", ylabel="how many (log)")
+        pairs = [self.errors(share, bits) for share in SHARES]
+        right.plot(SHARES, [c for c, _ in pairs], color=RED, label="clipping", marker="s", markersize=3)
+        right.plot(SHARES, [r for _, r in pairs], color=BLUE, label="rounding", marker="o", markersize=3)
+        right.plot(SHARES, [c + r for c, r in pairs], color=GREEN, linewidth=2, label="total")
+        right.axvline(clip, color=INK, linewidth=1, linestyle="--")
+        right.set_yscale("symlog", linthresh=max(min(r for _, r in pairs), 1e-12))
+        right.set_ylim(0, 2 * max(c + r for c, r in pairs) or 1)
+        right.minorticks_off()
+        right.grid(True, axis="y", linewidth=0.5)
+        right.set(xlabel="clip at (share of the largest magnitude)", ylabel="mean squared error")
+        right.xaxis.set_major_formatter("{x:.0%}")
+        right.spines["left"].set_color(FAINT)
+        fig.legend(loc="outside lower center", ncols=3)
+        return fig
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        lines = []
+        for bits in (8, 4, 3, 2):
+            best = self.best(bits)
+            whole, cut = sum(self.errors(1.0, bits)), sum(self.errors(best, bits))
+            lines.append([str(bits), f"{whole:.2g}", f"{best:.0%}", f"{cut:.2g}"])
+        return ["bits", "error with the whole range", "best clip", "error there"], lines

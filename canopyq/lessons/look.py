@@ -1,0 +1,104 @@
+"""How cards look: a few HTML helpers with the same colours everywhere, readable on light and dark pages.
+
+Every coloured box sets both its background and its ink. A verdict is always a word too, never colour alone.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from ipywidgets import HTML, Layout, ToggleButtons, VBox, Widget
+
+from .text import inline
+
+KINDS = {  # background, ink, edge
+    "good": ("#e7f5ec", "#0b3d1e", "#2e7d32"),
+    "bad": ("#fdeeec", "#5f1410", "#c62828"),
+    "note": ("#fff6df", "#4a3500", "#b7791f"),
+    "info": ("#eaf2fb", "#0d2c4d", "#1f6feb"),
+}
+FONT = "line-height:1.5;font-size:14px;max-width:760px"
+_BOX = "padding:8px 12px;border-radius:4px;margin:4px 0"
+
+
+def box(kind: str, body: str) -> str:
+    """A coloured box around ready HTML."""
+    background, ink, edge = KINDS[kind]
+    style = f"background:{background};color:{ink};border-left:4px solid {edge};{_BOX};{FONT}"
+    body = body.replace('<code style="', f'<code style="color:{ink};')  # a page's own colour for code may not fit
+    return f'<div class="canopyq-box canopyq-{kind}" style="{style}">{body}</div>'
+
+
+def heading(label: str, title: str, aside: str = "") -> str:
+    """The first line of a card: a small label, the title, and something short after it."""
+    aside = f'<span style="opacity:.75;font-size:13px"> &nbsp;{html.escape(aside)}</span>' if aside else ""
+    return (
+        f'<div style="margin:2px 0 6px;line-height:1.4"><span style="font-size:12px;letter-spacing:.06em;'
+        f'text-transform:uppercase;opacity:.75">{html.escape(label)}</span> &nbsp;'
+        f'<b style="font-size:15px">{inline(title)}</b>{aside}</div>'
+    )
+
+
+def details(summary: str, body: str) -> str:
+    """A part that opens on a click, with no kernel and no JavaScript."""
+    return f'<details style="margin:4px 0"><summary style="cursor:pointer">{summary}</summary>{body}</details>'
+
+
+def section(body: str) -> str:
+    """The static form of a card."""
+    return f'<div style="{FONT};border:1px solid #c9d1d9;border-radius:6px;padding:8px 14px;margin:4px 0">{body}</div>'
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str | None = None) -> str:
+    """A plain table; columns of numbers are flush right. ``kind`` gives it the ink of the box that it stands in."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    right = [all(re.match(r"[-+]?[\d.]|-$|$", row[i]) for row in rows) for i in range(len(head))]
+    ink = f"color:{KINDS[kind][1]};background:{KINDS[kind][0]};" if kind else ""
+
+    def cells(row: Sequence[str], tag: str) -> str:
+        style = ink + "padding:3px 10px;border-bottom:1px solid rgba(110,118,129,.3);text-align:"
+        places = ["right" if flush else "left" for flush in right]
+        return "".join(f'<{tag} style="{style}{at}">{inline(c)}</{tag}>' for at, c in zip(places, row, strict=True))
+
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return (
+        '<table style="border-collapse:collapse;font-size:13px;line-height:1.45;margin:4px 0;background:transparent">'
+        f"<thead><tr>{cells(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+    )
+
+
+def buttons(options: Sequence[str] | Mapping[str, object], value: object = ...) -> ToggleButtons:
+    """A row of buttons of which one is pressed, as wide as their labels; the first one unless ``value`` is given."""
+    chosen = {} if value is ... else {"value": value}
+    return ToggleButtons(
+        options=options,
+        style={"button_width": "auto"},
+        layout=Layout(width="auto", margin="2px 14px 2px 2px"),
+        **chosen,
+    )
+
+
+def card(children: Sequence[Widget], *names: str) -> VBox:
+    """The frame around a live card; ``names`` become CSS classes, so that tests can find it."""
+    layout = Layout(
+        border="1px solid #c9d1d9", padding="8px 14px", margin="4px 0", max_width="800px", overflow="visible"
+    )
+    frame = VBox([HTML(_STYLE, layout=Layout(display="none")), *children], layout=layout)
+    for name in ("canopyq-card", *names):
+        frame.add_class(name)
+    return frame
+
+
+# Choices stand in a column and wrap; the chosen one is framed; what has the keyboard's focus can be seen.
+_STYLE = """<style>
+.canopyq-card .widget-html-content { line-height: 1.5; white-space: normal; }
+.canopyq-choices .widget-toggle-button { display: block; width: 100%; height: auto; min-height: 30px; margin: 3px 0;
+  padding: 4px 12px; text-align: left; line-height: 1.5; white-space: normal; border: 1px solid rgba(110,118,129,.35);
+  border-radius: 6px; box-shadow: none; }
+.canopyq-choices .widget-toggle-button.mod-active { background: #dcebfb; color: #0d2c4d; border-color: #1f6feb;
+  box-shadow: inset 3px 0 0 #1f6feb; }
+.canopyq-choices > div { flex-direction: column; width: 100%; }
+.canopyq-card button:focus-visible { outline: 2px solid #1f6feb; outline-offset: 1px; }
+</style>"""

@@ -1,0 +1,141 @@
+"""Guess before you run: ``guess = lessons.predict(…)`` in one cell, ``guess.reveal(measured)`` in a later one."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import cached_property
+
+from ipywidgets import HTML, Button, HBox, Layout, Text, VBox
+
+from .look import box, card, heading, section
+from .shown import Shown
+from .store import store
+from .text import block, inline, shorten
+
+
+class Predict(Shown):
+    """A question with a number to guess. The guess is kept with the reader's progress."""
+
+    def __init__(self, name: str, question: str, unit: str = "") -> None:
+        self.id, self.question, self.unit = name, question, unit
+
+    @property
+    def guess(self) -> float | None:
+        """The number guessed so far, or None."""
+        return store().get("predictions", self.id).get("guess")
+
+    def say(self, number: float) -> Predict:
+        """Guess without the widget: ``guess.say(0.3)``."""
+        store().record("predictions", self.id, guess=float(number))
+        if "_live" in self.__dict__:
+            self._entry.value = f"{float(number):g}"
+        return self
+
+    def reveal(self, value: float, fmt: str = ".3g") -> Reveal:
+        """Hold the guess against the measured ``value``, written with the format ``fmt``."""
+        return Reveal(self, float(value), fmt)
+
+    def widget(self) -> VBox:
+        return self._live
+
+    @cached_property
+    def _live(self) -> VBox:
+        self._entry = Text(
+            value="" if self.guess is None else f"{self.guess:g}",
+            placeholder="a number",
+            continuous_update=False,
+            layout=Layout(width="130px"),
+        )
+        self._entry.add_class("canopyq-guess")
+        keep = Button(description="Keep my guess", layout=Layout(width="auto"))
+        self._answer = HTML("" if self.guess is None else self._noted(self.guess))
+        self._entry.observe(lambda change: self._keep(change["new"]), "value")
+        keep.on_click(lambda _button: self._keep(self._entry.value))
+        row = HBox(
+            [self._entry, HTML(inline(self.unit)), keep], layout=Layout(align_items="center", overflow="visible")
+        )
+        text = HTML(
+            heading("Predict", "Before you run it") + f'<div style="font-size:14px">{block(self.question)}</div>'
+        )
+        return card([text, row, self._answer], "canopyq-predict")
+
+    def _keep(self, text: str) -> None:
+        if not text.strip():
+            return
+        number = parse(text)
+        if number is None:
+            self._answer.value = box("bad", f"{inline(text)!s} does not read as a number. Write it as 0.5 or 3e-4.")
+            return
+        store().record("predictions", self.id, guess=number)
+        notice = store().notice()
+        self._answer.value = self._noted(number) + (box("note", inline(notice)) if notice else "")
+
+    def _noted(self, number: float) -> str:
+        return box("info", f"Your guess: <b>{number:g}{_unit(self.unit)}</b>. Now run the cells below.")
+
+    def static_html(self) -> str:
+        return section(heading("Predict", "Before you run it") + block(self.question))
+
+    def plain(self) -> str:
+        return f"Predict {self.id}: {shorten(self.question)}"
+
+
+class Reveal(Shown):
+    """The measured number; live, with the guess beside it."""
+
+    def __init__(self, predict: Predict, value: float, fmt: str) -> None:
+        self.value, self.measured, self.unit = value, format(value, fmt), predict.unit
+        self.guess = predict.guess
+
+    def widget(self) -> VBox:
+        return self._live
+
+    @cached_property
+    def _live(self) -> VBox:
+        measured = f"measured: <b>{self.measured}{_unit(self.unit)}</b>"
+        if self.guess is None:
+            body = box("info", f"No guess yet; {measured}")
+        else:
+            body = box("info", f"You said <b>{self.guess:g}</b>; {measured}{distance(self.guess, self.value)}")
+        answer = VBox([HTML(body)], layout=Layout(overflow="visible", max_width="800px"))
+        answer.add_class("canopyq-reveal")
+        return answer
+
+    def static_html(self) -> str:
+        return box("info", f"Measured: <b>{self.measured}{_unit(self.unit)}</b>")
+
+    def plain(self) -> str:
+        return f"Measured: {self.measured}{' ' + self.unit if self.unit else ''}"
+
+
+def predict(name: str, question: str, unit: str = "") -> Predict:
+    """Ask for a number before it is measured; ``name`` starts with the lesson, as in ``"02-error"``."""
+    return Predict(name, question, unit)
+
+
+def parse(text: str) -> float | None:
+    """The number at the start of what was typed, with a decimal point or comma, or None."""
+    text = text.strip().replace("\N{MINUS SIGN}", "-")
+    text = re.sub(r"(?<=\d)[ _](?=\d{3}\b)", "", text)
+    if re.fullmatch(r"[^.,]*\d,\d+[^.,]*", text):
+        text = text.replace(",", ".")
+    match = re.match(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(?![\w.,]*\d)", text)
+    number = float(match.group()) if match else math.nan
+    return number if math.isfinite(number) else None
+
+
+def distance(guess: float, value: float) -> str:
+    """How far off, in words."""
+    if guess == value or (value and abs(guess - value) <= 0.02 * abs(value)):
+        return ". Spot on."
+    if guess * value <= 0:
+        return ""
+    ratio = max(guess / value, value / guess)
+    side = "high" if abs(guess) > abs(value) else "low"
+    by = f"{(ratio - 1):.0%}" if ratio < 2 else f"a factor of {ratio:.3g}"
+    return f" ({by} too {side})"
+
+
+def _unit(unit: str) -> str:
+    return f" {inline(unit)}" if unit else ""

@@ -1,0 +1,168 @@
+"""Quizzes: ``lessons.quiz("memory")`` as the last line of a cell. The questions live in ``quizzes/*.yaml``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.resources import files
+
+import yaml
+from ipywidgets import HTML, Button, Layout, ToggleButtons, VBox
+
+from canopyq.errors import CanopyError, unknown
+
+from .arithmetic import evaluate_all, fill
+from .look import box, card, details, heading, section
+from .shown import Fixed, Shown
+from .store import store
+from .text import block, inline, plain, shorten
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer, and why it is right or wrong."""
+
+    letter: str
+    text: str
+    correct: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """A quiz as written, with its numbers computed."""
+
+    id: str
+    lesson: str
+    title: str
+    question: str
+    choices: tuple[Choice, ...]
+
+    @property
+    def right(self) -> Choice:
+        return next(c for c in self.choices if c.correct)
+
+    def choice(self, letter: str) -> Choice:
+        for c in self.choices:
+            if c.letter == str(letter).strip().lower():
+                return c
+        raise unknown(f"choice for quiz {self.id}", letter, [c.letter for c in self.choices])
+
+
+def names() -> list[str]:
+    """The ids of all quizzes."""
+    return sorted(f.name[:-5] for f in (files(__package__) / "quizzes").iterdir() if f.name.endswith(".yaml"))
+
+
+@cache
+def load(name: str) -> Question:
+    """Read and check one quiz file."""
+    if name not in names():
+        raise unknown("quiz", name, names())
+    return parse((files(__package__) / "quizzes" / f"{name}.yaml").read_text(encoding="utf-8"), name)
+
+
+def parse(source: str, name: str) -> Question:
+    """A quiz from its YAML: one right choice, a reason for each, numbers in ``{…}`` computed from ``values``."""
+    data = yaml.safe_load(source)
+    values = evaluate_all(data.get("values") or {})
+    try:
+        choices = tuple(
+            Choice(
+                str(c["letter"]).lower(), fill(str(c["text"]), values), c["correct"], fill(c["reason"].strip(), values)
+            )
+            for c in data["choices"]
+        )
+        question = Question(data["id"], str(data["lesson"]), data["title"], fill(data["question"], values), choices)
+    except KeyError as error:
+        raise CanopyError(f"quiz {name}: {error} is missing") from None
+    letters = [c.letter for c in choices]
+    if sum(c.correct is True for c in choices) != 1 or len(set(letters)) != len(letters):
+        raise CanopyError(f"quiz {name}: letters {letters} need to differ, and exactly one choice to be correct")
+    if question.id != name or not all(c.reason for c in choices):
+        raise CanopyError(f"quiz {name}: its id must equal the file name, and every choice needs a reason")
+    return question
+
+
+class Quiz(Shown):
+    """A question to answer in the notebook, as often as one likes; the last answer is kept."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+
+    def answer(self, letter: str) -> Fixed:
+        """Answer without the widget: ``lessons.quiz("memory").answer("b")``."""
+        choice = self.question.choice(letter)
+        html = self._record(choice)
+        if "_live" in self.__dict__:
+            self._options.value, self._feedback.value = choice.letter, html
+        return Fixed(_feedback(choice), f"{_verdict(choice)} {choice.letter}: {plain(choice.reason)}")
+
+    def widget(self) -> VBox:
+        return self._live
+
+    @cached_property
+    def _live(self) -> VBox:
+        q = self.question
+        kept = store().get("quizzes", q.id).get("answer")
+        chosen = kept if kept in [c.letter for c in q.choices] else None
+        # Buttons, not radio buttons: JupyterLab keeps the arrow keys for itself; Tab and Enter reach every button.
+        self._options = ToggleButtons(
+            options=[(f"{c.letter}.  {plain(c.text)}", c.letter) for c in q.choices],
+            value=chosen,
+            layout=Layout(width="auto", margin="0 0 4px"),
+            style={"button_width": "100%"},
+        )
+        self._options.add_class("canopyq-choices")
+        check = Button(description="Check", button_style="primary", tooltip="Check the chosen answer")
+        check.add_class("canopyq-check")
+        check.on_click(self._on_check)
+        self._feedback = HTML(_feedback(q.choice(chosen)) if chosen else "")
+        self._feedback.add_class("canopyq-feedback")
+        text = HTML(heading("Quiz", q.title) + f'<div style="font-size:14px">{block(q.question)}</div>' + _notice())
+        return card([text, self._options, check, self._feedback], "canopyq-quiz", f"canopyq-quiz-{q.id}")
+
+    def _on_check(self, _button: Button) -> None:
+        if self._options.value is None:
+            self._feedback.value = box("info", "Choose an answer first.")
+            return
+        self._feedback.value = self._record(self.question.choice(self._options.value))
+
+    def _record(self, choice: Choice) -> str:
+        """Keep the answer; returns its feedback."""
+        kept, key = store(), self.question.id
+        tries = kept.get("quizzes", key).get("tries", 0) + 1
+        kept.record("quizzes", key, answer=choice.letter, right=choice.correct, tries=tries)
+        return _feedback(choice) + _notice()
+
+    def static_html(self) -> str:
+        q = self.question
+        parts = [
+            details(f"{c.letter}. {inline(c.text)}", f'<div style="margin:2px 0 6px 18px">{_feedback(c)}</div>')
+            for c in q.choices
+        ]
+        hint = (
+            '<p style="margin:4px 0;opacity:.8;font-size:13px">Open a choice to see whether it is right, and why.</p>'
+        )
+        return section(heading("Quiz", q.title) + block(q.question) + "".join(parts) + hint)
+
+    def plain(self) -> str:
+        return f"Quiz {self.question.id}: {shorten(self.question.question)} ({len(self.question.choices)} choices)"
+
+
+def quiz(name: str) -> Quiz:
+    """The quiz called ``name``; make it the last expression of a cell."""
+    return Quiz(load(name))
+
+
+def _verdict(choice: Choice) -> str:
+    return "Right." if choice.correct else "Not this one."
+
+
+def _feedback(choice: Choice) -> str:
+    return box("good" if choice.correct else "bad", f"<b>{_verdict(choice)}</b> {inline(choice.reason)}")
+
+
+def _notice() -> str:
+    text = store().notice()
+    return box("note", inline(text)) if text else ""

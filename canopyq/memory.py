@@ -1,0 +1,152 @@
+"""Bytes: the arithmetic that predicts them, the shapes of real models, and what a model in memory really holds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from canopyq.errors import CanopyError, unknown
+from canopyq.formats import BlockFormat, Format, IntFormat, TableFormat, get_format
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Llama-like decoder: enough to count its parameters and its cache."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    tied: bool = False
+    qkv_bias: bool = False
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the linear layers inside the blocks: what weight quantization works on."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return self.layers * (self.hidden * (2 * q + 2 * kv) + 3 * self.hidden * self.ffn)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters: blocks, biases, norms, embedding and head."""
+        biases = (self.heads + 2 * self.kv_heads) * self.head_dim * self.layers if self.qkv_bias else 0
+        norms = (2 * self.layers + 1) * self.hidden
+        return self.linear_parameters + biases + norms + self.vocab * self.hidden * (1 if self.tied else 2)
+
+
+# From each model's published config.json.
+MODEL_SHAPES: dict[str, ModelShape] = {
+    "qwen2.5-0.5b": ModelShape(896, 24, 14, 2, 64, 4864, 151936, tied=True, qkv_bias=True),
+    "llama-3.2-1b": ModelShape(2048, 16, 32, 8, 64, 8192, 128256, tied=True),
+    "llama-3.2-3b": ModelShape(3072, 28, 24, 8, 128, 8192, 128256, tied=True),
+    "llama-2-7b": ModelShape(4096, 32, 32, 32, 128, 11008, 32000),
+    "mistral-7b": ModelShape(4096, 32, 32, 8, 128, 14336, 32000),
+    "llama-3.1-8b": ModelShape(4096, 32, 32, 8, 128, 14336, 128256),
+    "llama-2-13b": ModelShape(5120, 40, 40, 40, 128, 13824, 32000),
+    "llama-3.1-70b": ModelShape(8192, 80, 64, 8, 128, 28672, 128256),
+}
+
+
+def parameter_count(text: str | int | float) -> int:
+    """The number of parameters that ``text`` names: ``"7B"``, ``"350M"``, ``"7e9"``, ``7_000_000_000``, or a model of
+    `MODEL_SHAPES` such as ``"llama-2-7b"``.
+
+    Raises:
+        CanopyError: for anything else, with the nearest model names.
+    """
+    key = str(text).lower().replace("_", "")
+    if key in MODEL_SHAPES:
+        return MODEL_SHAPES[key].parameters
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d{1,2})?)([kmbt]?)", key)
+    if not match:
+        raise unknown("model size", text, MODEL_SHAPES, more=", or a count such as 7B or 350M")
+    count = float(match.group(1)) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[match.group(2)]
+    if not 1 <= count <= 1e15:
+        raise CanopyError(f"a model of {text} parameters is not one to size; use a count such as 7B or 350M")
+    return round(count)
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Where the bytes of quantized weights go."""
+
+    codes: float
+    scales: float = 0.0
+    zero_points: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.codes + self.scales + self.zero_points
+
+
+def weight_bytes(
+    parameters: int | float,
+    format: str | Format,
+    group_size: int | None = None,
+    *,
+    symmetric: bool = True,
+    scale_bits: int = 16,
+) -> WeightBytes:
+    """Bytes of ``parameters`` weights in a format, in theory: codes, scales and zero points.
+
+    Without ``group_size`` the scales of a tensor or channel are left out: they are under a thousandth of the weights.
+    Zero points are counted at the width of a code, as checkpoints pack them. A format that fixes its blocks (MXFP4,
+    NVFP4) has 8 bits of scale for each, NF4 a scale per 64 values unless ``group_size`` says otherwise.
+
+    Raises:
+        CanopyError: for an unknown format, or a group size that the format does not take.
+    """
+    fmt = get_format(format)
+    if isinstance(parameters, str) or not parameters > 0:
+        raise CanopyError(f"weight_bytes needs a number of parameters, got {parameters!r}; use parameter_count('7B')")
+    if not symmetric and not isinstance(fmt, IntFormat):
+        raise CanopyError(f"{fmt.name} has no zero point; leave asymmetric out")
+    codes = parameters * fmt.bits / 8
+    if isinstance(fmt, BlockFormat):
+        if group_size not in (None, fmt.block_size):
+            raise CanopyError(f"{fmt.name} fixes its blocks at {fmt.block_size} values; leave the group size out")
+        return WeightBytes(codes, parameters / fmt.block_size)
+    if isinstance(fmt, TableFormat):
+        group_size = group_size or 64
+    if group_size is None:
+        return WeightBytes(codes)
+    if fmt.bits >= 16:
+        raise CanopyError(f"{fmt.name} is a plain cast without scales; leave the group size out")
+    if group_size < 1:
+        raise CanopyError(f"group size {group_size} holds no value; use 32, 64 or 128")
+    groups = parameters / group_size
+    return WeightBytes(codes, groups * scale_bits / 8, 0.0 if symmetric else groups * fmt.bits / 8)
+
+
+def tensors_held(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that a model holds, by name.
+
+    Tensors that share storage appear once, and meta tensors, which hold nothing, not at all.
+    """
+    seen: set[int] = set()
+    held = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            continue
+        if tensor.numel() and (key := tensor.untyped_storage().data_ptr()) not in seen:
+            seen.add(key)
+            held[name] = tensor
+    return held
+
+
+def bytes_held(model: nn.Module) -> int:
+    """Bytes of storage behind a model's parameters and buffers, each storage counted once. Read, not computed."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors_held(model).values())
+
+
+def human(count: float) -> str:
+    """A number of bytes in decimal units, as disk and model sizes are given: 1 GB = 10^9 bytes."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= 0.9995 * size:  # three digits of anything less stay below 1000 of the next unit
+            return f"{count / size:.3g} {unit}" if abs(count) < 999.5 * size else f"{count / size:.0f} {unit}"
+    return f"{count:.0f} B"

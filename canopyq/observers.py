@@ -1,0 +1,159 @@
+"""Choosing the range of each row from its data.
+
+Every observer takes rows (R, n) that each share a scale and returns ``lo, hi``, both (R, 1) in the rows' dtype. The
+wider the range the coarser the step; the narrower, the more is clipped. They differ in how they settle that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from canopyq import affine
+from canopyq.errors import CanopyError, unknown
+from canopyq.formats import Format, IntFormat
+from canopyq.track import track
+
+Range = tuple[Tensor, Tensor]
+
+
+def minmax(rows: Tensor, fmt: Format, *, symmetric: bool = True, restricted: bool = False) -> Range:
+    """Everything fits: lo and hi are the smallest and the largest value. Nothing clips; one outlier sets the step."""
+    if symmetric:
+        absmax = torch.linalg.vector_norm(rows, ord=float("inf"), dim=1, keepdim=True)
+        return -absmax, absmax
+    return torch.aminmax(rows, dim=1, keepdim=True)
+
+
+def percentile(
+    rows: Tensor, fmt: Format, *, symmetric: bool = True, restricted: bool = False, keep: float = 0.999
+) -> Range:
+    """The range that holds the share ``keep`` of the values; the rest, the farthest out, is clipped.
+
+    Symmetric: the ``keep`` quantile of |x|. Asymmetric: half of the rest is cut at either end. Quantiles are by nearest
+    rank (numpy's ``inverted_cdf``), so a range end is always a value that occurred.
+    """
+    if not 0 < keep <= 1:
+        raise CanopyError(f"percentile keep={keep} is not a share of the values; use e.g. 0.999")
+    n = rows.shape[1]
+
+    def ranked(values: Tensor, share: float) -> Tensor:
+        rank = min(max(-int(-share * n // 1), 1), n)  # ceil, without float surprises beyond one rank
+        return values.kthvalue(rank, dim=1, keepdim=True).values
+
+    if symmetric:
+        absmax = ranked(rows.abs(), keep)
+        return -absmax, absmax
+    tail = (1 - keep) / 2
+    return ranked(rows, tail), ranked(rows, 1 - tail)
+
+
+def mse(
+    rows: Tensor,
+    fmt: Format,
+    *,
+    symmetric: bool = True,
+    restricted: bool = False,
+    candidates: int = 40,
+    smallest: float = 0.3,
+) -> Range:
+    """The range, shrunk from min-max by a factor between ``smallest`` and 1, whose squared error is least.
+
+    A plain grid search per row, as in OCTAV's motivation (Sakr et al. 2022) and in most weight quantizers:
+    ``candidates`` times the work of min-max.
+    """
+    lo, hi = minmax(rows, fmt, symmetric=symmetric)
+    best_lo, best_hi, best = lo, hi, torch.full_like(lo, float("inf"))
+    for shrink in torch.linspace(1.0, smallest, candidates).tolist():
+        scale, zero_point = affine.scale_and_zero_point(
+            lo * shrink, hi * shrink, fmt, symmetric=symmetric, restricted=restricted
+        )
+        restored = affine.fake_quantize(rows, scale, zero_point, fmt, restricted=restricted)
+        error = (restored - rows).square_().sum(dim=1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_lo, best_hi = torch.where(better, lo * shrink, best_lo), torch.where(better, hi * shrink, best_hi)
+    return best_lo, best_hi
+
+
+def entropy(
+    rows: Tensor,
+    fmt: Format,
+    *,
+    symmetric: bool = True,
+    restricted: bool = False,
+    bins: int = 2048,
+    candidates: int = 64,
+    smallest: float = 0.1,
+) -> Range:
+    """The range whose quantized histogram diverges least (KL) from the original one.
+
+    TensorRT's calibration (Migacz 2017, "8-bit Inference with TensorRT"): the values beyond a candidate range are added
+    to its end bins, the bins inside are merged into as many levels as the format has, and the two distributions are
+    compared. It needs a histogram worth the name: rows of at least 512 values, so not small groups.
+    """
+    if not isinstance(fmt, IntFormat):
+        raise CanopyError(f"entropy ranges count evenly spaced levels, which {fmt.name} has not; use observer='mse'")
+    if rows.shape[1] < 512:
+        raise CanopyError(
+            f"entropy needs at least 512 values per scale for a histogram, got {rows.shape[1]}; "
+            "use observer='mse', or a coarser granularity"
+        )
+    levels = 2**fmt.bits - (restricted and symmetric)
+    lo, hi = minmax(rows, fmt, symmetric=symmetric)
+    lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    unit = torch.maximum(-lo, hi)  # bins are laid out in units of absmax, where no width over- or underflows
+    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+    left, right = lo / unit, hi / unit
+    width = (right - left).clamp(min=torch.finfo(rows.dtype).tiny)
+    index = ((rows / unit - left) / width * bins).long().clamp_(0, bins - 1)
+    count = torch.zeros(len(rows), bins, dtype=torch.long, device=rows.device)  # float32 stops counting at 2^24
+    count = count.scatter_add_(1, index, torch.ones_like(index)).float()
+    centre = left + width * (torch.arange(bins, device=rows.device) + 0.5) / bins
+
+    best_shrink, best = torch.ones_like(lo), torch.full((len(rows), 1), float("inf"), device=rows.device)
+    shrinks = torch.linspace(1.0, smallest, candidates).tolist()
+    for shrink in track(shrinks, "entropy ranges"):
+        divergence = _clipped_divergence(count, centre, left * shrink, right * shrink, levels)
+        better = divergence < best
+        best = torch.where(better, divergence, best)
+        best_shrink = torch.where(better, shrink, best_shrink)
+    return lo * best_shrink, hi * best_shrink
+
+
+def _clipped_divergence(count: Tensor, centre: Tensor, lo: Tensor, hi: Tensor, levels: int) -> Tensor:
+    """KL (R, 1) from each row's histogram, tails folded into the end bins, to its version on ``levels`` levels."""
+    inside = (centre >= lo) & (centre <= hi)
+    kept = count * inside
+    first = inside.float().argmax(dim=1, keepdim=True)
+    last = (first + inside.sum(dim=1, keepdim=True) - 1).clamp(min=0)
+    reference = kept.scatter_add(1, first, (count * (centre < lo)).sum(dim=1, keepdim=True))
+    reference = reference.scatter_add(1, last, (count * (centre > hi)).sum(dim=1, keepdim=True))
+
+    level = ((centre - lo) / (hi - lo) * levels).nan_to_num().long().clamp_(0, levels - 1)
+    zeros = torch.zeros(len(count), levels, device=count.device)
+    total = zeros.scatter_add(1, level, kept)
+    occupied = zeros.scatter_add(1, level, (kept > 0).float())
+    merged = torch.where(kept > 0, (total / occupied.clamp(min=1)).gather(1, level), 0.0)
+
+    p = reference / reference.sum(dim=1, keepdim=True)
+    q = merged / merged.sum(dim=1, keepdim=True).clamp(min=1e-30)
+    return torch.where(p > 0, p * (p.clamp(min=1e-30) / q.clamp(min=1e-9)).log(), 0.0).sum(dim=1, keepdim=True)
+
+
+OBSERVERS: dict[str, Callable[..., Range]] = {
+    "minmax": minmax,
+    "percentile": percentile,
+    "mse": mse,
+    "entropy": entropy,
+}
+
+
+def get_observer(name: str) -> Callable[..., Range]:
+    """The observer called ``name``. Raises `CanopyError` with the nearest names for one that does not exist."""
+    try:
+        return OBSERVERS[name]
+    except (KeyError, TypeError):
+        raise unknown("observer", name, OBSERVERS) from None

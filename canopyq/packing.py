@@ -1,0 +1,130 @@
+"""Integers to 32-bit words and back, in the order of compressed-tensors' ``pack-quantized``.
+
+Codes of b bits lie one after the other in a row's bit stream, the first in the lowest bits; the stream is cut into
+int32 words and a row's last word is filled up with zeros. Eight 4-bit codes make a word, so that in a little-endian
+file the first code is the low nibble of the first byte. Signed codes are stored with an offset of 2^(b−1), so −8…7
+becomes 0…15.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from canopyq.errors import CanopyError
+
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+def pack(codes: Tensor, bits: int, *, signed: bool = True) -> Tensor:
+    """Pack along the last dimension.
+
+    Args:
+        codes: (…, n) integers, in [−2^(bits−1), 2^(bits−1) − 1] if ``signed``, else in [0, 2^bits − 1].
+        bits: 1 to 8.
+
+    Returns:
+        int32 (…, ceil(n · bits / 32)).
+
+    Raises:
+        CanopyError: for another width, a float tensor, or a code that does not fit.
+    """
+    _check(codes, bits, signed)
+    offset = 2 ** (bits - 1) if signed else 0
+    return pack_unchecked(codes, bits, offset)
+
+
+def pack_unchecked(codes: Tensor, bits: int, offset: int) -> Tensor:
+    """`pack` for codes that are known to fit: what the quantizers call."""
+    *lead, n = codes.shape
+    unsigned = (codes + offset).to(torch.uint8) if offset else codes.to(torch.uint8, copy=True)
+    words = -(-n * bits // 32)
+    per_block = 32 if 32 % bits else 32 // bits  # the fewest codes that fill whole words
+    padded = -(-n // per_block) * per_block
+    if padded != n:
+        unsigned = torch.nn.functional.pad(unsigned, (0, padded - n))
+    if 8 % bits == 0:
+        packed = _pack_bytes(unsigned, bits).flatten().view(torch.int32).reshape(*lead, -1)
+    else:
+        packed = _pack_stream(unsigned.reshape(*lead, -1, 32), bits).reshape(*lead, -1)
+    return packed[..., :words].contiguous()
+
+
+def unpack(words: Tensor, bits: int, n: int, *, signed: bool = True) -> Tensor:
+    """The inverse of `pack`: (…, n) codes, int8 if ``signed``, else uint8.
+
+    Raises:
+        CanopyError: for another width, if ``words`` is not int32, or not as long as ``n`` codes are.
+    """
+    _check_bits(bits)
+    if not isinstance(words, Tensor) or words.dtype != torch.int32 or words.dim() == 0:
+        raise CanopyError(f"packed words are an int32 tensor of at least one dimension, got {_what(words)}")
+    if not isinstance(n, int) or n < 1:
+        raise CanopyError(f"unpack needs the number of codes in a row, at least 1, got {n}")
+    if words.shape[-1] != -(-n * bits // 32):
+        raise CanopyError(f"{n} codes of {bits} bits take {-(-n * bits // 32)} words, got {words.shape[-1]}")
+    if 8 % bits == 0:
+        codes = _unpack_bytes(words.clone(memory_format=torch.contiguous_format).view(torch.uint8), bits)
+    else:
+        *lead, count = words.shape
+        words = torch.nn.functional.pad(words, (0, -count % bits))
+        codes = _unpack_stream(words.reshape(*lead, -1, bits), bits).reshape(*lead, -1)
+    codes = codes[..., :n]
+    return (codes.view(torch.int8) - 2 ** (bits - 1)) if signed else codes.contiguous()
+
+
+def _check(codes: Tensor, bits: int, signed: bool) -> None:
+    _check_bits(bits)
+    if not isinstance(codes, Tensor) or codes.dtype not in INTEGERS or codes.numel() == 0 or codes.dim() == 0:
+        raise CanopyError(f"pack needs a non-empty tensor of integers of at least one dimension, got {_what(codes)}")
+    lo, hi = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    least, most = (int(v) for v in codes.aminmax())
+    if least < lo or most > hi:
+        raise CanopyError(f"codes {least}…{most} do not fit in {bits} bits ({lo}…{hi}); clamp before packing")
+
+
+def _check_bits(bits: int) -> None:
+    if not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise CanopyError(f"codes of {bits} bits cannot be packed; use 1 to 8")
+
+
+def _what(x: object) -> str:
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def _pack_bytes(unsigned: Tensor, bits: int) -> Tensor:
+    """Widths that divide a byte: fold neighbours together, 8/bits to a byte, the first lowest."""
+    while bits < 8:
+        unsigned = unsigned[..., 0::2] | (unsigned[..., 1::2] << bits)
+        bits *= 2
+    return unsigned.contiguous()
+
+
+def _unpack_bytes(data: Tensor, bits: int) -> Tensor:
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)
+    return ((data.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+
+
+def _pack_stream(blocks: Tensor, bits: int) -> Tensor:
+    """Other widths: 32 codes fill exactly ``bits`` words, and a code may straddle two of them."""
+    blocks = blocks.long()
+    words = [0] * bits
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        words[word] = words[word] | (blocks[..., i] << shift)
+        if shift + bits > 32:
+            words[word + 1] = words[word + 1] | (blocks[..., i] >> (32 - shift))
+    packed = torch.stack(words, dim=-1) & 0xFFFFFFFF
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+
+def _unpack_stream(words: Tensor, bits: int) -> Tensor:
+    words = words.long() & 0xFFFFFFFF
+    codes = []
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        code = words[..., word] >> shift
+        if shift + bits > 32:
+            code = code | (words[..., word + 1] << (32 - shift))
+        codes.append(code & (2**bits - 1))
+    return torch.stack(codes, dim=-1).to(torch.uint8)

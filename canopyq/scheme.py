@@ -1,0 +1,140 @@
+"""How one tensor is quantized (`Scheme`), how a model is (`Recipe`), and the names that stand for them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from canopyq.errors import CanopyError, unknown
+from canopyq.formats import BlockFormat, FloatFormat, Format, IntFormat, TableFormat, get_format
+from canopyq.granularity import Granularity
+from canopyq.observers import get_observer
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Everything that decides how one tensor becomes codes.
+
+    Args:
+        format: a name such as ``"int4"``, ``"fp8"``, ``"nf4"``, or a `Format`.
+        granularity: ``"tensor"``, ``"channel"``, ``"token"``, ``"g128"``. None takes the format's own: blocks of 32
+            (MXFP4) or 16 (NVFP4), 64 for NF4, the whole tensor otherwise.
+        symmetric: scale only, or scale and zero point (integers only).
+        restricted: symmetric integers without their lowest code (±127 for INT8).
+        observer: ``"minmax"``, ``"percentile"``, ``"mse"`` or ``"entropy"``.
+        scale_dtype: dtype in which scales are kept. None takes the tensor's own if that is 16 or 32 bits wide, else
+            float32. MXFP4 and NVFP4 bring their own, and a plain cast has no scales.
+
+    Raises:
+        CanopyError: for names that do not exist and combinations that make no sense, with the reason.
+    """
+
+    format: Format | str = "int8"
+    granularity: Granularity | str | None = None
+    symmetric: bool = True
+    restricted: bool = False
+    observer: str = "minmax"
+    scale_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        fmt, granularity = get_format(self.format), self.granularity
+        if granularity is None:
+            granularity = {BlockFormat: f"g{getattr(fmt, 'block_size', 0)}", TableFormat: "g64"}.get(
+                type(fmt), "tensor"
+            )
+        object.__setattr__(self, "format", fmt)
+        object.__setattr__(self, "granularity", Granularity.parse(granularity))
+        self._check()
+
+    def _check(self) -> None:
+        fmt = self.format
+        get_observer(self.observer)
+        if self.restricted and not (isinstance(fmt, IntFormat) and self.symmetric):
+            raise CanopyError(f"restricted range is a choice of symmetric integers; {self} has none to make")
+        if not self.symmetric and not isinstance(fmt, IntFormat):
+            raise CanopyError(f"{fmt.name} is a signed grid around zero and has no zero point; use symmetric=True")
+        if isinstance(fmt, BlockFormat) and self.granularity != Granularity("group", fmt.block_size):
+            raise CanopyError(f"{fmt.name} fixes its blocks at {fmt.block_size} values; leave granularity out")
+        if isinstance(fmt, BlockFormat) and self.observer != "minmax":
+            raise CanopyError(f"{fmt.name} derives its scales from each block's absmax; use observer='minmax'")
+        if self.is_plain_cast and (self.granularity.kind != "tensor" or self.observer != "minmax"):
+            raise CanopyError(f"{fmt.name} needs no scale: it is a plain cast; leave granularity and observer out")
+        if self.scale_dtype is not None and (self.is_plain_cast or isinstance(fmt, BlockFormat)):
+            raise CanopyError(f"{fmt.name} leaves no choice of scales; leave scale_dtype out")
+        if self.scale_dtype is not None and self.scale_dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise CanopyError(f"scales are kept in float32, float16 or bfloat16, not {self.scale_dtype}")
+
+    @property
+    def is_plain_cast(self) -> bool:
+        """FP32, FP16 and BF16 have range enough to hold values as they are, without a scale."""
+        return isinstance(self.format, FloatFormat) and self.format.bits >= 16
+
+    def __str__(self) -> str:
+        words = [self.format.name]
+        if not self.is_plain_cast:
+            words.append(str(self.granularity))
+        if isinstance(self.format, IntFormat):
+            words.append("asymmetric" if not self.symmetric else "restricted" if self.restricted else "symmetric")
+        if self.observer != "minmax":
+            words.append(self.observer)
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is quantized: a scheme for the weights of its linear layers, and what is left as it is.
+
+    Args:
+        name: what reports call it.
+        weights: the scheme of every linear weight (out_features, in_features).
+        ignore: modules that stay as they are, by name or by any dotted part of it: ``"lm_head"``, ``"layers.0"``,
+            ``"mlp.down_proj"``. The output head does by default: it is the most sensitive layer, and often shares its
+            weight with the embedding.
+
+    Raises:
+        CanopyError: if ``weights`` is no `Scheme`.
+    """
+
+    name: str
+    weights: Scheme
+    ignore: tuple[str, ...] = ("lm_head",)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weights, Scheme):
+            raise CanopyError(f"a recipe's weights are a Scheme, got {self.weights!r}; use Scheme({self.weights!r})")
+        object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
+
+    def ignores(self, module: str) -> bool:
+        """Whether the module of this name stays as it is."""
+        return any(f".{part}." in f".{module}." for part in self.ignore)
+
+    @classmethod
+    def parse(cls, spec: str | Recipe) -> Recipe:
+        """The recipe that a name stands for.
+
+        Names read as the field writes them: ``w4a16-g128`` is 4-bit integer weights with a scale per 128 of them and
+        16-bit activations. Weights may have 2 to 8 bits; then ``-tensor``, ``-channel`` or ``-g<size>`` (``w8a16``
+        alone is per channel, ``w4a16`` alone g128), and ``-asym`` for a zero point. ``nf4``, ``mxfp4``, ``nvfp4`` stand
+        for weights in those formats. Scales are kept in bfloat16, except where a format brings its own.
+
+        Raises:
+            CanopyError: for a name that does not exist, with the nearest ones that do.
+        """
+        if isinstance(spec, Recipe):
+            return spec
+        text = str(spec).lower()
+        if match := re.fullmatch(r"w([2-8])a16(?:-(tensor|channel|g\d+))?(-asym)?", text):
+            bits, granularity, asym = match.groups()
+            granularity = granularity or ("channel" if bits == "8" else "g128")
+            scheme = Scheme(f"int{bits}", granularity, symmetric=not asym, scale_dtype=torch.bfloat16)
+        elif text in ("nf4", "mxfp4", "nvfp4"):
+            scheme = Scheme(text, scale_dtype=torch.bfloat16 if text == "nf4" else None)
+        else:
+            raise unknown("recipe", spec, RECIPES, more=", any w2…w8a16 with -tensor, -channel or -g<size> and -asym")
+        return cls(text, scheme)
+
+
+RECIPES = ("w8a16", "w8a16-g128", "w4a16-channel", "w4a16-g128", "w4a16-g128-asym", "w4a16-g64", "w4a16-g32",
+           "w3a16-g128", "w2a16-g32", "nf4", "mxfp4", "nvfp4")  # fmt: skip

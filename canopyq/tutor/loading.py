@@ -1,0 +1,123 @@
+"""Loading the tutor model, or the one that the environment variable ``CANOPYQ_MODEL`` names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from canopyq.errors import CanopyError, unknown
+from canopyq.tutor.files import verify
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+VARIABLE = "CANOPYQ_MODEL"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def path() -> Path:
+    """The folder of the tutor model that ships with the package."""
+    return Path(__file__).with_name("weights")
+
+
+def load(
+    dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, ready to answer, and its tokenizer.
+
+    It is the tutor model, read offline, unless ``CANOPYQ_MODEL`` names a folder or a model on the Hugging Face hub.
+    By default it computes in float32 on the CPU, and in bfloat16 on a GPU.
+    """
+    name = os.environ.get(VARIABLE, "").strip()
+    if not name:
+        return load_folder(path(), dtype, device)
+    folder = Path(name).expanduser()
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_path and not folder.is_dir():
+        raise CanopyError(f"{VARIABLE}={name!r} is no folder; name a folder with a config.json, or unset {VARIABLE}")
+    source = folder if folder.is_dir() else name
+    try:
+        return _read(source, dtype, device, offline=folder.is_dir())
+    except CanopyError:
+        raise
+    except Exception as error:
+        cure = f"name a folder or a hub id of a causal language model, or unset {VARIABLE}"
+        raise CanopyError(f"{VARIABLE}={name!r} cannot be loaded ({_one_line(error)}); {cure}") from error
+
+
+def load_folder(
+    folder: Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model that the training script wrote. Its files are checked before any of them is read."""
+    verify(folder)
+    try:
+        return _read(folder, dtype, device, offline=True)
+    except CanopyError:
+        raise
+    except Exception as error:
+        raise CanopyError(
+            f"the tutor model in {folder} cannot be loaded ({_one_line(error)}); reinstall canopyq"
+        ) from error
+
+
+def _read(
+    source: Path | str, dtype: torch.dtype | str | None, device: torch.device | str | None, offline: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = _usable(device or "cpu")
+    if dtype is None:
+        dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
+    elif isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise unknown("dtype", dtype, DTYPES)
+        dtype = getattr(torch, dtype)
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, local_files_only=offline, output_loading_info=True
+        )
+    for problem in ("missing_keys", "mismatched_keys"):
+        if report.get(problem):
+            example = sorted(report[problem], key=str)[0]
+            raise CanopyError(
+                f"the weights in {source} do not match its config.json ({problem}: {example}); mend the folder"
+            )
+    return model.to(place).eval(), tokenizer
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    import torch
+
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except Exception as error:
+        raise CanopyError(f"device {str(device)!r} cannot be used here ({_one_line(error)}); use 'cpu'") from error
+    return place
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no chatter from transformers for a model that loads in a moment."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

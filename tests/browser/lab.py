@@ -1,0 +1,192 @@
+"""JupyterLab in a real browser: a server of its own, and a page object that reads like what a reader does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKEN = "canopyq"
+PROGRESS = "progress.json"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+ARGUMENTS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+]  # fmt: skip
+SETTINGS = {
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "notebook-extension/tracker": {"windowingMode": "defer"},
+}
+RUN_TIMEOUT = 180_000  # ms for all cells of a notebook
+
+
+def find_browser() -> str | None:
+    """The path of an installed Chromium, or None."""
+    return next((path for name in BROWSERS if (path := shutil.which(name))), None)
+
+
+@contextlib.contextmanager
+def lab_server(work: Path, folder: Path) -> Iterator[str]:
+    """A JupyterLab on ``folder`` with settings of its own under ``work``; yields its address."""
+    environment = dict(os.environ)
+    for name in ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR"):
+        environment[f"JUPYTER_{name}"] = str(work / name.lower())
+    environment["JUPYTERLAB_SETTINGS_DIR"] = str(work / "settings")
+    environment["JUPYTERLAB_WORKSPACES_DIR"] = str(work / "workspaces")
+    environment["IPYTHONDIR"] = str(work / "ipython")
+    environment["CANOPYQ_PROGRESS"] = str(work / PROGRESS)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+    for name, settings in SETTINGS.items():
+        file = work / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+        "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={folder}",
+    ]  # fmt: skip
+    with (work / "lab.log").open("w") as log:
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            address = f"http://127.0.0.1:{port}"
+            _wait_until_up(address, server, work / "lab.log")
+            yield address
+        finally:
+            server.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(15)
+            server.kill()
+
+
+def _wait_until_up(address: str, server: subprocess.Popen, log: Path) -> None:
+    for _ in range(240):
+        if server.poll() is not None:
+            break
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{address}/api/status?token={TOKEN}", timeout=2).close()
+            return
+        time.sleep(0.25)
+    raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()[-3000:]}")
+
+
+class LabPage:
+    """One notebook, open in JupyterLab."""
+
+    def __init__(self, page: Page, address: str, notebook: str, screenshots: Path | None = None) -> None:
+        self.page, self.address, self.notebook, self.screenshots = page, address, notebook, screenshots
+        self._open()
+
+    def _open(self) -> None:
+        self.page.goto(f"{self.address}/lab/tree/{self.notebook}?token={TOKEN}&reset")
+        self.page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)
+        self.wait_idle()
+        with contextlib.suppress(Exception):  # the file browser takes a third of the width
+            self.page.keyboard.press("Control+b")
+
+    def wait_idle(self) -> None:
+        idle = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
+        self.page.locator(idle).first.wait_for(timeout=RUN_TIMEOUT)
+
+    def run_all(self) -> None:
+        """Run → Run All Cells, and wait until every code cell has its number."""
+        for _ in range(3):
+            self.page.locator(".jp-Notebook .jp-Cell").first.click()
+            self.page.get_by_role("menuitem", name="Run", exact=True).click()
+            self.page.locator(".lm-Menu-item[data-command='runmenu:run-all']").click()
+            if self._until("texts.some(t => t === '[*]:')", 8_000):
+                break  # begun; a click that comes while the page is still settling is lost
+        if not self._until("texts.length && texts.every(t => /^\\[\\d+\\]:$/.test(t))", RUN_TIMEOUT):
+            self.photograph("stuck")
+            raise AssertionError(f"{self.notebook} did not finish: {' '.join(self.prompts())}")
+        self.wait_idle()
+
+    def prompts(self) -> list[str]:
+        """The numbers before the code cells, ``[*]:`` for one that runs or waits."""
+        return [text.strip() for text in self.page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()]
+
+    def _until(self, condition: str, timeout: float) -> bool:
+        """Wait for a condition on the ``texts`` of the prompts; says whether it came true."""
+        prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent.trim())"
+        try:
+            self.page.wait_for_function(f"() => {{ const texts = {prompts}; return {condition}; }}", timeout=timeout)
+        except Exception as error:
+            if type(error).__name__ != "TimeoutError":
+                raise
+            return False
+        return True
+
+    def restart_and_run(self) -> None:
+        """Reload the page in the browser, start a fresh kernel, and run everything again."""
+        self.page.evaluate(
+            """async ([base, token]) => { const at = base + '/api/sessions?token=' + token;
+                for (const s of await (await fetch(at)).json()) await fetch(
+                    base + '/api/kernels/' + s.kernel.id + '/restart?token=' + token, {method: 'POST'}); }""",
+            [self.address, TOKEN],
+        )
+        self._open()
+        self.run_all()
+
+    def errors(self) -> list[str]:
+        """The text of every error output."""
+        found = self.page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+        broken = self.page.get_by_text("Error displaying widget").all_inner_texts()
+        return [*found, *broken]
+
+    def quizzes(self) -> list[str]:
+        """The ids of all quizzes in the notebook, in order."""
+        classes = [box.get_attribute("class") or "" for box in self.page.locator(".canopyq-quiz").all()]
+        return [re.search(r"canopyq-quiz-([\w-]+)", names).group(1) for names in classes]
+
+    def quiz(self, name: str) -> Locator:
+        return self.page.locator(f".canopyq-quiz-{name}")
+
+    def answer(self, name: str, letter: str) -> str:
+        """Choose and check with the mouse; returns what the feedback then says."""
+        quiz = self.quiz(name)
+        quiz.scroll_into_view_if_needed()
+        before = self.feedback(name)
+        quiz.locator(".canopyq-choices button", has_text=re.compile(rf"^\s*{letter}\.")).click()
+        quiz.locator(".canopyq-check").click()
+        self.page.wait_for_function(
+            """([name, before]) => { const at = document.querySelector('.canopyq-quiz-' + name + ' .canopyq-feedback');
+                return at.innerText.trim() && at.innerText.trim().split(/\\s+/).join(' ') !== before; }""",
+            arg=[name, before],
+            timeout=15_000,
+        )
+        return self.feedback(name)
+
+    def feedback(self, name: str) -> str:
+        return " ".join(self.quiz(name).locator(".canopyq-feedback").inner_text().split())
+
+    def chosen(self, name: str) -> str:
+        """The letter that is chosen now, or nothing."""
+        labels = self.quiz(name).locator(".canopyq-choices button.mod-active").all_inner_texts()
+        return labels[0].strip()[0] if labels else ""
+
+    def photograph(self, label: str, what: Locator | None = None) -> None:
+        """Keep a picture of the page or of one element, if a folder for pictures is set."""
+        if self.screenshots is None:
+            return
+        self.screenshots.mkdir(parents=True, exist_ok=True)
+        path = self.screenshots / f"{Path(self.notebook).stem}-{label}.png"
+        if what is not None:
+            what.scroll_into_view_if_needed()
+            self.page.wait_for_timeout(250)
+        (what or self.page).screenshot(path=path)

@@ -1,0 +1,104 @@
+"""The sliders: their callbacks write values and print nothing."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from canopyq.formats import get_format
+from canopyq.lessons import explore
+from canopyq.lessons.explore_bits import levels, nearest
+from canopyq.lessons.explore_clip import ClipView
+from canopyq.lessons.explore_float import FORMATS, split_bits, stored
+from canopyq.tensor import quantize
+
+X = torch.randn(1500, generator=torch.Generator().manual_seed(0))
+EXPLORERS = {
+    "bits": lambda: explore.bits(X),
+    "float-bits": lambda: explore.float_bits(0.1),
+    "clip": lambda: explore.clip(X),
+}
+MOVES = {"bits": ("bits", 2), "float-bits": ("number", 17.3), "clip": ("clip", 0.4)}
+
+
+@pytest.mark.parametrize("name", EXPLORERS)
+def test_moving_a_control_updates_and_prints_nothing(name: str, capsys: pytest.CaptureFixture) -> None:
+    explorer = EXPLORERS[name]()
+    explorer.widget()
+    line, picture = explorer.line.value, explorer.image.value
+    control, value = MOVES[name]
+    explorer.controls[control].value = value
+    assert explorer.line.value != line
+    if name != "float-bits":
+        assert explorer.image.value != picture and bytes(explorer.image.value).startswith(b"\x89PNG")
+        assert len(explorer.image.value) < 60_000
+    assert capsys.readouterr() == ("", "")
+    assert not plt.get_fignums(), "no figure is left for the notebook to show"
+
+
+@pytest.mark.parametrize("name", EXPLORERS)
+def test_the_static_form_is_the_same_each_time_and_holds_no_picture(name: str) -> None:
+    one, two = EXPLORERS[name](), EXPLORERS[name]()
+    two.widget()
+    control, value = MOVES[name]
+    two.controls[control].value = value
+    a, b = one._repr_mimebundle_(), two._repr_mimebundle_()
+    assert a["text/html"] == b["text/html"] and a["text/plain"] == b["text/plain"]
+    assert "<table" in a["text/html"] and "<img" not in a["text/html"]
+    assert a["text/plain"].startswith(f"Explore {name}: ")
+
+
+@pytest.mark.parametrize("range", ["symmetric", "restricted", "asymmetric"])
+@pytest.mark.parametrize("picture", ["staircase", "histogram"])
+def test_every_setting_of_bits(range: str, picture: str) -> None:
+    explorer = explore.bits(X + 1)
+    explorer.widget()
+    explorer.controls["range"].value, explorer.controls["picture"].value = range, picture
+    assert f"INT4, {range}" in explorer.line.value
+
+
+@pytest.mark.parametrize("options", [{}, {"restricted": True}, {"symmetric": False}])
+def test_the_staircase_is_the_quantizer(options: dict) -> None:
+    q = quantize(X, "int4", "tensor", **options)
+    torch.testing.assert_close(levels(q)[nearest(X, levels(q))], q.dequantize())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("value", [0.1, -0.75, 17.3, 1e-7, 0.0, 400.0])
+def test_bits_are_those_of_the_number(name: str, value: float) -> None:
+    fmt = get_format(name)
+    sign, exponent, mantissa = split_bits(value, name)
+    assert (len(sign), len(exponent), len(mantissa)) == (1, fmt.exponent_bits, fmt.mantissa_bits)
+    raw, fraction = int(exponent, 2), int(mantissa, 2) / 2**fmt.mantissa_bits
+    size = (fraction + (raw > 0)) * 2.0 ** (max(raw, 1) - fmt.bias)
+    assert (-1) ** int(sign) * size == stored(value, name)
+
+
+def test_numbers_that_are_too_large_say_so() -> None:
+    explorer = explore.float_bits(70000.0)
+    explorer.widget()
+    assert explorer.line.value.count("infinity (too large)") == 2  # FP16 and E5M2
+    assert "448 (its largest)" in explorer.line.value  # E4M3
+
+
+def test_presets_and_the_typed_number_follow_each_other() -> None:
+    explorer = explore.float_bits(0.1)
+    explorer.widget()
+    explorer.controls["presets"].value = 500.0
+    assert explorer.controls["number"].value == 500.0
+    explorer.controls["number"].value = 3.0
+    assert explorer.controls["presets"].value is None and ">3<" in explorer.line.value
+
+
+def test_clipping_and_rounding_pull_in_opposite_directions() -> None:
+    view = ClipView(torch.cat([X, torch.tensor([20.0])]))
+    clipping, rounding = zip(*(view.errors(share, 4) for share in (0.1, 0.3, 0.6, 1.0)), strict=True)
+    assert list(clipping) == sorted(clipping, reverse=True) and list(rounding) == sorted(rounding)
+    assert clipping[-1] == 0 and 0.05 <= view.best(4) < 0.6
+
+
+def test_a_tensor_of_zeros() -> None:
+    for explorer in (explore.bits(torch.zeros(10)), explore.clip(torch.zeros(10))):
+        explorer.widget()
+        explorer.static_html()

@@ -1,0 +1,71 @@
+"""Guess, keep, reveal."""
+
+from __future__ import annotations
+
+import pytest
+
+from canopyq import lessons
+from canopyq.lessons.predict import distance, parse
+
+QUESTION = "How large can the rounding error get, in steps?"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("0.5", 0.5),
+        ("0,5", 0.5),
+        (" -3e-4 ", -3e-4),
+        ("\N{MINUS SIGN}2", -2),
+        ("14 GB", 14),
+        ("50%", 50),
+        (".5", 0.5),
+        ("1 000", 1000),
+    ],
+)
+def test_numbers_as_people_type_them(text: str, number: float) -> None:
+    assert parse(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "half", "1.2.3", "1,000,000", "nan", "inf", "1e999"])
+def test_what_is_no_number(text: str) -> None:
+    assert parse(text) is None
+
+
+def test_typing_a_guess_keeps_it() -> None:
+    guess = lessons.predict("02-error", QUESTION, unit="steps")
+    guess.widget()
+    guess._entry.value = "a <b>lot</b>"
+    assert "does not read as a number" in guess._answer.value and "<b>lot" not in guess._answer.value
+    guess._entry.value = "0,3"
+    assert guess.guess == 0.3 and "0.3 steps" in guess._answer.value
+    again = lessons.predict("02-error", QUESTION, unit="steps")
+    again.widget()
+    assert again._entry.value == "0.3"
+
+
+def test_reveal_shows_both_live_and_only_the_measurement_otherwise() -> None:
+    guess = lessons.predict("02-error", QUESTION, unit="steps").say(0.3)
+    reveal = guess.reveal(0.5)
+    assert "You said <b>0.3</b>; measured: <b>0.5 steps</b>" in reveal.widget().children[0].value
+    assert repr(reveal) == "Measured: 0.5 steps" and "0.3" not in reveal.static_html()
+    assert repr(guess.reveal(1 / 3, ".2g")) == "Measured: 0.33 steps"
+
+
+def test_reveal_without_a_guess() -> None:
+    reveal = lessons.predict("02-error", QUESTION).reveal(2)
+    assert "No guess yet; measured: <b>2</b>" in reveal.widget().children[0].value
+
+
+def test_the_static_form_does_not_know_the_guess() -> None:
+    before = lessons.predict("02-error", QUESTION)._repr_mimebundle_()
+    after = lessons.predict("02-error", QUESTION).say(7)._repr_mimebundle_()
+    assert before["text/html"] == after["text/html"]
+    assert before["text/plain"] == after["text/plain"] == f"Predict 02-error: {QUESTION}"
+
+
+def test_distance_in_words() -> None:
+    assert distance(0.5, 0.5) == ". Spot on."
+    assert distance(0.6, 0.5) == " (20% too high)"
+    assert distance(1, 8) == " (a factor of 8 too low)"
+    assert distance(-1, 8) == distance(0, 8) == ""

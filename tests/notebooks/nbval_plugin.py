@@ -1,0 +1,98 @@
+"""What nbval needs to judge the course, loaded by ``-p tests.notebooks.nbval_plugin``.
+
+* stderr is not compared: progress bars never come out twice alike, and `tools/notebooks.py` does not store them.
+* Cells run as in JupyterLab, with history: nbval's own way shows what a ``;`` at the end of a line should keep quiet.
+* After a timeout nbval marks the rest of the notebook as expected to fail. Here nothing is: a failure is a failure.
+* Every notebook starts with no progress and none of the learner's settings.
+* A notebook has 60 seconds and the whole course six minutes; a table at the end says where they went.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from nbval.kernel import RunningKernel
+
+from tools.notebooks import lesson_environment
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("canopyq", "Canopy Quantization notebooks")
+    group.addoption("--notebook-seconds", type=float, default=60, help="longest time for one notebook; 0: no limit")
+    group.addoption("--course-seconds", type=float, default=360, help="longest time for all of them; 0: no limit")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.runxfail = True
+    RunningKernel.execute_cell_input = execute_with_history
+    config.pluginmanager.register(FreshStart(), "canopyq-fresh-start")
+    if not hasattr(config, "workerinput"):  # with -n, only the process that sees every notebook keeps the time
+        config.pluginmanager.register(Stopwatch(config), "canopyq-stopwatch")
+
+
+def execute_with_history(kernel: RunningKernel, source: str, allow_stdin: bool | None = None) -> str:
+    """Send a cell to the kernel; returns the id of the message."""
+    return kernel.kc.execute(source, allow_stdin=allow_stdin, stop_on_error=False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for notebook in {item.parent for item in items if hasattr(item.parent, "skip_compare")}:
+        notebook.skip_compare += ("stderr",)
+
+
+class FreshStart:
+    """Gives each notebook an empty progress file. nbval's kernels inherit the environment of this process."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.notebook: Path | None = None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if item.path != self.notebook:
+            self.notebook = item.path
+            fresh = lesson_environment(Path(self.folder.name) / item.path.stem)
+            os.environ.clear()
+            os.environ.update(fresh)
+
+    def pytest_unconfigure(self) -> None:
+        self.folder.cleanup()
+
+
+class Stopwatch:
+    """Adds up each notebook's seconds, kernel start included, and fails the run when there are too many."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.limit: float = config.option.notebook_seconds
+        self.limit_all: float = config.option.course_seconds
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid.split("::")[0]] += report.duration
+
+    def complaints(self) -> list[str]:
+        slow = [
+            f"{name} took {seconds:.0f} s; the limit is {self.limit:.0f} s"
+            for name, seconds in self.seconds.items()
+            if 0 < self.limit < seconds
+        ]
+        total = sum(self.seconds.values())
+        if 0 < self.limit_all < total:
+            slow.append(f"all notebooks together took {total:.0f} s; the limit is {self.limit_all:.0f} s")
+        return slow
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.complaints() and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.section("seconds per notebook")
+        for name, seconds in sorted(self.seconds.items()):
+            terminalreporter.write_line(f"{seconds:7.1f}  {name}")
+        terminalreporter.write_line(f"{sum(self.seconds.values()):7.1f}  all")
+        for line in self.complaints():
+            terminalreporter.write_line(f"TOO SLOW: {line}", red=True)

@@ -1,0 +1,140 @@
+"""`QuantizedLinear`: the product, what is saved, and what a change of dtype must leave alone."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from canopyq.errors import CanopyError
+from canopyq.linear import QuantizedLinear
+from canopyq.scheme import RECIPES, Recipe, Scheme
+from canopyq.tensor import quantize
+
+SCHEMES = {name: Recipe.parse(name).weights for name in RECIPES if "g128" not in name} | {
+    "int8 tensor float32 scale": Scheme("int8"),
+    "int4 g32 asymmetric": Scheme("int4", "g32", symmetric=False, scale_dtype=torch.float16),
+    "fp8 channel": Scheme("fp8", "channel"),
+    "bf16": Scheme("bf16"),
+}
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def linear(bias: bool = True, seed: int = 0, scale: float = 1.0) -> nn.Linear:
+    torch.manual_seed(seed)
+    layer = nn.Linear(64, 48, bias=bias)
+    with torch.no_grad():
+        layer.weight.mul_(scale)
+    return layer
+
+
+def x(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3)], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_output_equals_the_dequantized_weight(scheme: Scheme, shape: tuple[int, ...], bias: bool) -> None:
+    layer = linear(bias)
+    quantized = QuantizedLinear.from_linear(layer, scheme)
+    weight = quantize(layer.weight, scheme).dequantize()
+    assert torch.equal(quantized(x(*shape)), F.linear(x(*shape), weight, layer.bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_a_change_of_dtype_leaves_the_weight_alone(scheme: Scheme, dtype: torch.dtype) -> None:
+    # Tiny weights: their scales are subnormal in float16, so a cast of the buffers would show.
+    quantized = QuantizedLinear.from_linear(linear(scale=1e-4), scheme)
+    before = {name: buffer.clone() for name, buffer in quantized.named_buffers()}
+    size = quantized.quantized_weight.nbytes
+    quantized.to(dtype)
+    for name, buffer in quantized.named_buffers():
+        assert buffer.dtype == before[name].dtype
+        assert torch.equal(buffer.view(torch.uint8), before[name].view(torch.uint8))
+    assert quantized.quantized_weight.nbytes == size
+    assert quantized.bias.dtype == dtype
+    y = quantized(x(3).to(dtype))
+    assert y.dtype == dtype
+    weight = quantized.quantized_weight.dequantize(dtype)
+    assert torch.equal(y, F.linear(x(3).to(dtype), weight, quantized.bias))
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
+def test_the_casting_methods_do_the_same(cast: str) -> None:
+    model = nn.Sequential(QuantizedLinear.from_linear(linear(), SCHEMES["nvfp4"]), nn.LayerNorm(48))
+    getattr(model, cast)()
+    assert {b.dtype for b in model[0].buffers()} == {torch.int32, torch.float8_e4m3fn, torch.float32}
+    assert model[1].weight.dtype == model[0].bias.dtype
+
+
+def test_moving_to_another_device_takes_the_buffers_along() -> None:
+    quantized = QuantizedLinear.from_linear(linear(), SCHEMES["nvfp4"]).to("meta", torch.float16)
+    assert {b.device.type for b in quantized.buffers()} == {"meta"}
+    assert quantized.weight_scale.dtype == torch.float8_e4m3fn and quantized.bias.dtype == torch.float16
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_state_dict_goes_to_a_file_and_back(scheme: Scheme) -> None:
+    source, target = (QuantizedLinear.from_linear(linear(seed=seed), scheme) for seed in (0, 1))
+    file = io.BytesIO()
+    torch.save(source.state_dict(), file)
+    file.seek(0)
+    assert not torch.equal(source(x(2)), target(x(2)))
+    target.load_state_dict(torch.load(file))
+    assert torch.equal(source(x(2)), target(x(2)))
+
+
+def test_buffers_bear_the_names_of_the_checkpoint_format() -> None:
+    names = {
+        "w4a16-g32": {"weight_packed", "weight_scale", "bias"},
+        "int4 g32 asymmetric": {"weight_packed", "weight_scale", "weight_zero_point", "bias"},
+        "w8a16": {"weight", "weight_scale", "bias"},
+        "fp8 channel": {"weight", "weight_scale", "bias"},
+        "nvfp4": {"weight_packed", "weight_scale", "weight_tensor_scale", "bias"},
+    }
+    for scheme, expected in names.items():
+        assert set(QuantizedLinear.from_linear(linear(), SCHEMES[scheme]).state_dict()) == expected
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_deep_copies_are_independent(scheme: Scheme) -> None:
+    source = QuantizedLinear.from_linear(linear(), scheme)
+    before = source(x(2))
+    for buffer in copy.deepcopy(source).buffers():
+        buffer.zero_()
+    assert torch.equal(source(x(2)), before)
+
+
+def test_a_plain_tensor_as_bias_is_saved_and_moved_too() -> None:
+    quantized = QuantizedLinear(quantize(torch.randn(8, 64), "int8"), torch.ones(8))
+    assert "bias" in quantized.state_dict()
+    assert quantized.half().bias.dtype == torch.float16
+    assert not quantized.bias.requires_grad
+
+
+def test_gradients_flow_to_the_input_and_the_bias() -> None:
+    quantized = QuantizedLinear.from_linear(linear(), SCHEMES["w4a16-g32"])
+    given = x(2).requires_grad_()
+    quantized(given).sum().backward()
+    assert given.grad is not None and quantized.bias.grad is not None
+
+
+def test_only_matrices_make_a_layer() -> None:
+    with pytest.raises(CanopyError, match=r"\(out_features, in_features\), got \(2, 3, 4\)"):
+        QuantizedLinear(quantize(torch.randn(2, 3, 4), "int8"))
+
+
+def test_integer_input_is_refused() -> None:
+    with pytest.raises(CanopyError, match="not torch.int64"):
+        QuantizedLinear.from_linear(linear(), SCHEMES["w8a16"])(torch.ones(2, 64, dtype=torch.long))
+
+
+def test_it_says_what_it_is() -> None:
+    quantized = QuantizedLinear.from_linear(linear(), SCHEMES["w4a16-g32"])
+    assert repr(quantized) == "QuantizedLinear(in_features=64, out_features=48, int4 g32 symmetric)"
