@@ -11,7 +11,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ class Evaluation:
         perplexity: exp of the mean cross-entropy over all ``tokens``.
         right: for each question, whether its answer was right.
         questions: the questions, in the same order.
+        log_probs: the predictions, if they were kept (see `examine`).
     """
 
     bytes: int
@@ -43,6 +44,7 @@ class Evaluation:
     tokens: int
     right: tuple[bool, ...]
     questions: tuple[Question, ...] = field(repr=False)
+    log_probs: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def accuracy(self) -> Share:
@@ -134,25 +136,35 @@ class Comparison:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
-def examine(model: nn.Module, tokenizer, questions: Sequence[Question]) -> Evaluation:
-    """Examine one model. See `compare` for the arguments and errors."""
-    return _Examiner(tokenizer, questions).run(model)[0]
+def examine(model: nn.Module, tokenizer, questions: Sequence[Question], *, keep: bool = False) -> Evaluation:
+    """Examine one model. See `compare` for the arguments and errors.
+
+    With ``keep`` the result holds the model's predictions (4 bytes a token and vocabulary entry), so that it can stand
+    for the model as the reference of many comparisons.
+    """
+    return _Examiner(tokenizer, questions).run(model, keep=keep)[0]
 
 
-def compare(reference: nn.Module, model: nn.Module, tokenizer, questions: Sequence[Question]) -> Comparison:
+def compare(
+    reference: nn.Module | Evaluation, model: nn.Module, tokenizer, questions: Sequence[Question]
+) -> Comparison:
     """Examine a model and the one that it came from, side by side.
 
     Args:
-        reference, model: transformers causal language models with the same vocabulary.
+        reference: a transformers causal language model, or what ``examine(…, keep=True)`` said of it on these questions.
+        model: another one with the same vocabulary.
         tokenizer: of both.
         questions: e.g. ``cq.tutor.questions(200)``.
 
     Raises:
-        CanopyError: for no questions, a question longer than the model's context, differing vocabularies, or logits
-            that are not finite.
+        CanopyError: for no questions, a question longer than the model's context, differing vocabularies, logits that
+            are not finite, or a kept evaluation that has no predictions or was of other questions.
     """
-    evaluation, before, kl = _Examiner(tokenizer, questions).run(model, reference)
-    return Comparison(before, evaluation, kl)
+    examiner = _Examiner(tokenizer, questions)
+    if not isinstance(reference, Evaluation):
+        reference, _ = examiner.run(reference, keep=True)
+    evaluation, kl = examiner.run(model, reference)
+    return Comparison(replace(reference, log_probs=()), evaluation, kl)
 
 
 class _Examiner:
@@ -163,61 +175,66 @@ class _Examiner:
             raise CanopyError("no questions to evaluate on; use e.g. cq.tutor.questions(200)")
         self.questions = tuple(questions)
         self.encoded = [encode(tokenizer, question.turns) for question in self.questions]
-        self.order = sorted(range(len(questions)), key=lambda i: len(self.encoded[i][0]))
-
-    def _batches(self) -> list[list[int]]:
-        batches: list[list[int]] = [[]]
-        for i in self.order:
-            if batches[-1] and (len(batches[-1]) + 1) * len(self.encoded[i][0]) > BATCH_TOKENS:
-                batches.append([])
-            batches[-1].append(i)
-        return batches
+        order = sorted(range(len(questions)), key=lambda i: len(self.encoded[i][0]))
+        self.longest = len(self.encoded[order[-1]][0])
+        self.batches: list[list[int]] = [[]]
+        for i in order:
+            length = len(self.encoded[i][0])
+            if first := self.batches[-1]:
+                too_much = (len(first) + 1) * length > BATCH_TOKENS
+                if too_much or length > 1.25 * len(self.encoded[first[0]][0]):
+                    self.batches.append([])
+            self.batches[-1].append(i)
 
     @torch.inference_mode()
-    def run(self, model: nn.Module, reference: nn.Module | None = None) -> tuple[Evaluation, Evaluation | None, float]:
-        models = [model] if reference is None else [model, reference]
-        self._check_context(models)
-        loss = [0.0 for _ in models]
-        right = [[False] * len(self.questions) for _ in models]
-        kl, tokens = 0.0, 0
-        for batch in track(self._batches(), "evaluating"):
+    def run(
+        self, model: nn.Module, reference: Evaluation | None = None, *, keep: bool = False
+    ) -> tuple[Evaluation, float]:
+        """The model's evaluation and its KL divergence from the reference's kept predictions (0 without one)."""
+        self._check(model, reference)
+        right = [False] * len(self.questions)
+        kept: list[Tensor] = []
+        loss, kl, tokens = 0.0, 0.0, 0
+        for number, batch in enumerate(track(self.batches, "evaluating")):
             ids, real, graded = self._pad(batch)
-            tokens += int(real[:, 1:].sum())
-            log_probs = []
-            for k, examined in enumerate(models):
-                found = _log_probs(examined, ids)
-                log_probs.append(found)
-                target = ids[:, 1:].to(found.device)
-                chosen = found.gather(-1, target[..., None])[..., 0]
-                loss[k] -= float(chosen.double()[real[:, 1:].to(found.device)].sum())
-                wrong = (found.argmax(-1) != target) & graded[:, 1:].to(found.device)
-                for i, any_wrong in zip(batch, wrong.any(dim=1).tolist(), strict=True):
-                    right[k][i] = not any_wrong
+            log_probs = _log_probs(model, ids)
+            target = ids[:, 1:].to(log_probs.device)
+            real, graded = real[:, 1:].to(log_probs.device), graded[:, 1:].to(log_probs.device)
+            wrong = ((log_probs.argmax(-1) != target) & graded).any(dim=1).tolist()
+            for i, any_wrong in zip(batch, wrong, strict=True):
+                right[i] = not any_wrong
+            log_probs, target = log_probs[real], target[real]  # (tokens, vocabulary): padding is gone
+            tokens += len(target)
+            loss -= float(log_probs.gather(1, target[:, None]).double().sum())
             if reference is not None:
-                kl += _kl_sum(log_probs[1], log_probs[0], real[:, 1:])
-        results = [
-            Evaluation(bytes_held(examined), math.exp(loss[k] / tokens), tokens, tuple(right[k]), self.questions)
-            for k, examined in enumerate(models)
-        ]
-        return results[0], (results[1] if reference is not None else None), kl / tokens
+                kl += _kl_sum(reference.log_probs[number].to(log_probs.device), log_probs)
+            if keep:
+                kept.append(log_probs)
+        evaluation = Evaluation(
+            bytes_held(model), math.exp(loss / tokens), tokens, tuple(right), self.questions, tuple(kept)
+        )
+        return evaluation, kl / tokens
 
-    def _check_context(self, models: list[nn.Module]) -> None:
-        longest = len(self.encoded[self.order[-1]][0])
-        sizes = set()
-        for model in models:
-            config = getattr(model, "config", None)
-            limit = getattr(config, "max_position_embeddings", None)
-            if limit is not None and longest > limit:
-                raise CanopyError(
-                    f"a question of {longest} tokens exceeds the model's context of {limit}; leave it out"
-                )
-            sizes.add(getattr(config, "vocab_size", None))
-        if len(sizes) > 1:
-            raise CanopyError(f"models with vocabularies of {sizes} cannot be compared token by token")
+    def _check(self, model: nn.Module, reference: Evaluation | None) -> None:
+        config = getattr(model, "config", None)
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and self.longest > limit:
+            raise CanopyError(
+                f"a question has {self.longest} tokens, the model takes {limit}; leave it out"
+            )
+        if reference is None:
+            return
+        if reference.questions != self.questions:
+            raise CanopyError("the reference was examined on other questions; examine it on these, with keep=True")
+        if not reference.log_probs:
+            raise CanopyError("the reference's predictions were not kept; use examine(…, keep=True)")
+        theirs, ours = reference.log_probs[0].shape[-1], getattr(config, "vocab_size", None)
+        if ours is not None and ours != theirs:
+            raise CanopyError(f"vocabularies of {theirs} and {ours} tokens cannot be compared token by token")
 
     def _pad(self, batch: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids (B, T), which of them are real, and which belong to the graded answer. Padding stands at the right,
-        where causal attention keeps it out of every real position's sight."""
+        """Token ids (B, T), which of them are real, and which belong to the graded answer. Padding stands at the
+        right, where causal attention keeps it out of every real position's sight."""
         rows = [torch.tensor(self.encoded[i][0]) for i in batch]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         position = torch.arange(ids.shape[1])
@@ -236,11 +253,9 @@ def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:
     return F.log_softmax(logits, dim=-1)
 
 
-def _kl_sum(reference: Tensor, model: Tensor, real: Tensor) -> float:
-    """Σ over real positions of Σ_v p(v) · (log p(v) − log q(v)). Exact zeros in p count as nothing."""
-    model = model.to(reference.device)
-    terms = (reference.exp() * (reference - model)).sum(-1)
-    return float(terms.double()[real.to(terms.device)].sum().clamp(min=0))
+def _kl_sum(reference: Tensor, model: Tensor) -> float:
+    """Σ over tokens of Σ_v p(v) · (log p(v) − log q(v)), for log-probabilities (tokens, vocabulary)."""
+    return max(0.0, float((reference.exp() * (reference - model)).sum(-1).double().sum()))
 
 
 def _question_dict(question: Question) -> dict:

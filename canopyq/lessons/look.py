@@ -51,10 +51,15 @@ def section(body: str) -> str:
     return f'<div style="{FONT};border:1px solid #c9d1d9;border-radius:6px;padding:8px 14px;margin:4px 0">{body}</div>'
 
 
+def numeric_columns(rows: Sequence[Sequence[str]], width: int) -> list[bool]:
+    """Which columns hold numbers (or nothing) only."""
+    return [all(re.match(r"[-+]?[\d.]|-$|$", row[i]) for row in rows) for i in range(width)]
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str | None = None) -> str:
     """A plain table; columns of numbers are flush right. ``kind`` gives it the ink of the box that it stands in."""
     rows = [[str(cell) for cell in row] for row in rows]
-    right = [all(re.match(r"[-+]?[\d.]|-$|$", row[i]) for row in rows) for i in range(len(head))]
+    right = numeric_columns(rows, len(head))
     ink = f"color:{KINDS[kind][1]};background:{KINDS[kind][0]};" if kind else ""
 
     def cells(row: Sequence[str], tag: str) -> str:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
 
+from .look import numeric_columns
 from .look import table as html_table
 from .shown import Fixed
 from .text import plain
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> Fixed:
-    """A table of anything with a ``str``; the first ``left`` columns are flush left, the others flush right."""
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Fixed:
+    """A table of anything with a ``str``; columns of numbers are flush right."""
     lines = [[str(cell) for cell in row] for row in rows]
     shown = [[plain(cell) for cell in line] for line in [list(head), *lines]]
-    widths = [max(len(cell) for cell in column) for column in zip_longest(*shown, fillvalue="")]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    right = numeric_columns(lines, len(head))
     text = "\n".join(
-        "  ".join(
-            f"{cell:<{w}}" if i < left else f"{cell:>{w}}"
-            for i, (cell, w) in enumerate(zip(line, widths, strict=False))
-        ).rstrip()
+        "  ".join(f"{c:>{w}}" if r else f"{c:<{w}}" for c, w, r in zip(line, widths, right, strict=True)).rstrip()
         for line in shown
     )
-    return Fixed(html_table(list(head), lines, left), text)
+    return Fixed(html_table(head, lines), text)
