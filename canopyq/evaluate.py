@@ -118,13 +118,15 @@ class Comparison:
         }
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
+        """Name, reference, model; of the skills, those whose share of right answers changed."""
         a, b = self.reference, self.model
         yield "in memory", human(a.bytes), human(b.bytes)
         yield "perplexity", f"{a.perplexity:.4f}", f"{b.perplexity:.4f}"
         yield "KL, nats per token", "0", f"{self.kl:.2g}"
         yield "right answers", str(a.accuracy), str(b.accuracy)
         for skill, share in a.skills.items():
-            yield f"  {skill}", str(share), str(b.skills[skill])
+            if share != b.skills[skill]:
+                yield f"  {skill}", str(share), str(b.skills[skill])
 
     def __str__(self) -> str:
         lines = [f"{'':<20} {'reference':<22} model"]

@@ -53,7 +53,7 @@ def kernels() -> list[Check]:
     """The ways in which a quantized layer can be computed, and whether each runs here."""
     why_not = None
     if not torch.cuda.is_available():
-        why_not = gpu()
+        why_not = f"no GPU ({gpu().removeprefix('none: ').removeprefix('none ')})"
     return [
         Check("reference (dequantize, then multiply)", True, "runs wherever torch does"),
         Check("dequantize, then multiply on CUDA", why_not is None, why_not or gpu(), needed=False),

@@ -63,7 +63,7 @@ class Report:
         for name, reason in self.kept.items():
             reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():
-            shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+            shown = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
             lines.append(f"  kept: {shown} ({reason})")
         return "\n".join(lines)
 
