@@ -44,13 +44,16 @@ def scale_and_zero_point(
     dtype = scale_dtype or (lo.dtype if lo.dtype in FLOATS else torch.float32)
     work = torch.promote_types(lo.dtype, torch.float32)
     lo, hi = lo.to(work).clamp(max=0), hi.to(work).clamp(min=0)
+    # Divisors are tensors: CUDA divides by a Python number through its rounded reciprocal, and codes would differ from
+    # the CPU's.
     if symmetric:
         absmax = torch.maximum(-lo, hi)
         span = (fmt.qmax - fmt.qmin) / 2 if isinstance(fmt, IntFormat) and not restricted else fmt.largest
-        return _stored(absmax / span, dtype), None
+        return _stored(absmax / lo.new_tensor(span), dtype), None
     if not isinstance(fmt, IntFormat):
         raise CanopyError(f"{fmt.name} is a signed float grid and has no zero point; use symmetric=True")
-    scale = _stored(hi / (fmt.qmax - fmt.qmin) - lo / (fmt.qmax - fmt.qmin), dtype)
+    steps = lo.new_tensor(fmt.qmax - fmt.qmin)
+    scale = _stored(hi / steps - lo / steps, dtype)
     zero_point = (fmt.qmin - lo / scale.to(lo.dtype)).round().clamp(fmt.qmin, fmt.qmax)
     return scale, zero_point.to(torch.int8)
 

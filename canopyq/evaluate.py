@@ -221,9 +221,7 @@ class _Examiner:
         config = getattr(model, "config", None)
         limit = getattr(config, "max_position_embeddings", None)
         if limit is not None and self.longest > limit:
-            raise CanopyError(
-                f"a question has {self.longest} tokens, the model takes {limit}; leave it out"
-            )
+            raise CanopyError(f"a question has {self.longest} tokens, the model takes {limit}; leave it out")
         if reference is None:
             return
         if reference.questions != self.questions:

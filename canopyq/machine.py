@@ -74,17 +74,26 @@ def checks() -> list[Check]:
     ]
     try:
         from canopyq import tutor
+        from canopyq.tutor.loading import TUTOR, VARIABLE, source
 
         model, _ = tutor.load()
-        found.append(Check("tutor", True, f"{sum(p.numel() for p in model.parameters()):,} parameters loaded"))
+        detail = f"{sum(p.numel() for p in model.parameters()):,} parameters loaded"
+        if source() != TUTOR:
+            detail += f" from {VARIABLE}={source()!r}"
+        found.append(Check("tutor", True, detail))
     except (CanopyError, ImportError) as error:
         found.append(Check("tutor", False, str(error)))
     return found + kernels()
 
 
 def _importable(package: str, cure: str = "pip install canopyq") -> Check:
-    there = importlib.util.find_spec(package) is not None
-    return Check(package, there, version(package) if there else f"not installed; {cure}")
+    missing = Check(package, False, f"not installed; {cure}")
+    if importlib.util.find_spec(package) is None:
+        return missing
+    try:
+        return Check(package, True, version(package))
+    except PackageNotFoundError:  # a folder of that name, and nothing installed
+        return missing
 
 
 def _processor() -> str:

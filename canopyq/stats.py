@@ -15,6 +15,9 @@ class Share:
     right: int
     n: int
 
+    def __post_init__(self) -> None:
+        _check(self.right, self.n)
+
     @property
     def value(self) -> float:
         return self.right / self.n
@@ -35,8 +38,7 @@ class Share:
 
 def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """The Wilson score interval of a share of ``right`` among ``n``."""
-    if not 0 <= right <= n or n == 0:
-        raise CanopyError(f"{right} right of {n} is not a share; n must be positive and right between 0 and n")
+    _check(right, n)
     p, z2 = right / n, z * z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
@@ -45,6 +47,13 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 def mcnemar(lost: int, gained: int) -> float:
     """Exact two-sided p that ``lost`` and ``gained`` answers differ this much if both changes were equally likely."""
+    if min(lost, gained) < 0:
+        raise CanopyError(f"{lost} lost and {gained} gained cannot be counts of answers; neither can be negative")
     n = lost + gained
     tail = sum(math.comb(n, k) for k in range(min(lost, gained) + 1)) / 2**n
     return min(1.0, 2 * tail)
+
+
+def _check(right: int, n: int) -> None:
+    if not 0 <= right <= n or n == 0:
+        raise CanopyError(f"{right} right of {n} is not a share; n must be positive and right between 0 and n")

@@ -255,7 +255,7 @@ def _tensor_scale(x: Tensor, fmt: Format) -> Tensor | None:
     absmax = x.abs().amax().to(torch.float32)
     _finite(x, absmax, absmax)
     tiny = torch.finfo(torch.float32).tiny
-    return torch.where(absmax == 0, 1.0, absmax / (fmt.largest * 448.0)).clamp(min=tiny).reshape(1)
+    return torch.where(absmax == 0, 1.0, absmax / absmax.new_tensor(fmt.largest * 448.0)).clamp(min=tiny).reshape(1)
 
 
 def _block_scale(absmax: Tensor, fmt: BlockFormat, tensor_scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -266,5 +266,5 @@ def _block_scale(absmax: Tensor, fmt: BlockFormat, tensor_scale: Tensor | None) 
         top = int(torch.frexp(torch.tensor(fmt.largest)).exponent)
         stored = torch.where(absmax > 0, exponent - top, 0).clamp(-127, 127)
         return (stored + 127).to(torch.uint8), torch.ldexp(torch.ones_like(absmax), stored)
-    stored = (absmax / fmt.largest / tensor_scale).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
+    stored = (absmax / absmax.new_tensor(fmt.largest) / tensor_scale).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
     return stored, stored.to(torch.float32) * tensor_scale

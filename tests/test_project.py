@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import canopyq
+from benchmarks.recipes import markdown
 from canopyq import cli
 
 try:
@@ -180,3 +182,9 @@ def test_licence() -> None:
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert PROJECT["license"] == "Apache-2.0"
     assert "Apache License" in text and "Copyright 2026 Canopy Quantization contributors" in text
+
+
+def test_readme_shows_the_recorded_figures() -> None:
+    """The table is what the last recorded run measured, line by line."""
+    recorded = json.loads((ROOT / "benchmarks/results/recipes.json").read_text(encoding="utf-8"))
+    assert markdown(recorded) in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from canopyq.errors import CanopyError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -72,7 +74,15 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except (TemplateError, ValueError) as error:
+        what = " ".join(str(error).split())
+        raise CanopyError(
+            f"the tokenizer's chat template cannot write this chat ({what}); use another model"
+        ) from error
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, history: Sequence[Turn], question: str) -> str:

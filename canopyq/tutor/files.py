@@ -37,10 +37,10 @@ def verify(folder: Path) -> None:
     cure = "reinstall canopyq, or train anew with python -m canopyq.tutor.train"
     try:
         entries = json.loads((folder / MANIFEST).read_text())
-        expected = {name: (entries[name]["bytes"], entries[name]["sha256"]) for name in CHECKED}
+        expected = {name: (int(entries[name]["bytes"]), entries[name]["sha256"]) for name in CHECKED}
     except FileNotFoundError:
         raise CanopyError(f"the tutor model is missing: no {MANIFEST} in {folder}; {cure}") from None
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise CanopyError(f"{folder / MANIFEST} is damaged; {cure}") from None
     for name, (size, sha256) in expected.items():
         file = folder / name
@@ -48,7 +48,11 @@ def verify(folder: Path) -> None:
             raise CanopyError(f"the tutor model is incomplete: no {name} in {folder}; {cure}")
         if file.stat().st_size != size:
             raise CanopyError(f"{file} has {file.stat().st_size:,} bytes instead of {size:,}: it is damaged; {cure}")
-        if _sha256(file) != sha256:
+        try:
+            found = _sha256(file)
+        except OSError as error:
+            raise CanopyError(f"{file} cannot be read ({error.strerror}); allow reading it, or {cure}") from None
+        if found != sha256:
             raise CanopyError(f"{file} does not have the SHA-256 that {MANIFEST} names: it is damaged; {cure}")
 
 

@@ -16,12 +16,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VARIABLE = "CANOPYQ_MODEL"
+TUTOR = "tutor"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def path() -> Path:
     """The folder of the tutor model that ships with the package."""
     return Path(__file__).with_name("weights")
+
+
+def source() -> str:
+    """What `load` loads: "tutor", or the folder or hub id that ``CANOPYQ_MODEL`` names."""
+    return os.environ.get(VARIABLE, "").strip() or TUTOR
 
 
 def load(
@@ -32,21 +38,50 @@ def load(
     It is the tutor model, read offline, unless ``CANOPYQ_MODEL`` names a folder or a model on the Hugging Face hub.
     By default it computes in float32 on the CPU, and in bfloat16 on a GPU.
     """
-    name = os.environ.get(VARIABLE, "").strip()
-    if not name:
+    name = source()
+    if name == TUTOR:
         return load_folder(path(), dtype, device)
-    folder = Path(name).expanduser()
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_like_path and not folder.is_dir():
-        raise CanopyError(f"{VARIABLE}={name!r} is no folder; name a folder with a config.json, or unset {VARIABLE}")
-    source = folder if folder.is_dir() else name
     try:
-        return _read(source, dtype, device, offline=folder.is_dir())
+        folder = _folder(name)
+        if folder is None:
+            _reach(name)
+        return _read(folder or name, dtype, device, offline=folder is not None)
     except CanopyError:
         raise
     except Exception as error:
         cure = f"name a folder or a hub id of a causal language model, or unset {VARIABLE}"
         raise CanopyError(f"{VARIABLE}={name!r} cannot be loaded ({_one_line(error)}); {cure}") from error
+
+
+def _folder(name: str) -> Path | None:
+    """The model folder of that name; None if it can only be an id on the hub."""
+    folder = Path(os.path.expanduser(name))
+    cure = f"name a folder with a config.json, or unset {VARIABLE}"
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CanopyError(f"{VARIABLE}={name!r} is a folder without a config.json; {cure}")
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise CanopyError(f"{VARIABLE}={name!r} is no folder; {cure}")
+    return None
+
+
+def _reach(name: str) -> None:
+    """Ask the hub once for a model that is not in the cache. Without a network transformers would retry for a minute."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except HfHubHTTPError:  # an answer: no such model, or no right to see it
+        raise
+    except Exception as error:
+        cure = f"name a folder, or unset {VARIABLE}"
+        raise CanopyError(
+            f"{VARIABLE}={name!r} is no folder, and the Hugging Face hub cannot be reached ({_one_line(error)}); {cure}"
+        ) from error
 
 
 def load_folder(
@@ -78,9 +113,10 @@ def _read(
             raise unknown("dtype", dtype, DTYPES)
         dtype = getattr(torch, dtype)
     with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+        options = {"local_files_only": offline, "trust_remote_code": False}  # never ask whether to run foreign code
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, local_files_only=offline, output_loading_info=True
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     for problem in ("missing_keys", "mismatched_keys"):
         if report.get(problem):

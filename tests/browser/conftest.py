@@ -51,8 +51,9 @@ def address(workplace: Path) -> Iterator[str]:
 def chromium(address: str) -> Iterator[object]:
     from playwright.sync_api import sync_playwright
 
+    path = find_browser()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_browser(), args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield browser
         browser.close()
 

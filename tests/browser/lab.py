@@ -35,8 +35,14 @@ RUN_TIMEOUT = 180_000  # ms for all cells of a notebook
 
 
 def find_browser() -> str | None:
-    """The path of an installed Chromium, or None."""
-    return next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    """The path of an installed Chromium, the system's or Playwright's own, or None."""
+    if path := next((path for name in BROWSERS if (path := shutil.which(name))), None):
+        return path
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        own = Path(playwright.chromium.executable_path)
+    return str(own) if own.is_file() else None
 
 
 @contextlib.contextmanager
