@@ -11,6 +11,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,7 +25,8 @@ from canopyq.track import track
 from canopyq.tutor.chat import encode
 from canopyq.tutor.questions import Question
 
-BATCH_TOKENS = 8192  # padded tokens a batch: keeps the logits of a small vocabulary under 50 MB
+BATCH_TOKENS = 8192  # padded tokens a batch, or fewer where the vocabulary is large: one logit takes 4 bytes
+BATCH_LOGITS = 2**27
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Evaluation:
         """Plain numbers, for JSON."""
         return {
             "bytes": self.bytes,
-            "perplexity": self.perplexity,
+            "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
             "tokens": self.tokens,
             "accuracy": self.accuracy.to_dict(),
             "skills": {skill: share.to_dict() for skill, share in self.skills.items()},
@@ -144,7 +146,8 @@ def examine(model: nn.Module, tokenizer, questions: Sequence[Question], *, keep:
     With ``keep`` the result holds the model's predictions (4 bytes a token and vocabulary entry), so that it can stand
     for the model as the reference of many comparisons.
     """
-    return _Examiner(tokenizer, questions).run(model, keep=keep)[0]
+    [(evaluation, _)] = _Examiner(tokenizer, questions).run([model], keep=keep)
+    return evaluation
 
 
 def compare(
@@ -153,84 +156,81 @@ def compare(
     """Examine a model and the one that it came from, side by side.
 
     Args:
-        reference: a transformers causal language model, or what ``examine(…, keep=True)`` said of it on these questions.
+        reference: a transformers causal language model, or what ``examine(…, keep=True)`` said of it on these
+            questions.
         model: another one with the same vocabulary.
         tokenizer: of both.
         questions: e.g. ``cq.tutor.questions(200)``.
 
     Raises:
         CanopyError: for no questions, a question longer than the model's context, differing vocabularies, logits that
-            are not finite, or a kept evaluation that has no predictions or was of other questions.
+            are not finite, or a kept evaluation that has no predictions or was of other questions or tokens.
     """
     examiner = _Examiner(tokenizer, questions)
-    if not isinstance(reference, Evaluation):
-        reference, _ = examiner.run(reference, keep=True)
-    evaluation, kl = examiner.run(model, reference)
-    return Comparison(replace(reference, log_probs=()), evaluation, kl)
+    if isinstance(reference, Evaluation):
+        [(evaluation, kl)] = examiner.run([model], reference)
+        return Comparison(replace(reference, log_probs=()), evaluation, kl)
+    (before, _), (after, kl) = examiner.run([reference, model])
+    return Comparison(before, after, kl)
 
 
 class _Examiner:
     """The questions as padded batches of similar length."""
 
     def __init__(self, tokenizer, questions: Sequence[Question]) -> None:
-        if not questions:
-            raise CanopyError("no questions to evaluate on; use e.g. cq.tutor.questions(200)")
         self.questions = tuple(questions)
+        if not self.questions:
+            raise CanopyError("no questions to evaluate on; use e.g. cq.tutor.questions(200)")
         self.encoded = [encode(tokenizer, question.turns) for question in self.questions]
-        order = sorted(range(len(questions)), key=lambda i: len(self.encoded[i][0]))
-        self.longest = len(self.encoded[order[-1]][0])
+        most = min(BATCH_TOKENS, BATCH_LOGITS // len(tokenizer))
         self.batches: list[list[int]] = [[]]
-        for i in order:
+        for i in sorted(range(len(self.encoded)), key=lambda i: len(self.encoded[i][0])):
             length = len(self.encoded[i][0])
             if first := self.batches[-1]:
-                too_much = (len(first) + 1) * length > BATCH_TOKENS
+                too_much = (len(first) + 1) * length > most
                 if too_much or length > 1.25 * len(self.encoded[first[0]][0]):
                     self.batches.append([])
             self.batches[-1].append(i)
 
     @torch.inference_mode()
     def run(
-        self, model: nn.Module, reference: Evaluation | None = None, *, keep: bool = False
-    ) -> tuple[Evaluation, float]:
-        """The model's evaluation and its KL divergence from the reference's kept predictions (0 without one)."""
-        self._check(model, reference)
-        right = [False] * len(self.questions)
-        kept: list[Tensor] = []
-        loss, kl, tokens = 0.0, 0.0, 0
-        for number, batch in enumerate(track(self.batches, "evaluating")):
-            ids, real, graded = self._pad(batch)
-            log_probs = _log_probs(model, ids)
-            target = ids[:, 1:].to(log_probs.device)
-            real, graded = real[:, 1:].to(log_probs.device), graded[:, 1:].to(log_probs.device)
-            wrong = ((log_probs.argmax(-1) != target) & graded).any(dim=1).tolist()
-            for i, any_wrong in zip(batch, wrong, strict=True):
-                right[i] = not any_wrong
-            log_probs, target = log_probs[real], target[real]  # (tokens, vocabulary): padding is gone
-            tokens += len(target)
-            loss -= float(log_probs.gather(1, target[:, None]).double().sum())
-            if reference is not None:
-                kl += _kl_sum(reference.log_probs[number].to(log_probs.device), log_probs)
-            if keep:
-                kept.append(log_probs)
-        evaluation = Evaluation(
-            bytes_held(model), math.exp(loss / tokens), tokens, tuple(right), self.questions, tuple(kept)
-        )
-        return evaluation, kl / tokens
+        self, models: Sequence[nn.Module], kept: Evaluation | None = None, *, keep: bool = False
+    ) -> list[tuple[Evaluation, float]]:
+        """Each model's evaluation, and its KL divergence from the kept predictions or else from the first model's."""
+        self._check(models, kept)
+        tallies = [_Tally(model, len(self.questions)) for model in models]
+        with _eval_mode(models):
+            for number, batch in enumerate(track(self.batches, "evaluating")):
+                ids, real, graded = self._pad(batch)
+                reference = kept.log_probs[number] if kept else None
+                for tally in tallies:
+                    log_probs = tally.add(batch, ids, real, graded, keep)
+                    if reference is None:
+                        reference = log_probs
+                    else:
+                        tally.kl += _kl_sum(reference, log_probs)
+        return [(tally.evaluation(self.questions), tally.kl / tally.tokens) for tally in tallies]
 
-    def _check(self, model: nn.Module, reference: Evaluation | None) -> None:
-        config = getattr(model, "config", None)
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit is not None and self.longest > limit:
-            raise CanopyError(f"a question has {self.longest} tokens, the model takes {limit}; leave it out")
-        if reference is None:
-            return
-        if reference.questions != self.questions:
+    def _check(self, models: Sequence[nn.Module], kept: Evaluation | None) -> None:
+        longest = self.batches[-1][-1]
+        length, skill = len(self.encoded[longest][0]), self.questions[longest].skill
+        highest = max(max(ids) for ids, _ in self.encoded)
+        for config in (getattr(model, "config", None) for model in models):
+            limit = getattr(config, "max_position_embeddings", None)
+            if limit is not None and length > limit:
+                raise CanopyError(f"a {skill} question has {length} tokens, the model takes {limit}; leave it out")
+            vocabulary = getattr(config, "vocab_size", None)
+            if vocabulary is not None and highest >= vocabulary:
+                raise CanopyError(
+                    f"the tokenizer gives token {highest}, the model's vocabulary has {vocabulary}; use the model's own"
+                )
+        if kept and kept.questions != self.questions:
             raise CanopyError("the reference was examined on other questions; examine it on these, with keep=True")
-        if not reference.log_probs:
+        if kept and not kept.log_probs:
             raise CanopyError("the reference's predictions were not kept; use examine(…, keep=True)")
-        theirs, ours = reference.log_probs[0].shape[-1], getattr(config, "vocab_size", None)
-        if ours is not None and ours != theirs:
-            raise CanopyError(f"vocabularies of {theirs} and {ours} tokens cannot be compared token by token")
+        tokens = [sum(len(self.encoded[i][0]) - 1 for i in batch) for batch in self.batches]
+        if kept and [len(log_probs) for log_probs in kept.log_probs] != tokens:
+            raise CanopyError("the reference was examined with another tokenizer; examine it with this one, keep=True")
 
     def _pad(self, batch: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids (B, T), which of them are real, and which belong to the graded answer. Padding stands at the
@@ -244,17 +244,67 @@ class _Examiner:
         return ids, real, real & (position >= start)
 
 
+class _Tally:
+    """What one model has shown so far, batch after batch."""
+
+    def __init__(self, model: nn.Module, questions: int) -> None:
+        self.model = model
+        self.right = [False] * questions
+        self.loss, self.kl, self.tokens = 0.0, 0.0, 0
+        self.kept: list[Tensor] = []
+
+    def add(self, batch: list[int], ids: Tensor, real: Tensor, graded: Tensor, keep: bool) -> Tensor:
+        """Score a batch; its log-probabilities (tokens, vocabulary), without those of padding."""
+        log_probs = _log_probs(self.model, ids)
+        target, real, graded = (x[:, 1:].to(log_probs.device) for x in (ids, real, graded))
+        wrong = ((log_probs.argmax(-1) != target) & graded).any(dim=1).tolist()
+        for i, any_wrong in zip(batch, wrong, strict=True):
+            self.right[i] = not any_wrong
+        log_probs, target = log_probs[real], target[real]
+        self.tokens += len(target)
+        self.loss -= float(log_probs.gather(1, target[:, None]).double().sum())
+        if keep:
+            self.kept.append(log_probs)
+        return log_probs
+
+    def evaluation(self, questions: tuple[Question, ...]) -> Evaluation:
+        loss = self.loss / self.tokens
+        perplexity = math.exp(loss) if loss < 700 else math.inf  # a float ends at e^709
+        return Evaluation(
+            bytes_held(self.model), perplexity, self.tokens, tuple(self.right), questions, tuple(self.kept)
+        )
+
+
+@contextmanager
+def _eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
+    """No dropout; afterwards every module is in the mode that it was in."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:
     """Next-token log-probabilities (B, T − 1, vocabulary), float32."""
     device = next(model.parameters()).device
     logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].float()
-    if not bool(logits.isfinite().all()):
+    log_probs = F.log_softmax(logits, dim=-1)
+    if not bool(log_probs.isfinite().all()):
         raise CanopyError("the model's logits are not finite; look for NaN or infinite weights or scales")
-    return F.log_softmax(logits, dim=-1)
+    return log_probs
 
 
 def _kl_sum(reference: Tensor, model: Tensor) -> float:
     """Σ over tokens of Σ_v p(v) · (log p(v) − log q(v)), for log-probabilities (tokens, vocabulary)."""
+    if reference.shape[-1] != model.shape[-1]:
+        raise CanopyError(
+            f"vocabularies of {reference.shape[-1]} and {model.shape[-1]} tokens cannot be compared token by token"
+        )
+    reference = reference.to(model.device)
     return max(0.0, float((reference.exp() * (reference - model)).sum(-1).double().sum()))
 
 

@@ -101,7 +101,7 @@ def test_kernels_say_why_they_do_not_run(no_gpu: None) -> None:
     found = kernels()
     assert found[0].ok and "reference" in found[0].name
     others = [check for check in found if not check.ok]
-    assert others and all(check.detail == gpu() and not check.needed for check in others)
+    assert others and all("CPU build" in check.detail and not check.needed for check in others)
 
 
 def test_checks_pass_here_without_a_gpu(no_gpu: None) -> None:

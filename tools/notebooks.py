@@ -130,7 +130,11 @@ def clean(nb: NotebookNode) -> list[str]:
                 notes.append(f"cell {index} shows a widget that has no plain HTML form")
             if "image/png" in data:
                 data["image/png"] = smaller_png(data["image/png"])
-        cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+            if output.output_type == "stream":
+                output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)  # progress bars draw over themselves
+        cell.outputs = [
+            o for o in cell.outputs if not (o.output_type == "stream" and (o.name == "stderr" or not o.text))
+        ]
     return notes
 
 

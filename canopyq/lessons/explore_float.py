@@ -17,11 +17,11 @@ FORMATS = ("fp32", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2")
 PRESETS = {
     "0.1": 0.1,
     "1/3": 1 / 3,
-    "π": math.pi,
-    "-0.75": -0.75,
-    "17.3": 17.3,
-    "500": 500.0,
+    "-6.5": -6.5,
+    "448": 448.0,
+    "1000": 1000.0,
     "70 000": 70000.0,
+    "0.0001": 1e-4,
     "1e-7": 1e-7,
 }
 _INTEGERS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -122,4 +122,4 @@ def _off(kept: float, value: float) -> str:
     if not math.isfinite(kept) or not math.isfinite(value):
         return "everything"
     error = abs(kept - value)
-    return "0" if error == 0 or value == 0 else f"{error:.2g} ({error / abs(value):.2g} of it)"
+    return "0" if error == 0 or value == 0 else f"{error:.2g} (relative {error / abs(value):.2g})"

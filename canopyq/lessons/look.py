@@ -52,8 +52,9 @@ def section(body: str) -> str:
 
 
 def numeric_columns(rows: Sequence[Sequence[str]], width: int) -> list[bool]:
-    """Which columns hold numbers (or nothing) only."""
-    return [all(re.match(r"[-+]?[\d.]|-$|$", row[i]) for row in rows) for i in range(width)]
+    """Which columns hold numbers only: bare, with a short unit, an interval or an "of", or nothing."""
+    number = re.compile(r"([-+]?[\d.,]+(e[-+]?\d+)?(\s?[^\s\d]{1,3})?(\s\(.*\))?(\sof\s\d+)?|-|)")
+    return [all(number.fullmatch(row[i]) for row in rows) for i in range(width)]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str | None = None) -> str:

@@ -111,6 +111,7 @@ def _index(i: int, shape: torch.Size) -> list[int]:
 
 
 def _number(value: float) -> str:
+    value += 0.0  # no "-0"
     return f"{value:.0f}" if abs(value) < 1e15 and value == round(value) else f"{value:.6g}"
 
 

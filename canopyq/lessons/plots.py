@@ -156,9 +156,13 @@ def histogram_with_grid(
     title: str = "",
     bins: int = 80,
     limits: tuple[float, float] | None = None,
+    xlim: tuple[float, float] | None = None,
     figure: Figure | None = None,
 ) -> Figure:
-    """How often each value occurs, and the ``levels`` that quantization leaves. ``limits`` marks a clipped range."""
+    """How often each value occurs, and the ``levels`` that quantization leaves.
+
+    ``limits`` marks a clipped range; ``xlim`` sets the axis, so that two pictures can be compared.
+    """
     data, marks = numbers(x).ravel(), np.unique(numbers(levels))
     fig = new_figure(2.8, figure)
     heading(fig, title)
@@ -174,6 +178,8 @@ def histogram_with_grid(
         linewidth=0.5 if many else 0.9,
         label=f"{len(marks)} levels",
     )
+    if xlim is not None:
+        ax.set_xlim(*xlim)
     for i, edge in enumerate(limits or ()):
         ax.axvline(edge, color=RED, linewidth=1.5, linestyle="--", label="clipped beyond" if i == 0 else None)
     ax.set_ylim(0, top * 1.06)
@@ -231,9 +237,13 @@ def intervals(
     shares: Mapping[str, tuple[float, float, float]],
     xlabel: str = "",
     title: str = "",
+    start: float | None = None,
     figure: Figure | None = None,
 ) -> Figure:
-    """A dot with its interval for each name: ``shares[name]`` is (value, low, high), each between 0 and 1."""
+    """A dot with its interval for each name: ``shares[name]`` is (value, low, high), each between 0 and 1.
+
+    The axis begins at ``start``, by default a little below the lowest interval and at most at 0.5.
+    """
     names = list(shares)
     value, low, high = (np.array(column) for column in zip(*shares.values(), strict=True))
     fig = new_figure(0.24 * len(names) + 0.9, figure)
@@ -245,7 +255,7 @@ def intervals(
     ax.set_yticks(place, names)
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.set_xlim(min(0.5, low.min() - 0.02), 1.01)
+    ax.set_xlim(min(0.5, low.min()) - 0.01 if start is None else start - 0.01, 1.01)
     ax.grid(True, axis="x", linewidth=0.6)
     ax.set_xlabel(xlabel)
     return fig

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from ipywidgets import HTML, Button, HBox, Layout, Text, VBox
 
-from .look import box, card, heading, section
+from .look import box, card, details, heading, section
 from .shown import Shown
 from .store import store
 from .text import block, inline, shorten
@@ -103,7 +103,7 @@ class Reveal(Shown):
         return answer
 
     def static_html(self) -> str:
-        return box("info", f"Measured: <b>{self.measured}{_unit(self.unit)}</b>")
+        return details("Open when you have guessed", box("info", f"Measured: <b>{self.measured}{_unit(self.unit)}</b>"))
 
     def plain(self) -> str:
         return f"Measured: {self.measured}{' ' + self.unit if self.unit else ''}"
@@ -115,8 +115,12 @@ def predict(name: str, question: str, unit: str = "") -> Predict:
 
 
 def parse(text: str) -> float | None:
-    """The number at the start of what was typed, with a decimal point or comma, or None."""
+    """The number at the start of what was typed, or None: 0.5, 0,5, 1/2, 3e-4, 1,000 or 1 000."""
     text = text.strip().replace("\N{MINUS SIGN}", "-")
+    if fraction := re.fullmatch(r"(\d+)\s*/\s*([1-9]\d*)", text):
+        return int(fraction[1]) / int(fraction[2])
+    if re.match(r"[-+]?[1-9]\d{0,2}(,\d{3})+(?![\d,])", text):
+        text = text.replace(",", "")
     text = re.sub(r"(?<=\d)[ _](?=\d{3}\b)", "", text)
     if re.fullmatch(r"[^.,]*\d,\d+[^.,]*", text):
         text = text.replace(",", ".")

@@ -24,7 +24,7 @@ LESSONS = {
     "10": "Speed",
     "11": "Choose",
 }
-HEAD = ("Lesson", "Quizzes right", "answered", "Exercises passed", "solution seen", "Guesses made")
+HEAD = ("Lesson", "Quizzes right", "Quizzes answered", "Exercises passed", "Solutions seen", "Guesses made")
 
 
 def rows() -> list[tuple[str, str, str, str, str, str]]:

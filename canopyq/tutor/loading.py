@@ -67,7 +67,7 @@ def _folder(name: str) -> Path | None:
 
 
 def _reach(name: str) -> None:
-    """Ask the hub once for a model that is not in the cache. Without a network transformers would retry for a minute."""
+    """Ask the hub once for a model that is not in the cache: offline, transformers would retry for a minute."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 

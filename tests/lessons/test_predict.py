@@ -21,13 +21,16 @@ QUESTION = "How large can the rounding error get, in steps?"
         ("50%", 50),
         (".5", 0.5),
         ("1 000", 1000),
+        ("1,000", 1000),
+        ("1,000,000", 1e6),
+        ("1/2", 0.5),
     ],
 )
 def test_numbers_as_people_type_them(text: str, number: float) -> None:
     assert parse(text) == number
 
 
-@pytest.mark.parametrize("text", ["", "half", "1.2.3", "1,000,000", "nan", "inf", "1e999"])
+@pytest.mark.parametrize("text", ["", "half", "1.2.3", "1/0", "nan", "inf", "1e999"])
 def test_what_is_no_number(text: str) -> None:
     assert parse(text) is None
 

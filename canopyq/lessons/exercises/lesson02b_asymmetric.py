@@ -47,7 +47,7 @@ _MISTAKES = (
     ),
     _wrong(
         "unsigned codes",
-        "Your codes run from 0 to 2**bits - 1. That is a convention too, but this exercise (as PyTorch and "
+        "Your codes run from 0 to `2**bits - 1`. That is a convention too, but this exercise (as PyTorch and "
         "compressed-tensors) "
         "asks for signed ones: from `qmin = -2**(bits-1)` to `qmax = 2**(bits-1) - 1`.",
         ("qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1", "qmin, qmax = 0, 2**bits - 1"),
@@ -62,8 +62,8 @@ _MISTAKES = (
         (".to(torch.int8)", ""),
     ),
     _wrong(
-        "2**bits for 2**bits - 1",
-        "Your scale divides the range by 2**bits. That many codes have one step fewer between them: divide by "
+        "`2**bits` for `2**bits - 1`",
+        "Your scale divides the range by `2**bits`. That many codes have one step fewer between them: divide by "
         "`qmax - qmin`.",
         ("/ (qmax - qmin)", "/ 2**bits"),
     ),
@@ -110,7 +110,7 @@ _MISTAKES = (
 
 def cases() -> list[tuple]:
     """Ranges on both sides, above zero, below zero, and one whose ends lie exactly between two codes."""
-    made: list[tuple] = [(torch.tensor([0.0, 0.7, 0.2, 1.3]), 8), (torch.tensor([-1.0, 0.5, 2.0, 0.1]), 4)]
+    made: list[tuple] = [(torch.tensor([0.0, 0.7, 0.2, 1.3]), 8), (torch.tensor([-1.0, 0.47, 2.0, 0.13]), 4)]
     recipes = [
         (0, (7,), 8, 0.4),
         (1, (4, 5), 4, 1.1),

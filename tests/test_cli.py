@@ -1,0 +1,654 @@
+"""The `canopyq` command as a user types it: what it prints, where, and how it ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+import canopyq as cq
+from canopyq import cli
+from canopyq.errors import CanopyError
+from canopyq.formats import FORMATS
+from canopyq.machine import Check
+from canopyq.memory import MODEL_SHAPES
+from canopyq.tutor import SKILLS, files, loading
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ["doctor", "size", "eval"]
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def _the_tutor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(loading.VARIABLE, raising=False)
+
+
+@pytest.fixture
+def canopyq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """`canopyq …` in this process, by the function that the installed command calls."""
+
+    def call(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["canopyq", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        code = ended.value.code
+        return Done(code if isinstance(code, int) else int(code is not None), *capsys.readouterr())
+
+    return call
+
+
+def process(*arguments: str, cwd: Path = ROOT, stdout: Any = subprocess.PIPE, **environment: str) -> Done:
+    """`canopyq …` in a process of its own."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("CANOPYQ", "HF_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "canopyq.cli", *arguments],
+        cwd=cwd, env=clean | {"OMP_NUM_THREADS": "1"} | environment, stdout=stdout, stderr=subprocess.PIPE,
+        text=True, timeout=120,
+    )  # fmt: skip
+    return Done(done.returncode, done.stdout or "", done.stderr)
+
+
+def failure(done: Done) -> str:
+    """The one line on stderr that a mistake ends in."""
+    assert done.code == 2 and done.out == "", done
+    assert done.err.startswith("canopyq: ") and done.err.endswith("\n") and done.err.count("\n") == 1, done.err
+    return done.err.strip()
+
+
+def usage_error(done: Done) -> str:
+    """What is wrong with the command line, in typer's frame."""
+    assert done.code == 2 and done.out == "" and "Usage: " in done.err and "Traceback" not in done.err, done
+    return " ".join(re.sub(r"[^\x00-\x7f]", " ", done.err).split())
+
+
+def reading(text: str) -> Any:
+    """Strict JSON and nothing else."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+# canopyq, and canopyq --help ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
+def test_help(arguments: list[str], canopyq) -> None:
+    done = canopyq(*arguments)
+    assert done.code == 0 and done.err == "" and "Usage: canopyq" in done.out
+
+
+def test_help_names_every_command_and_option(canopyq) -> None:
+    assert all(command in canopyq("--help").out for command in COMMANDS)
+    options = {"size": ["--format", "--group-size", "--asymmetric"], "eval": ["--recipe", "--questions", "--seed"]}
+    for command, names in options.items():
+        assert all(name in canopyq(command, "--help").out for name in [*names, "--json"])
+
+
+def test_alone_it_shows_its_help(canopyq) -> None:
+    done = canopyq()
+    assert done.code == 2 and "Usage: canopyq" in done.out + done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["evaluate"], "No such command 'evaluate'"),
+        (["--verbose"], "No such option"),
+        (["size"], "Missing argument"),
+        (["size", "7B", "8B"], "unexpected extra argument"),
+        (["size", "7B", "--group-size"], "requires an argument"),
+        (["size", "7B", "--group-size", "many"], "--group-size"),
+        (["size", "7B", "--groupsize", "128"], "No such option"),
+        (["size", "-7B"], "No such option"),
+        (["eval", "tutor", "--questions", "0"], "--questions"),
+        (["eval", "tutor", "--questions", "-3"], "--questions"),
+        (["eval", "tutor", "--questions", "1e2"], "--questions"),
+        (["eval", "tutor", "--questions", "1000000000"], "--questions"),
+        (["eval", "--recipe"], "requires an argument"),
+        (["doctor", "now"], "unexpected extra argument"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_usage_errors(arguments: list[str], part: str, canopyq) -> None:
+    assert part in usage_error(canopyq(*arguments))
+
+
+# canopyq doctor -------------------------------------------------------------------------------------------------------
+
+
+def test_doctor(canopyq, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = canopyq("doctor")
+    assert (done.code, done.err) == (0, "")
+    assert f"canopyq {cq.__version__}" in done.out and torch.__version__ in done.out
+    assert "ok  tutor: 8,196,352 parameters loaded" in done.out
+    assert re.search(r"^no  dequantize, then multiply on CUDA: no GPU", done.out, re.MULTILINE)
+
+
+def test_doctor_as_json(canopyq) -> None:
+    done = canopyq("doctor", "--json")
+    found = reading(done.out)
+    assert (done.code, done.err) == (0, "") and set(found) == {"machine", "checks"}
+    assert {"python", "gpu", "torch"} <= set(found["machine"])
+    assert all(set(check) == {"name", "ok", "detail", "needed"} for check in found["checks"])
+
+
+@pytest.mark.parametrize("option", [[], ["--json"]], ids=["table", "json"])
+def test_doctor_ends_with_1_if_something_needed_is_missing(option, canopyq, monkeypatch) -> None:
+    checks = [Check("python", True, "3"), Check("tutor", False, "the tutor model is missing")]
+    monkeypatch.setattr("canopyq.machine.checks", lambda: checks)
+    done = canopyq("doctor", *option)
+    assert done.code == 1 and done.err == "" and "the tutor model is missing" in done.out
+
+
+def test_doctor_shows_a_cure_with_brackets_in_it(canopyq, monkeypatch) -> None:
+    """`[course]` looks like markup to the library that colours the output."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ipywidgets" else real(name))
+    monkeypatch.setattr("canopyq.machine.gpu", lambda: "[/bold] card [red]")
+    done = canopyq("doctor")
+    assert done.code == 1 and "not installed; pip install 'canopyq[course]'" in done.out
+    assert "[/bold] card [red]" in done.out
+
+
+def test_doctor_with_another_model(folder: Path, canopyq, monkeypatch) -> None:
+    monkeypatch.setenv(loading.VARIABLE, str(folder))
+    assert f"parameters loaded from CANOPYQ_MODEL='{folder}'" in canopyq("doctor").out
+
+
+# canopyq size ---------------------------------------------------------------------------------------------------------
+
+
+def test_size_of_seven_billion_weights(canopyq) -> None:
+    done = canopyq("size", "7B", "--group-size", "128")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines()[0].strip() == "7,000,000,000 weights, groups of 128"
+    assert done.out.splitlines()[-1] == "int4: 3.5 GB of codes + 109 MB of scales = 3.61 GB"
+    assert re.search(r"int4 .* 3\.5 GB .* 109 MB .* 3\.61 GB .* 12\.9 %", done.out)
+
+
+def test_size_in_exact_bytes(canopyq) -> None:
+    done = canopyq("size", "7B", "--group-size", "128", "--json")
+    found = reading(done.out)
+    assert (done.code, done.err) == (0, "")
+    assert (found["model"], found["parameters"], found["group_size"]) == ("7B", 7_000_000_000, 128)
+    assert found["bytes"]["int4"] == {
+        "codes": 3_500_000_000, "scales": 109_375_000, "zero_points": 0, "total": 3_609_375_000,
+    }  # fmt: skip
+    assert found["bytes"]["fp16"] == {"codes": 14e9, "scales": 0, "zero_points": 0, "total": 14e9}
+    assert found["bytes"]["mxfp4"]["scales"] == 7e9 / 32 and found["bytes"]["nvfp4"]["scales"] == 7e9 / 16
+
+
+def test_size_with_zero_points(canopyq) -> None:
+    found = reading(canopyq("size", "7B", "--group-size", "128", "--asymmetric", "--json").out)["bytes"]
+    assert found["int4"]["zero_points"] == 7e9 / 128 * 4 / 8 and found["int8"]["zero_points"] == 7e9 / 128
+    assert found["nf4"]["zero_points"] == found["fp16"]["zero_points"] == 0
+    assert "27.3 MB of zero points = 3.64 GB" in canopyq("size", "7B", "--group-size", "128", "--asymmetric").out
+
+
+def test_size_without_groups_has_codes_only(canopyq) -> None:
+    done = canopyq("size", "7B")
+    assert done.out.splitlines()[-1] == "int4: 3.5 GB of codes = 3.5 GB" and "zero points" not in done.out
+
+
+@pytest.mark.parametrize("model", MODEL_SHAPES)
+def test_size_of_models_by_name(model: str, canopyq) -> None:
+    found = reading(canopyq("size", model.upper(), "--json").out)
+    assert found["parameters"] == MODEL_SHAPES[model].parameters
+    assert found["bytes"]["int4"]["total"] == MODEL_SHAPES[model].parameters / 2
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_size_in_every_format(format: str, canopyq) -> None:
+    done = canopyq("size", "350m", "--format", format.upper())
+    assert done.code == 0 and done.out.splitlines()[-1].startswith(f"{format}: ")
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "fp32"])
+def test_size_puts_grouped_formats_beside_one_that_takes_no_groups(format: str, canopyq) -> None:
+    assert canopyq("size", "7B", "--format", format).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["lama-2-7b"], ["unknown model size 'lama-2-7b'", "did you mean 'llama-2-7b'", "or a count such as 7B"]),
+        (["7 B"], ["unknown model size '7 B'"]),
+        (["0B"], ["not one to size"]),
+        (["9" * 400], ["not one to size"]),
+        (["7B\nrm"], ["unknown model size"]),
+        ([""], ["unknown model size ''"]),
+        (["7B", "--format", "int44"], ["unknown format 'int44'", "did you mean 'int4'"]),
+        (["7B", "--format", ""], ["unknown format ''"]),
+        (["7B", "--group-size", "0"], ["group size 0 holds no value; use 32, 64 or 128"]),
+        (["7B", "--group-size", "-5"], ["group size -5 holds no value; use 32, 64 or 128"]),
+        (["7B", "--format", "fp16", "--group-size", "128"], ["fp16 is a plain cast", "leave the group size out"]),
+        (["7B", "--format", "mxfp4", "--group-size", "128"], ["mxfp4 fixes its blocks at 32"]),
+        (["7B", "--format", "nvfp4", "--group-size", "32"], ["nvfp4 fixes its blocks at 16"]),
+        (["7B", "--format", "nf4", "--asymmetric"], ["nf4 has no zero point; leave asymmetric out"]),
+        (["7B", "--format", "fp8", "--asymmetric"], ["has no zero point; leave asymmetric out"]),
+        (["7B", "--format", "nf4", "--group-size", "0"], ["group size 0 holds no value"]),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("option", [[], ["--json"]], ids=["table", "json"])
+def test_size_of_what_has_none(arguments: list[str], parts: list[str], option: list[str], canopyq) -> None:
+    message = failure(canopyq("size", *arguments, *option))
+    assert all(part in message for part in parts), message
+
+
+# canopyq eval ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluated() -> Done:
+    """Before and after quantizing, in a process of its own, as a script would call it."""
+    return process("eval", "tutor", "--recipe", "w4a16-g128", "--questions", "34", "--json")
+
+
+def test_eval_prints_json_alone(evaluated: Done) -> None:
+    assert evaluated.code == 0
+    found = reading(evaluated.out)
+    assert found["model"] == "tutor" and found["recipe"] == "w4a16-g128"
+    assert found["dtype"] == "float32" and found["questions"] == 34
+
+
+def test_eval_says_what_it_saved(evaluated: Done) -> None:
+    found = reading(evaluated.out)
+    size = found["size"]
+    assert (size["before"], size["after"]) == (found["reference"]["bytes"], found["model"]["bytes"])
+    assert size["after"] < 0.2 * size["before"] and size["bits_per_quantized_weight"] == 4.125
+    assert len(found["layers"]) == 56 and found["kept"]["lm_head"] == "named in the recipe's ignore list"
+
+
+def test_eval_says_what_it_cost(evaluated: Done) -> None:
+    found = reading(evaluated.out)
+    assert 0 < found["kl"] < 0.1 and 0 < found["p_value"] <= 1
+    for side in (found["reference"], found["model"]):
+        assert 1 < side["perplexity"] < 4 and side["accuracy"]["n"] == 34 and list(side["skills"]) == list(SKILLS)
+        for share in [side["accuracy"], *side["skills"].values()]:
+            assert 0 <= share["low"] <= share["value"] == share["right"] / share["n"] <= share["high"] + 1e-12
+    change = found["reference"]["accuracy"]["right"] - found["model"]["accuracy"]["right"]
+    assert len(found["lost"]) - len(found["gained"]) == change
+
+
+def test_eval_without_a_recipe(canopyq) -> None:
+    done = canopyq("eval", "--questions", "17", "--json")
+    found = reading(done.out)
+    assert done.code == 0 and found["model"] == "tutor" and list(found["skills"]) == list(SKILLS)
+    assert found["accuracy"]["n"] == found["questions"] == 17 and "recipe" not in found
+
+
+def test_eval_reads_well(canopyq) -> None:
+    done = canopyq("eval", "tutor", "--recipe", "W3a16-tensor", "--questions", "17")
+    assert done.code == 0
+    for part in (
+        "w3a16-tensor: 56 linear layers quantized",
+        "tutor: 17 held-out questions, 95 % intervals in brackets",
+        "KL, nats per token",
+        "right answers",
+        "McNemar",
+    ):
+        assert part in done.out
+    assert any(len(line) > 80 for line in done.out.splitlines()), "a line was broken, so that grep would miss it"
+
+
+def test_eval_asks_other_questions_with_another_seed(canopyq) -> None:
+    first, again, other = (
+        reading(canopyq("eval", "--questions", "3", "--seed", seed, "--json").out)["perplexity"] for seed in "001"
+    )
+    assert first == again != other
+
+
+def test_progress_goes_to_stderr(canopyq, monkeypatch) -> None:
+    from tqdm import tqdm
+
+    monkeypatch.setattr("canopyq.track.tqdm", lambda items, **options: tqdm(items, **(options | {"delay": 0})))
+    done = canopyq("eval", "--questions", "3", "--json")
+    assert reading(done.out)["questions"] == 3 and "evaluating" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["llama"], ["unknown model 'llama'", "only 'tutor'", "CANOPYQ_MODEL=<folder or hub id> canopyq eval tutor"]),
+        (["./weights"], ["unknown model './weights'", "CANOPYQ_MODEL="]),
+        (["a\nb"], ["unknown model"]),
+        (["--recipe", "w44a16"], ["unknown recipe 'w44a16'", "did you mean", "w4a16-g128"]),
+        (["--recipe", "int4"], ["unknown recipe 'int4'"]),
+        (["--recipe", ""], ["unknown recipe ''"]),
+        (["--recipe", "w4a16-g0"], ["a group of 0 values"]),
+        (["--recipe", "w4a16-g100", "--questions", "1"], ["model.layers.0.self_attn", "100"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_eval_of_what_cannot_be(arguments: list[str], parts: list[str], canopyq) -> None:
+    message = failure(canopyq("eval", *arguments))
+    assert all(part in message for part in parts), message
+
+
+def test_eval_takes_as_many_questions_as_every_skill_has() -> None:
+    fewest = min(len(cq.tutor.questions(0)) + len(_all_of(name)) for name in ("glossary", "model_size", "sequence"))
+    assert cli.MOST_QUESTIONS == fewest * len(SKILLS)
+    assert len(cq.tutor.questions(cli.MOST_QUESTIONS)) == cli.MOST_QUESTIONS
+
+
+def _all_of(skill: str) -> list:
+    from canopyq.tutor.questions import up_to
+
+    return up_to(1000, skill)
+
+
+# A damaged tutor ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the tutor's folder, to damage."""
+    copy = Path(shutil.copytree(loading.path(), tmp_path / "weights"))
+    monkeypatch.setattr(loading, "path", lambda: copy)
+    return copy
+
+
+def test_eval_with_missing_weights(damaged: Path, canopyq) -> None:
+    (damaged / files.WEIGHTS).unlink()
+    message = failure(canopyq("eval", "--questions", "1"))
+    assert "the tutor model is incomplete: no model.safetensors" in message and "reinstall canopyq" in message
+
+
+def test_eval_with_corrupt_weights(damaged: Path, canopyq) -> None:
+    content = bytearray((damaged / files.WEIGHTS).read_bytes())
+    content[len(content) // 2] ^= 4
+    (damaged / files.WEIGHTS).write_bytes(content)
+    assert "SHA-256" in failure(canopyq("eval", "--questions", "1"))
+
+
+def test_eval_with_truncated_weights(damaged: Path, canopyq) -> None:
+    os.truncate(damaged / files.WEIGHTS, 133)
+    assert "has 133 bytes instead of" in failure(canopyq("eval", "--questions", "1"))
+
+
+def test_eval_without_the_folder(damaged: Path, canopyq) -> None:
+    shutil.rmtree(damaged)
+    assert "the tutor model is missing" in failure(canopyq("eval", "--questions", "1"))
+
+
+@pytest.mark.parametrize("entry", ['"many"', "null", "{}"])
+def test_eval_with_a_manifest_of_other_things(entry: str, damaged: Path, canopyq) -> None:
+    text = (damaged / files.MANIFEST).read_text()
+    (damaged / files.MANIFEST).write_text(re.sub(r'"bytes": \d+', f'"bytes": {entry}', text, count=1))
+    assert "weights.json is damaged" in failure(canopyq("eval", "--questions", "1"))
+
+
+def test_eval_with_a_folder_in_place_of_the_manifest(damaged: Path, canopyq) -> None:
+    (damaged / files.MANIFEST).unlink()
+    (damaged / files.MANIFEST).mkdir()
+    assert "weights.json" in failure(canopyq("eval", "--questions", "1"))
+
+
+def test_eval_with_weights_that_may_not_be_read(damaged: Path, canopyq, monkeypatch) -> None:
+    def refuse(file: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert "model.safetensors cannot be read (Permission denied)" in failure(canopyq("eval", "--questions", "1"))
+
+
+def test_doctor_with_a_damaged_tutor(damaged: Path, canopyq) -> None:
+    (damaged / files.WEIGHTS).unlink()
+    done = canopyq("doctor")
+    assert done.code == 1 and "no  tutor: the tutor model is incomplete" in done.out
+
+
+# Another model --------------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, *, template: bool = True, **config: Any) -> Path:
+    """A small random model that takes the tutor's tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "intermediate_size": 96, "vocab_size": 1280, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    LlamaForCausalLM(LlamaConfig(**{**shape, **config})).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(loading.path() / name, folder)
+    if not template:
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        del settings["chat_template"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("other"))
+
+
+def examined(name: Path | str, canopyq, monkeypatch, *arguments: str) -> Done:
+    monkeypatch.setenv(loading.VARIABLE, str(name))
+    return canopyq("eval", "tutor", "--questions", "34", *arguments)
+
+
+@pytest.mark.parametrize("template", [True, False], ids=["chat template", "plain text"])
+def test_eval_examines_another_model(template: bool, tmp_path: Path, canopyq, monkeypatch) -> None:
+    name = save(tmp_path / "other", template=template)
+    done = examined(name, canopyq, monkeypatch, "--recipe", "w4a16-g32", "--json")
+    assert done.code == 0, done.err
+    found = reading(done.out)
+    assert found["model"] == found["source"] if "source" in found else True
+    assert found["examined"] == str(name) and found["questions"] == 34
+    assert found["kl"] > 0 and found["reference"]["perplexity"] > 500
+    assert len(found["layers"]) == 7 and found["size"]["after"] < found["size"]["before"]
+
+
+def test_eval_does_not_call_another_model_the_tutor(folder: Path, canopyq, monkeypatch) -> None:
+    done = examined(folder, canopyq, monkeypatch)
+    assert done.code == 0 and f"{folder}: 34 held-out questions" in done.out and "tutor" not in done.out
+
+
+def test_eval_of_a_layer_without_noise_is_still_json(tmp_path: Path, canopyq, monkeypatch) -> None:
+    """Zero weights are kept exactly: an infinite ratio, for which JSON has no number."""
+    from safetensors.torch import load_file, save_file
+
+    name = save(tmp_path / "other")
+    weights = load_file(name / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"].zero_()
+    save_file(weights, name / "model.safetensors", metadata={"format": "pt"})
+    found = reading(examined(name, canopyq, monkeypatch, "--recipe", "w4a16-g32", "--json").out)
+    assert [layer["sqnr_db"] for layer in found["layers"] if layer["name"].endswith("down_proj")] == [None]
+
+
+def without_config(path: Path) -> None:
+    (path / "config.json").unlink()
+
+
+def without_weights(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+def without_tokenizer(path: Path) -> None:
+    (path / "tokenizer.json").unlink()
+    (path / "tokenizer_config.json").unlink()
+
+
+def of_another_kind(path: Path) -> None:
+    (path / "config.json").write_text(json.dumps({"model_type": "t5", "architectures": ["T5Model"]}))
+
+
+def with_foreign_code(path: Path) -> None:
+    config = {"model_type": "my-own", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "evil.py").write_text("raise SystemExit('foreign code was run')")
+
+
+def with_nan(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(path / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_text_as_weights(path: Path) -> None:
+    (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+
+
+def with_a_refusing_template(path: Path) -> None:
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ raise_exception('one turn only') }}"
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (without_config, "without a config.json"),
+        (without_weights, "model.safetensors"),
+        (without_tokenizer, "cannot be loaded"),
+        (of_another_kind, "cannot be loaded"),
+        (with_foreign_code, "cannot be loaded"),
+        (with_text_as_weights, "cannot be loaded"),
+        (with_nan, "not finite; look for NaN"),
+        (with_a_refusing_template, "chat template cannot write this chat (one turn only)"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_eval_of_a_folder_that_is_no_model(damage, part: str, folder: Path, tmp_path, canopyq, monkeypatch) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    damage(copy)
+    message = failure(examined(copy, canopyq, monkeypatch))
+    assert part in message and "foreign code was run" not in message, message
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [({"max_position_embeddings": 40}, "the model takes 40"), ({"vocab_size": 90}, "the model's vocabulary has 90")],
+    ids=["short context", "small vocabulary"],
+)
+def test_eval_of_a_model_that_the_questions_do_not_fit(config: dict, part: str, tmp_path, canopyq, monkeypatch) -> None:
+    assert part in failure(examined(save(tmp_path / "other", **config), canopyq, monkeypatch))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/no/such/folder",
+        "./nowhere",
+        "a/b/c/d",
+        "~nobody_of_this_name/model",
+        "README.md",
+        "no such model!",
+        "a" * 5000,
+    ],
+    ids=lambda name: name[:30],
+)
+def test_eval_of_a_name_that_is_no_model(name: str, canopyq, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    message = failure(examined(name, canopyq, monkeypatch))
+    assert repr(name) in message and "unset CANOPYQ_MODEL" in message
+
+
+def test_a_name_of_spaces_means_the_tutor(canopyq, monkeypatch) -> None:
+    monkeypatch.setenv(loading.VARIABLE, "  ")
+    assert reading(canopyq("eval", "--questions", "1", "--json").out)["examined"] == "tutor"
+
+
+def test_a_hub_id_without_network_fails_soon(tmp_path: Path) -> None:
+    """Left alone, transformers retries for most of a minute and logs every attempt."""
+    start = time.monotonic()
+    done = process(
+        "eval", "--questions", "1",
+        CANOPYQ_MODEL="some/model", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path),
+    )  # fmt: skip
+    message = failure(done)
+    assert time.monotonic() - start < 20
+    assert "'some/model' is no folder, and the Hugging Face hub cannot be reached" in message
+    assert "name a folder, or unset CANOPYQ_MODEL" in message
+
+
+# Where it is printed --------------------------------------------------------------------------------------------------
+
+
+def test_exit_codes_of_a_process() -> None:
+    assert process("size", "7B", "--json").code == 0
+    assert "did you mean 'llama-2-7b'" in failure(process("size", "lama-2-7b"))
+    assert "No such option" in usage_error(process("size", "7B", "--foo", COLUMNS="200"))
+
+
+def test_a_closed_pipe_is_no_error(capfd: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["size", "7B"], ["size", "7B", "--json"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = process(*arguments, stdout=writer)
+        os.close(writer)
+        assert done.err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_one_line() -> None:
+    for arguments in (["size", "7B"], ["size", "7B", "--json"]):
+        with open("/dev/full", "w") as full:
+            done = process(*arguments, stdout=full)
+        assert "No space left on device" in failure(done)
+
+
+def test_a_terminal_that_has_ascii_only(canopyq, monkeypatch) -> None:
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii"))
+    assert canopyq("eval", "--questions", "3").code == 0
+    assert b"right 100.0 % (44?100)" in screen.getvalue()
+
+
+def test_no_color() -> None:
+    plain = process("size", "7B", NO_COLOR="1", FORCE_COLOR="1").out
+    assert not re.search(r"\x1b\[[\d;]*3\d[;m]", plain) and "int4" in plain
+
+
+@pytest.mark.parametrize("arguments", [["7B", "--group-size", "128"], ["llama-3.1-70b", "--asymmetric"]], ids=" ".join)
+def test_a_narrow_terminal_loses_no_number(arguments: list[str], canopyq, monkeypatch) -> None:
+    wide = canopyq("size", *arguments).out
+    monkeypatch.setattr(cli, "console", Console(width=40))
+    narrow = canopyq("size", *arguments).out
+    assert "…" not in narrow and max(map(len, narrow.splitlines()[:-1])) <= 40
+    cells = [re.sub(r"[^\w.%]", "", text) for text in (wide, narrow)]
+    assert sorted(cells[0]) == sorted(cells[1])  # every letter and digit is there, if on more lines
+
+
+def test_a_narrow_doctor(canopyq, monkeypatch) -> None:
+    monkeypatch.setattr(cli, "console", Console(width=40))
+    done = canopyq("doctor")
+    assert "…" not in done.out and "ok  tutor: 8,196,352 parameters loaded" in done.out
+
+
+def test_the_app_raises_its_errors_for_python_callers() -> None:
+    """`main` alone turns them into a line and an exit code."""
+    runner = CliRunner()
+    found = runner.invoke(cli.app, ["size", "7B", "--format", "int44"])
+    assert isinstance(found.exception, CanopyError) and found.stdout == ""
+    assert runner.invoke(cli.app, ["size", "7B", "--foo"]).exit_code == 2
+    assert runner.invoke(cli.app, ["size", "7B"]).exit_code == 0
