@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,6 +167,34 @@ def test_right_is_what_greedy_generation_writes(tutor, tokenizer) -> None:
     assert list(examine(model, tokenizer, asked).right) == right and 30 < sum(right) < 58
 
 
+class Scripted(nn.Module):
+    """Predicts every token of what it is given, but for one: so many after the last answer's start, or the last."""
+
+    def __init__(self, tokenizer, wrong: int | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.bot, self.end = tokenizer.convert_tokens_to_ids(["<bot>", "<end>"])
+        self.vocabulary, self.wrong = len(tokenizer), wrong
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        predicted = input_ids.roll(-1, dims=1)
+        for ids, row in zip(input_ids, predicted, strict=True):
+            start = int((ids == self.bot).nonzero()[-1]) + 1
+            last = int((ids == self.end).nonzero()[-1])
+            at = last if self.wrong is None else start + self.wrong
+            row[at - 1] += 1 if row[at - 1] == 0 else -1
+        return SimpleNamespace(logits=9.0 * F.one_hot(predicted, self.vocabulary))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [(-2, True), (-1, True), (0, False), (None, False)],
+    ids=["in the question", "where the answer is marked", "at its first token", "at its end"],
+)
+def test_an_answer_is_graded_from_its_first_token_to_its_end(wrong, right: bool, tokenizer, asked) -> None:
+    assert set(examine(Scripted(tokenizer, wrong), tokenizer, asked).right) == {right}
+
+
 # What it says of models -----------------------------------------------------------------------------------------------
 
 
@@ -250,17 +279,18 @@ def test_batch_size_does_not_matter(tokens: int, tutor, tokenizer, asked, quanti
 
 def test_large_vocabularies_get_small_batches(tokenizer, asked, monkeypatch) -> None:
     """A vocabulary a hundred times larger must not take a hundred times the memory."""
-    held: list[int] = []
+    shapes: list[tuple[int, int]] = []
     real = evaluate._log_probs
 
     def spy(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        held.append(ids.numel() * len(tokenizer))
+        shapes.append(tuple(ids.shape))
         return real(model, ids)
 
     monkeypatch.setattr(evaluate, "_log_probs", spy)
-    monkeypatch.setattr(evaluate, "BATCH_LOGITS", 2048 * 1280)
+    monkeypatch.setattr(evaluate, "BATCH_LOGITS", 100 * len(tokenizer))
     examine(tiny(), tokenizer, asked)
-    assert len(held) > 5 and max(held) <= 2048 * 1280
+    assert all(rows == 1 or rows * length <= 100 for rows, length in shapes)
+    assert sum(rows for rows, _ in shapes) == len(asked) and max(rows for rows, _ in shapes) > 1
 
 
 def test_comparing_keeps_no_predictions_of_models(tokenizer, asked, monkeypatch) -> None:
@@ -407,6 +437,14 @@ def test_a_hopeless_model_has_infinite_perplexity(tokenizer, asked) -> None:
     assert "perplexity" in str(result) and result.to_dict()["model"]["perplexity"] is None
 
 
+def test_a_bad_model_has_its_own_perplexity(tokenizer, asked) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(100)
+    expected = slowly(model, model, tokenizer, asked[:3]).perplexity
+    assert examine(model, tokenizer, asked[:3]).perplexity == pytest.approx(expected, rel=1e-4) and expected > 1e10
+
+
 def test_vocabularies_that_differ(tutor, tokenizer, asked, kept: Evaluation) -> None:
     wider = tiny(vocab_size=1300)
     for reference in (tutor, kept):
@@ -415,8 +453,10 @@ def test_vocabularies_that_differ(tutor, tokenizer, asked, kept: Evaluation) -> 
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer(tokenizer, asked) -> None:
-    message = failure(lambda: examine(tiny(vocab_size=100), tokenizer, asked))
-    assert "the model's vocabulary has 100" in message
+    highest = max(max(written(tokenizer, question)[0]) for question in asked)
+    message = failure(lambda: examine(tiny(vocab_size=highest), tokenizer, asked))
+    assert f"gives token {highest}, the model's vocabulary has {highest}" in message
+    assert examine(tiny(vocab_size=highest + 1), tokenizer, asked).tokens > 0
 
 
 def test_a_chat_template_that_refuses(tokenizer, asked) -> None:

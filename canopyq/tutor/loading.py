@@ -43,9 +43,8 @@ def load(
         return load_folder(path(), dtype, device)
     try:
         folder = _folder(name)
-        if folder is None:
-            _reach(name)
-        return _read(folder or name, dtype, device, offline=folder is not None)
+        offline = folder is not None or _cache_only(name)
+        return _read(folder or name, dtype, device, offline)
     except CanopyError:
         raise
     except Exception as error:
@@ -66,18 +65,23 @@ def _folder(name: str) -> Path | None:
     return None
 
 
-def _reach(name: str) -> None:
-    """Ask the hub once for a model that is not in the cache: offline, transformers would retry for a minute."""
+def _cache_only(name: str) -> bool:
+    """Whether a model of the hub can be read from the cache alone, because the hub does not answer.
+
+    The hub is asked once. Offline, transformers would ask again and again, for a minute or more.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return
+    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"))
-    except HfHubHTTPError:  # an answer: no such model, or no right to see it
-        raise
+        return False
     except Exception as error:
+        if cached:
+            return True
+        if isinstance(error, HfHubHTTPError):  # an answer: no such model, or no right to see it
+            raise
         cure = f"name a folder, or unset {VARIABLE}"
         raise CanopyError(
             f"{VARIABLE}={name!r} is no folder, and the Hugging Face hub cannot be reached ({_one_line(error)}); {cure}"

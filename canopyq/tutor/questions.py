@@ -50,8 +50,11 @@ def questions(
         raise CanopyError(f"fillers={fillers} goes with skill='recall' only; add it, or leave fillers out")
     names = list(skills.SKILLS)
     shares = [n // len(names) + (i < n % len(names)) for i in range(len(names))]
-    drawn = [_exactly(share, name, split, seed) for share, name in zip(shares, names, strict=True)]
-    return [group[i] for i in range(max(shares)) for group in drawn if i < len(group)]
+    # Skills of one level have the fewest questions. They come first, so that an n out of reach is refused at once.
+    order = sorted(zip(names, shares, strict=True), key=lambda pair: skills.SKILLS[pair[0]].levels)
+    drawn = {name: _exactly(share, name, split, seed) for name, share in order}
+    groups = [drawn[name] for name in names]
+    return [group[i] for i in range(max(shares)) for group in groups if i < len(group)]
 
 
 def _exactly(n: int, name: str, split: str, seed: int, fillers: int | None = None) -> list[Question]:

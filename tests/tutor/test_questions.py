@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 from datetime import date, timedelta
 from random import Random
@@ -249,3 +250,10 @@ def test_mistakes_are_named(call, message: str) -> None:
     with pytest.raises(CanopyError) as caught:
         call()
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_more_questions_than_there_are_is_refused_at_once() -> None:
+    began = time.perf_counter()
+    with pytest.raises(CanopyError, match="ask for fewer"):
+        questions(10**9)
+    assert time.perf_counter() - began < 20
