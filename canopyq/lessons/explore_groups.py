@@ -95,7 +95,7 @@ class GroupsView:
     def _costs(self, ax, scale: str, bits: int) -> None:
         costs = {name: self.cost(name, bits) for name in self.names}
         along, up = [c.bits_per_weight for c in costs.values()], [100 * c.error for c in costs.values()]
-        ax.plot(along, up, color=BLUE, marker="o", markersize=4, linewidth=1.2, label="all of them")
+        ax.plot(along, up, color=BLUE, marker="o", markersize=4, linewidth=1.2, label="every place of the slider")
         ax.plot(costs[scale].bits_per_weight, 100 * costs[scale].error, "o", color=INK, markersize=8)
         ax.set_ylim(0, max(*up, 1e-9) * 1.1)
         ax.grid(True, axis="y", linewidth=0.5)
