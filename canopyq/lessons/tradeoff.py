@@ -47,6 +47,7 @@ def trade_off(
             top.annotate(label, (x, y), color=colour, **text)
         _with_intervals(below, bits, shares, colour, marker)
     top.set_yscale("log")
+    top.margins(y=0.1)
     top.yaxis.set_minor_locator(NullLocator())
     top.set_ylabel(ylabel)
     below.set(xlabel="bits per weight, scales included", ylabel="right answers")
