@@ -16,11 +16,12 @@ from .canvas import detached, png
 from .explore_bits import BitsView
 from .explore_clip import ClipView
 from .explore_float import FloatView
+from .explore_groups import GroupsView
 from .look import card, heading, section, table
 from .shown import Shown
 from .text import inline
 
-__all__ = ["Explorer", "bits", "clip", "float_bits"]
+__all__ = ["Explorer", "bits", "clip", "float_bits", "groups"]
 
 
 class Explorer(Shown):
@@ -92,3 +93,9 @@ def clip(x: torch.Tensor, title: str = "Where to cut the range") -> Explorer:
     """Move the end of the range: what clipping costs, what rounding costs, and their sum."""
     view = ClipView(x)
     return Explorer("clip", title, view.controls(), view.draw, view.rows)
+
+
+def groups(x: torch.Tensor, title: str = "How many weights share a scale?") -> Explorer:
+    """From one scale for all to one for eight neighbours: how closely they fit, what they cost, what they gain."""
+    view = GroupsView(x)
+    return Explorer("groups", title, view.controls(), view.draw, view.rows)

@@ -2,7 +2,7 @@
 
 ``four_panels`` is the picture that every idea gets. Its friends: ``number_line`` (where a format has numbers), ``bars``
 (bytes), ``staircase`` (a value against what is left of it), ``histogram_with_grid`` (data and the levels it must fit),
-``curve`` (one thing against another), ``intervals`` (shares and how sure they are).
+``curve`` (one thing against another), ``intervals`` (shares and how sure they are), ``trade_off`` (what a bit buys).
 """
 
 from __future__ import annotations
@@ -31,8 +31,18 @@ from .canvas import (
     styled,
 )
 from .heatmaps import four_panels
+from .tradeoff import trade_off
 
-__all__ = ["bars", "curve", "four_panels", "histogram_with_grid", "intervals", "number_line", "staircase"]
+__all__ = [
+    "bars",
+    "curve",
+    "four_panels",
+    "histogram_with_grid",
+    "intervals",
+    "number_line",
+    "staircase",
+    "trade_off",
+]
 
 
 @styled

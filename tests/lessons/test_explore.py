@@ -11,6 +11,7 @@ from canopyq.lessons import explore
 from canopyq.lessons.explore_bits import levels, nearest
 from canopyq.lessons.explore_clip import ClipView
 from canopyq.lessons.explore_float import FORMATS, split_bits, stored
+from canopyq.lessons.explore_groups import GroupsView
 from canopyq.tensor import quantize
 
 X = torch.randn(1500, generator=torch.Generator().manual_seed(0))
@@ -18,8 +19,9 @@ EXPLORERS = {
     "bits": lambda: explore.bits(X),
     "float-bits": lambda: explore.float_bits(0.1),
     "clip": lambda: explore.clip(X),
+    "groups": lambda: explore.groups(X.reshape(15, 100)),
 }
-MOVES = {"bits": ("bits", 2), "float-bits": ("number", 17.3), "clip": ("clip", 0.4)}
+MOVES = {"bits": ("bits", 2), "float-bits": ("number", 17.3), "clip": ("clip", 0.4), "groups": ("scale", "g32")}
 
 
 @pytest.mark.parametrize("name", EXPLORERS)
@@ -98,7 +100,39 @@ def test_clipping_and_rounding_pull_in_opposite_directions() -> None:
     assert clipping[-1] == 0 and 0.05 <= view.best(4) < 0.6
 
 
+@pytest.mark.parametrize("bits", [4, 3])
+def test_smaller_groups_cost_more_and_lose_less(bits: int) -> None:
+    view = GroupsView(torch.randn(32, 1024, generator=torch.Generator().manual_seed(0)))
+    assert view.names == ["tensor", "channel", "g512", "g256", "g128", "g64", "g32", "g16", "g8"]
+    costs = [view.cost(name, bits) for name in view.names]
+    assert [c.bits_per_weight for c in costs] == sorted(c.bits_per_weight for c in costs)
+    assert [c.error for c in costs] == sorted((c.error for c in costs), reverse=True)
+    assert [c.zeros for c in costs] == sorted((c.zeros for c in costs), reverse=True)
+    assert [c.scales for c in costs[:3]] == [1, 32, 64]
+    assert view.cost("g128", bits).bits_per_weight == bits + 16 / 128
+
+
+def test_the_error_of_groups_is_counted_by_hand() -> None:
+    x = torch.tensor([[8.0, 0.5, 0.1, 0.2], [1.0, 0.5, 0.1, 0.2]])
+    rows = x.abs().amax(dim=1, keepdim=True) / 7.5
+    rows = rows.bfloat16().float()
+    codes = torch.round(x / rows).clamp(-8, 7)
+    cost = GroupsView(x).cost("channel", 4)
+    assert cost.error == pytest.approx(((codes * rows - x).norm() / x.norm()).item())
+    assert cost.zeros == (codes == 0).float().mean().item() and cost.scales == 2
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 70), (2, 5, 96)])
+def test_groups_of_any_shape(shape: tuple[int, ...]) -> None:
+    explorer = explore.groups(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    explorer.widget()
+    for name in explorer.controls["scale"].options:
+        explorer.controls["scale"].value = name
+        assert f"INT4, {name}" in explorer.line.value
+
+
 def test_a_tensor_of_zeros() -> None:
-    for explorer in (explore.bits(torch.zeros(10)), explore.clip(torch.zeros(10))):
+    zeros = torch.zeros(10)
+    for explorer in (explore.bits(zeros), explore.clip(zeros), explore.groups(zeros.reshape(1, 10))):
         explorer.widget()
         explorer.static_html()

@@ -31,6 +31,11 @@ def values(*names: str) -> dict[str, torch.Tensor]:
 
 X = normal(2000)
 Q = cq.quantize(X, "int4", "tensor")
+SURE = (0.9, 0.85, 0.95)
+TRADES = {
+    "4 bits": {"one": (4.0, 0.02, SURE), "two": (4.05, 0.002, SURE), "three": (4.5, 0.001, SURE)},
+    "3 bits": {"one": (3.0, 0.4, (0.6, 0.5, 0.7)), "two": (3.05, 0.01, SURE), "three": (3.5, 0.005, SURE)},
+}
 FIGURES: dict[str, Callable[[], Figure]] = {
     "panels 4": lambda: panels(4),
     "panels 1x12": lambda: panels(1, 12),
@@ -56,6 +61,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "curve": lambda: plots.curve(
         [2, 4, 8, 16], {"a": [4, 3, 2, 1], "b": [1, 1, 1, 2]}, "x", "y", "Curve", log="xy", mark=5
     ),
+    "trade-off": lambda: plots.trade_off(TRADES, {"one": "right", "two": "left", "three": "below"}, title="A title"),
 }
 
 
