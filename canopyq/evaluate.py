@@ -133,7 +133,8 @@ class Comparison:
     def __str__(self) -> str:
         lines = [f"{'':<20} {'reference':<22} model"]
         lines += [f"{name:<20} {old:<22} {new}" for name, old, new in self._rows()]
-        lines.append(f"{len(self.lost)} answers lost, {len(self.gained)} gained (McNemar p = {self.p_value:.2g})")
+        answers = "answer" if len(self.lost) == 1 else "answers"
+        lines.append(f"{len(self.lost)} {answers} lost, {len(self.gained)} gained (McNemar p = {self.p_value:.2g})")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:

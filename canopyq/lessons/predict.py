@@ -119,6 +119,8 @@ def parse(text: str) -> float | None:
     text = text.strip().replace("\N{MINUS SIGN}", "-")
     if fraction := re.fullmatch(r"(\d+)\s*/\s*([1-9]\d*)", text):
         return int(fraction[1]) / int(fraction[2])
+    if "/" in text:
+        return None
     if re.match(r"[-+]?[1-9]\d{0,2}(,\d{3})+(?![\d,])", text):
         text = text.replace(",", "")
     text = re.sub(r"(?<=\d)[ _](?=\d{3}\b)", "", text)
