@@ -152,7 +152,7 @@ class LabPage:
     def errors(self) -> list[str]:
         """The text of every error output."""
         found = self.page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
-        broken = self.page.get_by_text("Error displaying widget").all_inner_texts()
+        broken = self.page.locator(".jp-OutputArea").get_by_text("Error displaying widget").all_inner_texts()
         return [*found, *broken]
 
     def quizzes(self) -> list[str]:

@@ -76,10 +76,10 @@ def test_a_slider_redraws_picture_and_line(demo) -> None:
 def test_a_number_shows_its_bits(demo) -> None:
     explorer = demo.page.locator(".canopyq-explore-float-bits")
     explorer.scroll_into_view_if_needed()
-    explorer.locator(".widget-toggle-button", has_text="-0.75").click()
+    explorer.locator(".widget-toggle-button", has_text="-6.5").click()
     row = explorer.locator(".canopyq-format-fp8_e4m3")
-    row.filter(has_text="-0.75").wait_for()
-    assert "".join(row.locator("span").all_inner_texts()).replace(" ", "") == "10110100"
+    row.filter(has_text="-6.5").wait_for()
+    assert "".join(row.locator("span").all_inner_texts()).replace(" ", "") == "11001101"
     demo.photograph("float-bits", explorer)
 
 
