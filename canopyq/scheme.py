@@ -89,6 +89,10 @@ class Recipe:
     Args:
         name: what reports call it.
         weights: the scheme of every linear weight (out_features, in_features).
+        activations: the scheme of what goes into those layers (…, in_features), or None to leave it as it is. Ranges
+            are taken from each input as it comes (dynamic), unless ``static``.
+        static: the activations' ranges are fixed beforehand, from calibration data.
+        cache: the KV cache that belongs to it, such as ``"kv4"``, or None. The weights do not depend on it.
         ignore: modules that stay as they are, by name or by any dotted part of it: ``"lm_head"``, ``"layers.0"``,
             ``"mlp.down_proj"``. The output head does by default: it is the most sensitive layer, and often shares its
             weight with the embedding.
@@ -100,6 +104,9 @@ class Recipe:
     name: str
     weights: Scheme
     ignore: tuple[str, ...] = ("lm_head",)
+    activations: Scheme | None = None
+    static: bool = False
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.weights, Scheme):

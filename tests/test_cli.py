@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from rich.console import Console
 from typer.testing import CliRunner
 
 import canopyq as cq
 from canopyq import cli
+from canopyq.cli.evaluate import MOST_QUESTIONS
+from canopyq.cli.shown import console
 from canopyq.errors import CanopyError
 from canopyq.formats import FORMATS
 from canopyq.machine import Check
@@ -356,9 +357,9 @@ def test_eval_of_what_cannot_be(arguments: list[str], parts: list[str], canopyq)
 
 
 def test_eval_takes_as_many_questions_as_every_skill_has() -> None:
-    assert len(cq.tutor.questions(cli.MOST_QUESTIONS)) == cli.MOST_QUESTIONS
-    share = cli.MOST_QUESTIONS // len(SKILLS)
-    assert cli.MOST_QUESTIONS == share * len(SKILLS)
+    assert len(cq.tutor.questions(MOST_QUESTIONS)) == MOST_QUESTIONS
+    share = MOST_QUESTIONS // len(SKILLS)
+    assert MOST_QUESTIONS == share * len(SKILLS)
     assert min(len(up_to(share + 1, skill)) for skill in SKILLS) == share
 
 
@@ -671,7 +672,7 @@ def test_no_color() -> None:
 @pytest.mark.parametrize("arguments", [["7B", "--group-size", "128"], ["llama-3.1-70b", "--asymmetric"]], ids=" ".join)
 def test_a_narrow_terminal_loses_no_number(arguments: list[str], canopyq, monkeypatch) -> None:
     wide = canopyq("size", *arguments).out
-    monkeypatch.setattr(cli, "console", Console(width=40))
+    monkeypatch.setattr(console, "width", 40)
     narrow = canopyq("size", *arguments).out
     assert "…" not in narrow and max(map(len, narrow.splitlines()[1:-1])) <= 40
     cells = [re.sub(r"[^\w.%]", "", text) for text in (wide, narrow)]
@@ -679,7 +680,7 @@ def test_a_narrow_terminal_loses_no_number(arguments: list[str], canopyq, monkey
 
 
 def test_a_narrow_doctor(canopyq, monkeypatch) -> None:
-    monkeypatch.setattr(cli, "console", Console(width=40))
+    monkeypatch.setattr(console, "width", 40)
     done = canopyq("doctor")
     assert "…" not in done.out and "ok  tutor: 8,196,352 parameters loaded" in done.out
 

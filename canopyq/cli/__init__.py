@@ -1,0 +1,35 @@
+"""The `canopyq` command. A mistake of the caller ends in one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from canopyq.cli.doctor import doctor
+from canopyq.cli.evaluate import evaluate
+from canopyq.cli.size import size
+from canopyq.errors import CanopyError
+
+app = typer.Typer(
+    help="Quantize language models, measure what it cost, and learn why.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(doctor)
+app.command()(size)
+app.command("eval")(evaluate)
+
+
+def main() -> None:
+    """Run the command; a mistake, or output that cannot be written, becomes one line and exit code 2."""
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")  # "?" for what the terminal cannot show
+    try:
+        app()
+    except (CanopyError, OSError) as error:
+        print(f"canopyq: {error}", file=sys.stderr)
+        if isinstance(error, OSError):
+            sys.stdout = None  # Python would try once more to write what is left in it
+        sys.exit(2)

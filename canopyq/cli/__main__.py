@@ -1,0 +1,3 @@
+from canopyq.cli import main
+
+main()

@@ -1,0 +1,64 @@
+"""`canopyq eval`."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import typer
+
+import canopyq as cq
+from canopyq.cli.shown import JsonFlag, print_json, print_plain
+from canopyq.errors import CanopyError
+from canopyq.scheme import Recipe
+
+MOST_QUESTIONS = 816  # of 17 skills, the one with the fewest held-out questions has 48
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="'tutor', the model that ships with canopyq.")] = "tutor",
+    recipe: Annotated[str | None, typer.Option(help="Quantize by this recipe and compare, e.g. w4a16-g128.")] = None,
+    questions: Annotated[int, typer.Option(help="How many held-out questions.", min=1, max=MOST_QUESTIONS)] = 510,
+    seed: Annotated[int, typer.Option(help="Which questions are drawn.")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Examine the tutor on held-out questions; with --recipe, before and after quantizing."""
+    from canopyq.evaluate import compare, examine
+    from canopyq.tutor.loading import TUTOR, VARIABLE, source
+
+    if model != TUTOR:
+        raise CanopyError(
+            f"unknown model {model!r}; only 'tutor' goes here, and another one takes its place by "
+            f"{VARIABLE}=<folder or hub id> canopyq eval tutor"
+        )
+    parsed = None if recipe is None else Recipe.parse(recipe)
+    asked = cq.tutor.questions(questions, seed=seed)
+    original, tokenizer = cq.tutor.load()
+    if parsed is None:
+        result, report = examine(original, tokenizer, asked), None
+    else:
+        quantized, _ = cq.tutor.load()
+        report = cq.quantize_(quantized, parsed)
+        result = compare(original, quantized, tokenizer, asked)
+    if as_json:
+        print_json(_eval_json(source(), original, asked, result, report))
+        return
+    if report is not None:
+        print_plain(report)
+    about = f"{source()}: {len(asked)} held-out questions, 95 % intervals in brackets"
+    print_plain(about, "dim")
+    print_plain(result)
+
+
+def _eval_json(examined: str, original, asked: list, result, report) -> dict:
+    out = {"examined": examined, "dtype": str(original.dtype).removeprefix("torch."), "questions": len(asked)}
+    if report is None:
+        return out | result.to_dict()
+    layers = [
+        vars(layer) | {"sqnr_db": layer.sqnr_db if math.isfinite(layer.sqnr_db) else None} for layer in report.layers
+    ]
+    size = {"before": report.bytes_before, "after": report.bytes_after}
+    size["bits_per_quantized_weight"] = sum(8 * x["bytes_after"] for x in layers) / sum(
+        x["shape"][0] * x["shape"][1] for x in layers
+    )
+    return out | {"recipe": report.recipe, "size": size} | result.to_dict() | {"layers": layers, "kept": report.kept}

@@ -1,0 +1,22 @@
+"""What every command shares: the console, the --json flag, and how JSON is printed."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+console = Console()
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def print_json(content: Any) -> None:
+    """Valid JSON on stdout: NaN and infinity are refused."""
+    print(json.dumps(content, indent=2, allow_nan=False), flush=True)
+
+
+def print_plain(text: object, style: str | None = None) -> None:
+    """Text as it is, without markup, and never broken by a narrow terminal."""
+    console.print(str(text), style=style, highlight=False, markup=False, soft_wrap=True)
