@@ -14,7 +14,6 @@ from torch import Tensor
 
 from canopyq import packing
 from canopyq.formats import IntFormat
-from canopyq.granularity import Granularity
 from canopyq.ops.kernel import Held, Kernel, Layout, Problem
 from canopyq.ops.sliced import SLICE
 from canopyq.tensor import QuantizedTensor
@@ -68,67 +67,68 @@ def refuse(problem: Problem) -> str | None:
 
 
 def arrange(weight: QuantizedTensor) -> dict[str, Tensor]:
-    """Codes (N/block, K, block/2) uint8, and scales and offsets (K/group, N, 2) bfloat16."""
-    problem = Problem.of(weight)
-    n, k, size = problem.n, problem.k, group_size(problem)
+    """Codes (N/block, K, block/2) uint8, and scales and zero points with their groups first: (G, N)."""
+    n, k = weight.shape
     codes = (weight.codes + 8).to(torch.uint8)
-    block = block_rows()
-    halves = codes.view(n // block, 2, block // 2, k)
-    packed = (halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2).contiguous()
-    scale = weight.scale.float()
-    zero = torch.zeros_like(scale) if weight.zero_point is None else -weight.zero_point.float() * scale
-    both = torch.stack([scale, zero], dim=-1).to(torch.bfloat16)
-    return {
-        "weight_blocks": packed,
-        "weight_scale_and_offset": both.expand(n, k // size, 2).transpose(0, 1).contiguous(),
-    }
+    halves = codes.view(n // block_rows(), 2, block_rows() // 2, k)
+    blocks = (halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2).contiguous()
+    held = {"weight_blocks": blocks, "weight_scale": weight.scale.t().contiguous()}
+    if weight.zero_point is not None:
+        held["weight_zero_point"] = weight.zero_point.t().contiguous()
+    return held
 
 
 def restore(held: Held, problem: Problem) -> QuantizedTensor:
-    """The inverse of `arrange`, bit for bit: an offset is rounded by under half a step, so the zero point is found."""
-    blocks, both = held["weight_blocks"], held["weight_scale_and_offset"]
+    """The inverse of `arrange`, bit for bit."""
+    blocks, zero_point = held["weight_blocks"], held.get("weight_zero_point")
     codes = torch.stack([blocks & 15, blocks >> 4], dim=1).transpose(2, 3).reshape(problem.n, problem.k)
-    both = both.transpose(0, 1)
-    if problem.weights.granularity == Granularity("channel"):
-        both = both[:, :1]
-    scale, zero_point = both[..., 0].contiguous(), None
-    if not problem.weights.symmetric:
-        zero_point = (-both[..., 1].float() / scale.float()).round().to(torch.int8)
-    data = packing.pack_unchecked(codes, 4, 0)
-    shape = torch.Size([problem.n, problem.k])
-    return QuantizedTensor(data, scale, zero_point, problem.weights, shape, problem.weight_dtype)
+    return QuantizedTensor(
+        packing.pack_unchecked(codes, 4, 0),
+        held["weight_scale"].t().contiguous(),
+        None if zero_point is None else zero_point.t().contiguous(),
+        problem.weights,
+        torch.Size([problem.n, problem.k]),
+        problem.weight_dtype,
+    )
 
 
 def packed_linear(x: Tensor, held: Held, problem: Problem) -> Tensor:
     """x · Wᵀ with x rounded to bfloat16: (M, K) -> (M, N)."""
+    size, scale = group_size(problem), held["weight_scale"]
+    # A scale and an offset side by side are twice the bytes, so they last for the call only.
+    both = torch.zeros(problem.k // size, problem.n, 2, dtype=torch.bfloat16)
+    both[..., 0] = scale
+    if not problem.weights.symmetric:
+        both[..., 1] = -held["weight_zero_point"] * scale
     words = held["weight_blocks"].view(problem.n, problem.k // 2)
-    both = held["weight_scale_and_offset"]
-    return torch._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), words, problem.k // len(both), both).to(x.dtype)
+    return torch._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), words, size, both).to(x.dtype)
 
 
 def sliced_linear(x: Tensor, held: Held, problem: Problem) -> Tensor:
     """x · Wᵀ with sums in float32, dequantizing a few blocks at a time: (M, K) -> (M, N)."""
     n, k = problem.n, problem.k
-    blocks, both = held["weight_blocks"], held["weight_scale_and_offset"]
-    half = blocks.shape[2]
+    blocks, half = held["weight_blocks"], held["weight_blocks"].shape[2]
+
+    def by_block(part: Tensor) -> Tensor:
+        return part.view(len(part), 1, len(blocks), 2, half)
+
+    scale = by_block(held["weight_scale"])
+    zero_point = None if problem.weights.symmetric else by_block(held["weight_zero_point"])
     step = max(1, min(len(blocks), SLICE // (2 * half * k)))
     wide = x.to(torch.float32)
     out = torch.empty(len(x), n, dtype=torch.float32)
     scratch = torch.empty(k * step * 2 * half)
-    by_block = both.view(len(both), 1, len(blocks), 2, half, 2)
     for start in range(0, len(blocks), step):
         part = blocks[start : start + step].transpose(0, 1)
-        count = part.shape[1]
-        values = scratch[: k * count * 2 * half].view(k, count, 2, half)
+        here = slice(start, start + part.shape[1])
+        values = scratch[: 2 * part.numel()].view(k, -1, 2, half)
         values[:, :, 0].copy_((part & 15).view(torch.int8) - 8)
         values[:, :, 1].copy_((part >> 4).view(torch.int8) - 8)
-        grouped = values.view(len(both), -1, count, 2, half)
-        scale = by_block[:, :, start : start + count, ..., 0]
-        if not problem.weights.symmetric:  # the offset is rounded, the zero point in it is not
-            grouped.add_((by_block[:, :, start : start + count, ..., 1].float() / scale.float()).round())
-        grouped.mul_(scale)
-        columns = slice(start * 2 * half, (start + count) * 2 * half)
-        torch.mm(wide, values.view(k, -1), out=out[:, columns])
+        grouped = values.view(len(scale), -1, *values.shape[1:])
+        if zero_point is not None:
+            grouped.sub_(zero_point[:, :, here])
+        grouped.mul_(scale[:, :, here])
+        torch.mm(wide, values.view(k, -1), out=out[:, 2 * half * here.start : 2 * half * here.stop])
     return out.to(x.dtype)
 
 

