@@ -11,6 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from canopyq.ops.kernel import Problem
+from canopyq.ops.select import KERNELS
+from canopyq.scheme import Recipe
+
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "jupyterlab", "ipywidgets", "matplotlib")
 
 
@@ -54,10 +58,13 @@ def kernels() -> list[Check]:
     why_not = None
     if not torch.cuda.is_available():
         why_not = f"no GPU ({gpu().removeprefix('none: ').removeprefix('none ')})"
-    return [
-        Check("reference (dequantize, then multiply)", True, "runs wherever torch does"),
-        Check("dequantize, then multiply on CUDA", why_not is None, why_not or gpu(), needed=False),
-    ]
+    found = []
+    for kernel in KERNELS:
+        recipe = Recipe.parse(kernel.example)
+        problem = Problem(recipe.weights, recipe.activations, 4096, 4096, torch.bfloat16, torch.device("cpu"))
+        reason = kernel.refuse(problem)
+        found.append(Check(kernel.name, reason is None, reason or f"runs here, e.g. {kernel.example}", needed=False))
+    return [*found, Check("dequantize, then multiply on CUDA", why_not is None, why_not or gpu(), needed=False)]
 
 
 def checks() -> list[Check]:

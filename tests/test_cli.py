@@ -692,3 +692,25 @@ def test_the_app_raises_its_errors_for_python_callers() -> None:
     assert isinstance(found.exception, CanopyError) and found.stdout == ""
     assert runner.invoke(cli.app, ["size", "7B", "--foo"]).exit_code == 2
     assert runner.invoke(cli.app, ["size", "7B"]).exit_code == 0
+
+
+# explain --------------------------------------------------------------------------------------------------------------
+
+
+def test_explain_names_the_kernels_and_the_refusals(canopyq) -> None:
+    done = canopyq("explain", "tutor", "--recipe", "w8a16", "--json")
+    layers = json.loads(done.out)["layers"]
+    assert len(layers) == 56
+    assert all(layer["runs"] and layer["refused"] for layer in layers)
+    assert all(8 * layer["bytes"] <= 8.3 * layer["shape"][0] * layer["shape"][1] for layer in layers)
+    shown = " ".join(canopyq("explain", "tutor", "--recipe", "w8a16").out.split())
+    assert "16 layers like model.layers.0.self_attn.q_proj" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(("--recipe", "w4b16"), "unknown recipe"), (("--device", "gpu"), "device 'gpu' cannot be used here")],
+)
+def test_explain_refuses_in_one_line(canopyq, arguments: tuple[str, ...], words: str) -> None:
+    done = canopyq("explain", "tutor", *arguments)
+    assert done.code == 2 and words in done.err and done.err.count("\n") == 1

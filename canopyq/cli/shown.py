@@ -8,8 +8,25 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from canopyq.errors import CanopyError
+
 console = Console()
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def check_device(device: str) -> str:
+    """The device if torch can use it.
+
+    Raises:
+        CanopyError: if not, or if torch knows no such device.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CanopyError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}; use cpu") from None
+    return device
 
 
 def print_json(content: Any) -> None:

@@ -106,32 +106,27 @@ def packed_linear(x: Tensor, held: Held, problem: Problem) -> Tensor:
 
 def sliced_linear(x: Tensor, held: Held, problem: Problem) -> Tensor:
     """x · Wᵀ with sums in float32, dequantizing a few blocks at a time: (M, K) -> (M, N)."""
-    n, k = problem.n, problem.k
-    blocks, half = held["weight_blocks"], held["weight_blocks"].shape[2]
-
-    def by_block(part: Tensor) -> Tensor:
-        return part.view(len(part), 1, len(blocks), 2, half)
-
-    scale = by_block(held["weight_scale"])
-    zero_point = None if problem.weights.symmetric else by_block(held["weight_zero_point"])
-    step = max(1, min(len(blocks), SLICE // (2 * half * k)))
+    k, blocks, half = problem.k, held["weight_blocks"], held["weight_blocks"].shape[2]
+    scale = held["weight_scale"].float()
+    zero = 8 if problem.weights.symmetric else held["weight_zero_point"] + 8.0
     wide = x.to(torch.float32)
-    out = torch.empty(len(x), n, dtype=torch.float32)
+    # x·(U − z)ᵀ·s = x·(U·s)ᵀ − Σx·(z·s): the codes need no subtraction, one small product for each group does it.
+    out = -wide.view(len(x), len(scale), -1).sum(-1) @ (scale * zero)
+    by_block = scale.view(len(scale), 1, len(blocks), 2, half)
+    step = max(1, min(len(blocks), SLICE // (2 * half * k)))
     scratch = torch.empty(k * step * 2 * half)
     for start in range(0, len(blocks), step):
         part = blocks[start : start + step].transpose(0, 1)
-        here = slice(start, start + part.shape[1])
+        stop = start + part.shape[1]
         values = scratch[: 2 * part.numel()].view(k, -1, 2, half)
-        values[:, :, 0].copy_((part & 15).view(torch.int8) - 8)
-        values[:, :, 1].copy_((part >> 4).view(torch.int8) - 8)
-        grouped = values.view(len(scale), -1, *values.shape[1:])
-        if zero_point is not None:
-            grouped.sub_(zero_point[:, :, here])
-        grouped.mul_(scale[:, :, here])
-        torch.mm(wide, values.view(k, -1), out=out[:, 2 * half * here.start : 2 * half * here.stop])
+        values[:, :, 0].copy_(part & 15)
+        values[:, :, 1].copy_(part >> 4)
+        values.view(len(scale), -1, *values.shape[1:]).mul_(by_block[:, :, start:stop])
+        columns = out[:, 2 * half * start : 2 * half * stop]
+        torch.addmm(columns, wide, values.view(k, -1), out=columns)
     return out.to(x.dtype)
 
 
 BLOCKS = Layout("in torch's blocks for int4", arrange, restore)
-PACKED = Kernel("packed int4, bfloat16 input (torch)", BLOCKS, refuse, packed_linear, most_rows=8)
+PACKED = Kernel("packed int4, bfloat16 input (torch)", BLOCKS, refuse, packed_linear, most_rows=32)
 SLICED = Kernel("packed int4, slice by slice in float32", BLOCKS, refuse, sliced_linear)

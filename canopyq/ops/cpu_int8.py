@@ -62,5 +62,7 @@ def int8_by_int8(x: QuantizedTensor, held: Held, problem: Problem) -> Tensor:
     return (sums * x.step().reshape(-1, 1) * scale.t()).to(x.dtype)
 
 
-WEIGHT_ONLY = Kernel("packed int8, bfloat16 input (torch)", PLAIN, refuse_weight_only, weight_only, most_rows=8)
-INT8 = Kernel("int8 by int8, int32 sums (torch)", PLAIN, refuse_int8, int8_by_int8, takes_codes=True)
+WEIGHT_ONLY = Kernel(
+    "packed int8, bfloat16 input (torch)", PLAIN, refuse_weight_only, weight_only, most_rows=16, example="w8a16"
+)
+INT8 = Kernel("int8 by int8, int32 sums (torch)", PLAIN, refuse_int8, int8_by_int8, example="w8a8", takes_codes=True)

@@ -59,6 +59,7 @@ class Kernel:
         refuse: why it cannot run a problem, in words that tell what to change; None if it can.
         run: (x (M, K), held, problem) -> (M, N) in x's dtype, without the bias.
         most_rows: it is taken for inputs of at most so many rows; None for any.
+        example: a recipe that it is for.
         takes_codes: x is a `QuantizedTensor`, where the others get quantized inputs dequantized.
     """
 
@@ -67,4 +68,5 @@ class Kernel:
     refuse: Callable[[Problem], str | None]
     run: Callable[..., Tensor]
     most_rows: int | None = None
+    example: str = "w4a16-g128"
     takes_codes: bool = False

@@ -59,13 +59,13 @@ def kernels_for(problem: Problem, *, codes: bool = False) -> list[Kernel]:
 def test_every_kernel_that_can_run_is_right(scheme: Scheme, n: int, k: int, dtype: torch.dtype) -> None:
     weight = weight_of(scheme, n, k)
     problem = Problem.of(weight)
-    for rows in (1, 3, 8, 9, 40):
+    for rows in (1, 3, 40):
         x = torch.randn(rows, k, generator=torch.Generator().manual_seed(rows)).to(dtype)
         exact = x.double() @ weight.dequantize(torch.float64).t()
         for kernel in kernels_for(problem):
             y = kernel.run(x, kernel.layout.arrange(weight), problem)
             assert y.dtype == dtype and y.shape == (rows, n)
-            bound = {torch.float32: 1e-6, BF16: 4e-3, torch.float16: 6e-4}[dtype]
+            bound = {torch.float32: 3e-6, BF16: 4e-3, torch.float16: 6e-4}[dtype]
             if kernel in (cpu_int4.PACKED, cpu_int8.WEIGHT_ONLY):
                 bound = 4e-3  # they round x to bfloat16
             if kernel is reference.REFERENCE and dtype != torch.float32:
@@ -154,7 +154,7 @@ def test_an_empty_batch_passes_through() -> None:
 def test_some_kernel_takes_every_number_of_rows(name: str) -> None:
     kernels = select.usable(Problem.of(weight_of(WEIGHTS[name], 64, 256)))
     assert {kernel.layout for kernel in kernels} == {kernels[0].layout}
-    for rows in (1, 8, 9, 10**6):
+    for rows in (1, 16, 17, 33, 10**6):
         assert select.pick(kernels, rows) in kernels
 
 
@@ -164,7 +164,7 @@ def test_verdicts_speak_of_every_kernel() -> None:
     assert [verdict.kernel for verdict in found] == [kernel.name for kernel in select.KERNELS]
     assert all((verdict.runs is None) != (verdict.reason is None) for verdict in found)
     runs = {verdict.kernel: verdict.runs for verdict in found if verdict.runs}
-    assert runs == {cpu_int4.PACKED.name: "1 to 8 rows", cpu_int4.SLICED.name: "9 rows and more"}
+    assert runs == {cpu_int4.PACKED.name: "1 to 32 rows", cpu_int4.SLICED.name: "33 rows and more"}
 
 
 @pytest.mark.parametrize(

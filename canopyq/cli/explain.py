@@ -1,0 +1,50 @@
+"""`canopyq explain`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+import canopyq as cq
+from canopyq.cli.shown import JsonFlag, check_device, console, print_json
+from canopyq.memory import human
+from canopyq.scheme import Recipe
+
+
+def explain(
+    model: Annotated[str, typer.Argument(help="'tutor', or a folder with a quantized checkpoint.")] = "tutor",
+    recipe: Annotated[str, typer.Option(help="For 'tutor': the recipe to quantize it by.")] = "w4a16-g128",
+    device: Annotated[str, typer.Option(help="Where the model would run: cpu or cuda.")] = "cpu",
+    as_json: JsonFlag = False,
+) -> None:
+    """Say which kernel runs each quantized layer on this machine, and why each other one does not."""
+    check_device(device)
+    if model == "tutor":
+        parsed = Recipe.parse(recipe)
+        loaded, _ = cq.tutor.load()
+        cq.quantize_(loaded, parsed)
+        loaded.to(device)
+    else:
+        loaded = cq.load(model, device=device)
+    found = cq.explain(loaded)
+    if as_json:
+        layers = [
+            {"name": x.name, "shape": x.shape, "scheme": x.scheme, "bytes": x.nbytes, "device": x.device}
+            | {"runs": x.runs, "refused": x.refused}
+            for x in found.layers
+        ]
+        print_json({"layers": layers})
+        return
+    for first, layers in found.groups():
+        count = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
+        held = human(sum(layer.nbytes for layer in layers))
+        title = f"{count} like {first.name}: {first.shape[0]}x{first.shape[1]} {first.scheme}, {held} on {first.device}"
+        table = Table("kernel", "runs for", "or why not", title=escape(title), title_justify="left")
+        for kernel, rows in first.runs.items():
+            table.add_row(escape(kernel), escape(rows), "", style="bold green")
+        for kernel, reason in first.refused.items():
+            table.add_row(escape(kernel), "", escape(reason))
+        console.print(table)
