@@ -1,0 +1,1 @@
+"""Checkpoints: folders of safetensors files, in the layout of compressed-tensors."""
