@@ -1,1 +1,1 @@
-"""Checkpoints: folders of safetensors files, in the layout of compressed-tensors."""
+"""Quantized models on disk: compressed-tensors files, written and read with safetensors alone."""

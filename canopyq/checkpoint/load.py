@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from canopyq.checkpoint.config import Group, Quantization, read_config
@@ -106,8 +106,6 @@ def _targets(model: nn.Module, quantization: Quantization) -> dict[str, tuple[nn
                 raise CanopyError(
                     f"{name} is a {type(module).__name__}; canopyq holds plain nn.Linear layers quantized"
                 )
-            if group.activations is not None and "activations" not in inspect.signature(QuantizedLinear).parameters:
-                raise CanopyError(f"{name} quantizes its activations ({group.activations}), which is not run yet")
             targets[name] = (module, group)
     if not targets:
         raise CanopyError("quantization_config names no linear layer of this model; mend its targets")
@@ -169,8 +167,9 @@ def _check(model: nn.Module, targets: dict, plain: dict[str, Tensor], checkpoint
 def _fill(
     model: PreTrainedModel, targets: dict, plain: dict[str, Tensor], checkpoint: Checkpoint, place: torch.device
 ) -> PreTrainedModel:
+    read = _Reader(checkpoint)
     for name, wanted in plain.items():
-        tensor = _own(checkpoint.read(name), place, wanted.dtype)
+        tensor = _own(read(name), place, wanted.dtype)
         if isinstance(wanted, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=wanted.requires_grad)
         _set(model, name, tensor)
@@ -180,14 +179,13 @@ def _fill(
         if module in targets and name not in plain:
             suffixes.setdefault(module, []).append(leaf)
     for name, (linear, group) in targets.items():
-        tensors = {leaf: _own(checkpoint.read(f"{name}.{leaf}"), place) for leaf in suffixes[name]}
+        tensors = {leaf: _own(read(f"{name}.{leaf}"), place) for leaf in suffixes[name]}
         try:
             shape = (linear.out_features, linear.in_features)
             weight = from_disk(tensors, group.weights, shape, linear.weight.dtype)
         except CanopyError as error:
             raise CanopyError(f"{name}: {error}") from None
-        more = {} if group.activations is None else {"activations": group.activations}
-        model.set_submodule(name, QuantizedLinear(weight, linear.bias, **more).eval())
+        model.set_submodule(name, QuantizedLinear(weight, linear.bias, group.activations).eval())
     _tie(model, plain)
     for name, buffer in list(model.named_buffers()):
         if buffer.device != place:
@@ -196,6 +194,28 @@ def _fill(
         raise CanopyError(f"{left[0]} was given no value: this architecture is not one that canopyq can load")
     _generation(model, checkpoint.folder)
     return model.eval()
+
+
+class _Reader:
+    """`Checkpoint.read`, without opening the file for each tensor; now and then, so that what was read is let go."""
+
+    MOST = 2**26
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.file: Path | None = None
+        self.opened, self.bytes = None, 0
+
+    def __call__(self, name: str) -> Tensor:
+        file, info = self.checkpoint.tensors[name]
+        try:
+            if file != self.file or self.bytes + info.nbytes > self.MOST:
+                self.opened = None  # the old mapping goes before the new one comes
+                self.opened, self.file, self.bytes = safe_open(file, framework="pt"), file, 0
+            self.bytes += info.nbytes
+            return self.opened.get_tensor(name)
+        except Exception as error:  # safetensors has its own exception, the system others
+            raise CanopyError(f"{file}: tensor {name!r} cannot be read ({one_line(error)})") from None
 
 
 def _tie(model: nn.Module, plain: dict[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -82,8 +83,8 @@ def save(
         folder: absent or empty.
         tokenizer: written beside the weights.
         dtype: of what is not quantized. None takes bfloat16 if that changes no value (as for the tutor, whose file
-            is bfloat16 and which runs in float32), and else leaves every tensor its own. Scales take it where that changes
-            none of them.
+            is bfloat16 and which runs in float32), and else leaves every tensor its own. Scales take it where that
+            changes none of them.
         max_shard_bytes: above this the tensors are divided among several files with an index.
         check: read the file back and compare logits. Takes the memory of a second model.
 
@@ -112,7 +113,7 @@ def save(
             _write_json(work / NOTE, _note(recipe, found))
     except (OSError, SafetensorError) as error:
         raise CanopyError(f"{folder} could not be written ({one_line(error)}); nothing was left behind") from error
-    return Saved(folder, recipe, nbytes, config["dtype"], found)
+    return Saved(folder, recipe, nbytes, getattr(torch, config["dtype"]), found)
 
 
 def _groups(model: nn.Module) -> tuple[list[Group], list[str]]:
@@ -126,7 +127,9 @@ def _groups(model: nn.Module) -> tuple[list[Group], list[str]]:
     ignore = []
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedLinear):
-            weights, activations = module.scheme, getattr(module, "activations", None)
+            weights, activations = module.scheme, module.activations
+            if module.input_scale is not None:
+                raise CanopyError(f"{name}: static activation ranges are not written yet; use dynamic ones")
             try:
                 disk_format(weights, activations)
             except CanopyError as error:
@@ -145,9 +148,13 @@ def _groups(model: nn.Module) -> tuple[list[Group], list[str]]:
 
 def _plain(model: nn.Module) -> dict[str, Tensor]:
     """What is written beside quantized weights, each tied tensor once: under the name of the first of its names."""
-    inside = {f"{name}.{leaf}" for name, module in model.named_modules(remove_duplicate=False)
-              if isinstance(module, QuantizedLinear) for leaf in module._buffers}  # fmt: skip
-    plain = {name: tensor for name, tensor in model.state_dict().items() if name not in inside}
+    plain = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        held = dict(module._parameters)  # of a quantized layer, its bias
+        if not isinstance(module, QuantizedLinear):
+            held |= {leaf: x for leaf, x in module._buffers.items() if leaf not in module._non_persistent_buffers_set}
+        plain |= {prefix + leaf: tensor.detach() for leaf, tensor in held.items() if tensor is not None}
     for second, first in tied(model).items():
         if second in plain and first in plain and plain[second].data_ptr() == plain[first].data_ptr():
             del plain[second]
@@ -223,6 +230,7 @@ def _write_tensors(work: Path, modules: Iterator[tuple[str, dict[str, Tensor]]],
             own[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
             seen.add(tensor.data_ptr())
         save_file(own, work / f"shard-{len(files)}", metadata={"format": "pt"})
+        (work / f"shard-{len(files)}").chmod(0o666 & ~_umask())  # safetensors leaves it to the owner alone
         files.append(list(shard))
         shard.clear()
 
@@ -244,6 +252,13 @@ def _write_tensors(work: Path, modules: Iterator[tuple[str, dict[str, Tensor]]],
         weight_map |= dict.fromkeys(names, file)
     _write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return total
+
+
+def _umask() -> int:
+    """What the user denies to others in new files; it can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _write_others(work: Path, model: nn.Module, tokenizer) -> None:

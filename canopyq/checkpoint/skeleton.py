@@ -77,6 +77,7 @@ def _parameters_on_meta() -> Iterator[None]:
         def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
             if parameter is not None and threading.get_ident() == builder and not parameter.is_meta:
                 parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+                parameter._is_hf_initialized = True  # saves transformers the time of drawing what is not kept
             register(module, name, parameter)
 
         nn.Module.register_parameter = on_meta

@@ -8,6 +8,7 @@ import typer
 
 from canopyq.cli.doctor import doctor
 from canopyq.cli.evaluate import evaluate
+from canopyq.cli.quantize import quantize
 from canopyq.cli.size import size
 from canopyq.errors import CanopyError
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(doctor)
 app.command()(size)
 app.command("eval")(evaluate)
+app.command()(quantize)
 
 
 def main() -> None:
