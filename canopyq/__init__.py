@@ -7,10 +7,12 @@ from types import ModuleType
 from typing import Any
 
 from canopyq.errors import CanopyError
+from canopyq.explain import explain
 from canopyq.formats import FORMATS, get_format
 from canopyq.granularity import Granularity
 from canopyq.linear import QuantizedLinear
-from canopyq.model import Report, quantize_
+from canopyq.model import plan, quantize_
+from canopyq.report import Plan, Report
 from canopyq.scheme import RECIPES, Recipe, Scheme
 from canopyq.tensor import QuantizedTensor, quantize
 
@@ -21,8 +23,9 @@ _LATER = {"compare": "canopyq.evaluate", "examine": "canopyq.evaluate"}
 _MODULES = ("lessons", "tutor")
 
 __all__ = [
-    "FORMATS", "RECIPES", "CanopyError", "Granularity", "QuantizedLinear", "QuantizedTensor", "Recipe", "Report",
-    "Scheme", "compare", "examine", "get_format", "lessons", "quantize", "quantize_", "tutor",
+    "FORMATS", "RECIPES", "CanopyError", "Granularity", "Plan", "QuantizedLinear", "QuantizedTensor",
+    "Recipe", "Report", "Scheme", "compare", "examine", "explain", "get_format", "lessons", "plan", "quantize",
+    "quantize_", "tutor",
 ]  # fmt: skip
 
 

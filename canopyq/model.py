@@ -2,142 +2,180 @@
 
 from __future__ import annotations
 
-import html
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
+from canopyq.embedding import QuantizedEmbedding
 from canopyq.errors import CanopyError
+from canopyq.experts import QuantizedExpert, QuantizedExperts
+from canopyq.explain import require_fast
 from canopyq.linear import QuantizedLinear
-from canopyq.memory import bytes_held, human
+from canopyq.memory import bytes_held
+from canopyq.output_error import output_errors
+from canopyq.report import LayerReport, Plan, Report, sqnr_db
 from canopyq.scheme import Recipe
-from canopyq.tensor import QuantizedTensor, quantize
+from canopyq.targets import Target, find_targets
+from canopyq.tensor import QuantizedTensor, quantize, quantized_bytes
 from canopyq.track import track
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """One quantized linear layer."""
+def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
+    """What `quantize_` would do to ``model``, without doing it: works on the meta device too.
 
-    name: str
-    shape: tuple[int, int]
-    bits_per_weight: float
-    bytes_before: int
-    bytes_after: int
-    sqnr_db: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `quantize_` did.
-
-    Attributes:
-        recipe: its name.
-        layers: the quantized layers, in the model's order.
-        kept: module name -> why its weight stayed as it is. Nothing that holds a weight is left out of both lists.
-        bytes_before, bytes_after: storage behind the whole model's parameters and buffers.
+    Raises:
+        CanopyError: as `quantize_` does, except for what only the values show.
     """
-
-    recipe: str
-    layers: tuple[LayerReport, ...]
-    kept: dict[str, str]
-    bytes_before: int
-    bytes_after: int
-
-    @property
-    def worst(self) -> list[LayerReport]:
-        """Layers with the most quantization noise first."""
-        return sorted(self.layers, key=lambda layer: layer.sqnr_db)
-
-    def __str__(self) -> str:
-        weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
-        bits = sum(8 * layer.bytes_after for layer in self.layers) / weights
-        lines = [
-            f"{self.recipe}: {len(self.layers)} linear layers quantized, {bits:.3f} bits per weight; "
-            f"model {human(self.bytes_before)} -> {human(self.bytes_after)}"
-        ]
-        lines += [f"  noisiest: {x.name} {x.shape[0]}x{x.shape[1]}, SQNR {x.sqnr_db:.1f} dB" for x in self.worst[:3]]
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.kept.items():
-            reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            shown = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-            lines.append(f"  kept: {shown} ({reason})")
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
-
-
-def sqnr_db(original: Tensor, quantized: QuantizedTensor) -> float:
-    """Signal to quantization noise, 10 · log10(Σ w² / Σ (w − ŵ)²), in dB: 6 dB more is one bit better."""
-    signal = original.double().square().sum()
-    noise = (original.double() - quantized.dequantize(torch.float32).double()).square().sum()
-    return float(10 * torch.log10(signal / noise)) if noise > 0 else float("inf")
+    recipe = _parse(model, recipe)
+    targets, kept = find_targets(model, recipe)
+    layers = {}
+    for target in targets:
+        shape = tuple(target.weight.shape)
+        with _naming(target.name):
+            after = quantized_bytes(target.weight.shape, target.scheme, target.weight.dtype)
+        layers[target.name] = (shape, target.weight.numel() * target.weight.element_size(), after)
+    before = _bytes(model)
+    removed = sum(layers[name][1] for name in _not_tied_to_what_stays(targets, model))
+    added = sum(after for _, _, after in layers.values())
+    return Plan(recipe.name, layers, kept, before, before - removed + added, before + added)
 
 
 @torch.no_grad()
-def quantize_(model: nn.Module, recipe: str | Recipe) -> Report:
+def quantize_(
+    model: nn.Module,
+    recipe: str | Recipe,
+    *,
+    calibration: Iterable[Tensor] | None = None,
+    strict: bool = False,
+) -> Report:
     """Replace the linear layers of ``model`` by quantized ones, in place.
 
     Weights are rounded to the nearest code and kept packed. Every layer is quantized before the first is replaced, so
     that an error leaves the model as it was. A layer that the model uses in several places is quantized once and stays
-    shared.
+    shared. The output head and the embedding stay as they are, unless the recipe's name has ``+head`` or ``+embed``; a
+    head that shared its weight with the embedding then has one of its own.
+
+    Args:
+        model: any torch module; GPT-2's Conv1D and transformers' fused experts are known beside nn.Linear.
+        recipe: a name such as ``"w4a16-g128"``, or a `Recipe`.
+        calibration: batches of token ids (B, T), on which each layer's output error is measured for the report.
+        strict: refuse a layer that would have to run on the slow reference, and any matrix that would be kept for its
+            type, instead of only saying so.
 
     Raises:
         CanopyError: for an unknown recipe, a model without linear layers to quantize or that is quantized already, a
-            layer that the recipe's groups do not fit, NaN or infinite weights. The message names the layer.
+            layer that the recipe's groups do not fit, NaN or infinite weights, and what ``strict`` refuses. The message
+            names the layer.
     """
+    recipe = _parse(model, recipe)
+    if recipe.static:
+        raise CanopyError(f"{recipe.name} has static activations, whose ranges have to be calibrated first")
+    targets, kept = find_targets(model, recipe)
+    if strict:
+        for name, reason in kept.items():
+            if "only plain" in reason:
+                raise CanopyError(f"strict: {name} would be kept as it is, {reason}")
+    bytes_before = bytes_held(model)
+    weights: dict[str, QuantizedTensor] = {}
+    for target in track(targets, f"quantizing to {recipe.name}", len(targets)):
+        with _naming(target.name):
+            weights[target.name] = quantize(target.weight, target.scheme)
+    layers = {target.name: _layer(target, weights[target.name], recipe) for target in targets}
+    if strict:
+        for name, layer in layers.items():
+            require_fast(name, layer)
+    errors = output_errors(model, targets, layers, calibration) if calibration is not None else {}
+    reports = [_report(target, weights[target.name], errors.get(target.name)) for target in targets]
+    _replace(model, targets, layers)
+    return Report(recipe.name, tuple(reports), kept, bytes_before, bytes_held(model))
+
+
+def _parse(model: nn.Module, recipe: str | Recipe) -> Recipe:
     recipe = Recipe.parse(recipe)
     if not isinstance(model, nn.Module):
         raise CanopyError(f"quantize_ needs a torch module, got {type(model).__name__}; load the model first")
-    targets, kept = _sort_modules(model, recipe)
-    bytes_before = bytes_held(model)
-    quantized: dict[nn.Module, QuantizedLinear] = {}
-    layers = []
-    for name, linear in track(targets.items(), f"quantizing to {recipe.name}", len(targets)):
-        try:
-            weight = quantize(linear.weight, recipe.weights)
-        except CanopyError as error:
-            raise CanopyError(f"{name}: {error}") from None
-        quantized[linear] = QuantizedLinear(weight, linear.bias).train(linear.training)
-        before, noise = linear.weight.nbytes, sqnr_db(linear.weight, weight)
-        layers.append(LayerReport(name, tuple(weight.shape), weight.bits_per_value, before, weight.nbytes, noise))
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in quantized:
-            model.set_submodule(name, quantized[module])
-    return Report(recipe.name, tuple(layers), kept, bytes_before, bytes_held(model))
+    return recipe
 
 
-def _sort_modules(model: nn.Module, recipe: Recipe) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """The linear layers to quantize, and for every other module that holds a weight, why it is kept."""
-    targets: dict[str, nn.Linear] = {}
-    kept: dict[str, str] = {}
-    for name, module in model.named_modules():
-        label, kind = name or "the model", type(module).__name__
-        if isinstance(module, QuantizedLinear):
-            raise CanopyError(f"{label} is quantized already; start from a freshly loaded model")
-        weights = list(module.parameters(recurse=False))
-        if not weights and isinstance(weight := getattr(module, "weight", None), Tensor):
-            weights = [weight]  # a frozen one, kept as a buffer
-        if not weights:
-            continue
-        if any(is_lazy(weight) for weight in weights):
-            raise CanopyError(f"{label} has no weights yet; call the model once, so that they take their shape")
-        if recipe.ignores(name):
-            kept[label] = "named in the recipe's ignore list"
-        elif type(module) is nn.Linear:  # a subclass may do something else with its weight
-            if not name:
-                raise CanopyError(f"a bare {kind} has no place to be replaced in; use QuantizedLinear.from_linear")
-            targets[name] = module
-        elif isinstance(module, nn.Embedding):
-            kept[label] = "an embedding: rows are looked up, not multiplied"
-        elif all(weight.dim() < 2 for weight in weights):
-            kept[label] = "a norm: a vector, too small to matter"
+class _naming:
+    """Puts the layer's name before an error's message."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, CanopyError):
+            raise CanopyError(f"{self.name}: {error}") from None
+
+
+def _layer(target: Target, weight: QuantizedTensor, recipe: Recipe) -> QuantizedLinear:
+    if target.kind == "embedding":
+        return QuantizedEmbedding(weight, target.module.padding_idx).train(target.module.training)
+    bias = None if target.kind == "expert" else target.module.bias
+    return QuantizedLinear(weight, bias, recipe.activations).train(target.module.training)
+
+
+def _report(target: Target, weight: QuantizedTensor, error: float | None) -> LayerReport:
+    before = target.weight.numel() * target.weight.element_size()
+    noise = sqnr_db(target.weight, weight)
+    return LayerReport(target.name, tuple(weight.shape), weight.bits_per_value, before, weight.nbytes, noise, error)
+
+
+def _replace(model: nn.Module, targets: list[Target], layers: dict[str, QuantizedLinear]) -> None:
+    """Put the new layers where the old ones are, in every place of a shared one."""
+    new: dict[nn.Module, nn.Module] = {}
+    experts: dict[nn.Module, list[QuantizedLinear]] = {}
+    for target in targets:
+        if target.kind == "expert":
+            experts.setdefault(target.module, []).append(layers[target.name])
         else:
-            kept[label] = f"a {kind}: only plain nn.Linear is quantized"
-    if not targets:
-        raise CanopyError(f"{type(model).__name__} has no nn.Linear left to quantize by {recipe.name}")
-    return targets, kept
+            new[target.module] = layers[target.name]
+    for module, parts in experts.items():
+        made = [QuantizedExpert(*parts[i : i + 3]) for i in range(0, len(parts), 3)]
+        new[module] = QuantizedExperts(made, module.act_fn).train(module.training)
+    places = [name for name, module in model.named_modules(remove_duplicate=False) if module in new]
+    modules = {name: model.get_submodule(name) for name in places}
+    _untie(model, new)
+    for name in places:
+        model.set_submodule(name, new[modules[name]])
+
+
+def _untie(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> None:
+    """Once the head or the embedding is quantized, transformers must not tie one to the other again."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(end in replaced for end in ends):
+        config.tie_word_embeddings = False
+
+
+def _not_tied_to_what_stays(targets: list[Target], model: nn.Module) -> list[str]:
+    """The targets whose old storage goes away: each storage once, and none that something kept still uses."""
+    parts = {id(target.module) for target in targets}
+    stays = {
+        weight.untyped_storage()._cdata
+        for module in model.modules()
+        if id(module) not in parts
+        for weight in module.parameters(recurse=False)
+    }
+    found, seen = [], set(stays)
+    for target in targets:
+        key = (target.weight.untyped_storage()._cdata, target.weight.storage_offset())
+        if key[0] not in stays and key not in seen:
+            seen.add(key)
+            found.append(target.name)
+    return found
+
+
+def _bytes(model: nn.Module) -> int:
+    """Storage behind a model, meta tensors counted as what they would hold; each storage once."""
+    storages = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+        for tensor in [*model.parameters(), *model.buffers()]
+    }
+    return sum(storages.values())

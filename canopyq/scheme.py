@@ -89,6 +89,7 @@ class Recipe:
     Args:
         name: what reports call it.
         weights: the scheme of every linear weight (out_features, in_features).
+        embeddings: whether embeddings are quantized too, in the scheme of the weights.
         activations: the scheme of what goes into those layers (…, in_features), or None to leave it as it is. Ranges
             are taken from each input as it comes (dynamic), unless ``static``.
         static: the activations' ranges are fixed beforehand, from calibration data.
@@ -104,6 +105,7 @@ class Recipe:
     name: str
     weights: Scheme
     ignore: tuple[str, ...] = ("lm_head",)
+    embeddings: bool = False
     activations: Scheme | None = None
     static: bool = False
     cache: str | None = None
@@ -124,24 +126,34 @@ class Recipe:
         Names read as the field writes them: ``w4a16-g128`` is 4-bit integer weights with a scale per 128 of them and
         16-bit activations. Weights may have 2 to 8 bits; then ``-tensor``, ``-channel`` or ``-g<size>`` (``w8a16``
         alone is per channel, ``w4a16`` alone g128), and ``-asym`` for a zero point. ``nf4``, ``mxfp4``, ``nvfp4`` stand
-        for weights in those formats. Scales are kept in bfloat16, except where a format brings its own.
+        for weights in those formats; ``w8a8`` and ``fp8`` for 8-bit weights per channel and 8-bit inputs per token, in
+        integers or E4M3. Scales are kept in bfloat16, except where a format brings its own. ``+head`` and ``+embed``
+        quantize the output head and the embedding too.
 
         Raises:
             CanopyError: for a name that does not exist, with the nearest ones that do.
         """
         if isinstance(spec, Recipe):
             return spec
-        text = str(spec).lower()
+        text, *extras = str(spec).lower().split("+")
+        activations = None
         if match := re.fullmatch(r"w([2-8])a16(?:-(tensor|channel|g\d+))?(-asym)?", text):
             bits, granularity, asym = match.groups()
             granularity = granularity or ("channel" if bits == "8" else "g128")
             scheme = Scheme(f"int{bits}", granularity, symmetric=not asym, scale_dtype=torch.bfloat16)
         elif text in ("nf4", "mxfp4", "nvfp4"):
             scheme = Scheme(text, scale_dtype=torch.bfloat16 if text == "nf4" else None)
+        elif text in ("w8a8", "fp8"):
+            name = {"w8a8": "int8", "fp8": "fp8"}[text]
+            scheme, activations = Scheme(name, "channel", scale_dtype=torch.bfloat16), Scheme(name, "token")
         else:
             raise unknown("recipe", spec, RECIPES, more=", any w2…w8a16 with -tensor, -channel or -g<size> and -asym")
-        return cls(text, scheme)
+        for extra in extras:
+            if extra not in ("head", "embed"):
+                raise unknown(f"addition to {text}", f"+{extra}", ("+head", "+embed"))
+        ignore = () if "head" in extras else ("lm_head",)
+        return cls("+".join([text, *extras]), scheme, ignore, "embed" in extras, activations)
 
 
 RECIPES = ("w8a16", "w8a16-g128", "w4a16-channel", "w4a16-g128", "w4a16-g128-asym", "w4a16-g64", "w4a16-g32",
-           "w3a16-g128", "w2a16-g32", "nf4", "mxfp4", "nvfp4")  # fmt: skip
+           "w3a16-g128", "w2a16-g32", "nf4", "mxfp4", "nvfp4", "w8a8", "fp8")  # fmt: skip

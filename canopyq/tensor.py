@@ -150,6 +150,26 @@ def quantize(
     return QuantizedTensor(data, scale, zero_point, scheme, x.shape, x.dtype, tensor_scale)
 
 
+def quantized_bytes(shape: torch.Size, scheme: Scheme, dtype: torch.dtype) -> int:
+    """What ``quantize(x, scheme).nbytes`` will be for an x of this shape and dtype, without one.
+
+    Raises:
+        CanopyError: if the scheme does not fit the shape.
+    """
+    fmt, count = scheme.format, shape.numel()
+    if scheme.is_plain_cast:
+        return count * fmt.bits // 8
+    _check_fit(shape, scheme)
+    columns = shape[-1]
+    codes = count // columns * 4 * -(-columns * fmt.bits // 32) if _is_packed(fmt) else count
+    scales = torch.Size(scheme.granularity.scale_shape(shape)).numel()
+    if isinstance(fmt, BlockFormat):
+        return codes + scales + (4 if fmt.has_tensor_scale else 0)
+    narrow = dtype in (torch.float16, torch.bfloat16)
+    kept = scheme.scale_dtype or (dtype if narrow else torch.float32)
+    return codes + scales * kept.itemsize + (0 if scheme.symmetric else scales)
+
+
 def _check_input(x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise CanopyError(f"quantize needs a torch tensor, got {type(x).__name__}; use torch.as_tensor(x)")

@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 from canopyq.errors import CanopyError
 from canopyq.linear import QuantizedLinear
 from canopyq.memory import bytes_held
-from canopyq.model import quantize_, sqnr_db
+from canopyq.model import quantize_
+from canopyq.report import sqnr_db
 from canopyq.scheme import RECIPES, Recipe, Scheme
 from canopyq.tensor import quantize
 
@@ -291,8 +292,8 @@ def test_a_second_time_is_refused() -> None:
 @pytest.mark.parametrize(
     ("model", "recipe", "message"),
     [
-        (nn.Sequential(nn.LayerNorm(4)), "w8a16", "Sequential has no nn.Linear left"),
-        (nn.ModuleDict({"lm_head": nn.Linear(4, 4)}), "w8a16", "ModuleDict has no nn.Linear left"),
+        (nn.Sequential(nn.LayerNorm(4)), "w8a16", "Sequential has no linear layer left"),
+        (nn.ModuleDict({"lm_head": nn.Linear(4, 4)}), "w8a16", "ModuleDict has no linear layer left"),
         (nn.Linear(4, 4), "w8a16", "bare Linear.*use QuantizedLinear.from_linear"),
         (QuantizedLinear.from_linear(nn.Linear(4, 4), Scheme("int8")), "w8a16", "the model is quantized already"),
         (nn.Sequential(nn.Linear(4, 4)), "w4b16", "unknown recipe 'w4b16'; did you mean"),

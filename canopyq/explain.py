@@ -1,0 +1,109 @@
+"""`explain(model)`: every quantized layer's scheme and bytes, the kernel that runs it, why each other one does not."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+
+from torch import nn
+
+from canopyq.errors import CanopyError
+from canopyq.linear import QuantizedLinear, quantized_layers
+from canopyq.memory import human
+from canopyq.ops import reference, select
+from canopyq.ops.select import Verdict
+
+
+@dataclass(frozen=True)
+class LayerExplained:
+    """One quantized layer.
+
+    Attributes:
+        name, shape, scheme: of the layer.
+        nbytes: that its weight holds, read from storage.
+        device: where it lies.
+        verdicts: what becomes of each kernel.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: str
+    nbytes: int
+    device: str
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def runs(self) -> dict[str, str]:
+        """Kernel -> for inputs of how many rows (tokens in a batch)."""
+        return {verdict.kernel: verdict.runs for verdict in self.verdicts if verdict.runs}
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Kernel -> why it does not run."""
+        return {verdict.kernel: verdict.reason for verdict in self.verdicts if verdict.reason}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All quantized layers of a model. Layers of which the same is true share a paragraph when printed."""
+
+    layers: tuple[LayerExplained, ...]
+
+    def groups(self) -> list[tuple[LayerExplained, list[LayerExplained]]]:
+        """Layers that differ in name alone, under the first of them."""
+        found: dict[tuple, list[LayerExplained]] = {}
+        for layer in self.layers:
+            found.setdefault((layer.shape, layer.scheme, layer.device, layer.verdicts), []).append(layer)
+        return [(layers[0], layers) for layers in found.values()]
+
+    def __str__(self) -> str:
+        lines = []
+        for first, layers in self.groups():
+            more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+            total = human(sum(layer.nbytes for layer in layers))
+            lines.append(
+                f"{first.name}{more}: {first.shape[0]}x{first.shape[1]} {first.scheme}, {total}, {first.device}"
+            )
+            lines += [f"  runs    {kernel}: {rows}" for kernel, rows in first.runs.items()]
+            lines += [f"  refused {kernel}: {reason}" for kernel, reason in first.refused.items()]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Say for every quantized linear layer of ``model`` which kernel runs it, and why each other one does not.
+
+    Raises:
+        CanopyError: if there is none.
+    """
+    layers = [
+        LayerExplained(
+            name,
+            (layer.out_features, layer.in_features),
+            str(layer.scheme) + (f", input {layer.activations}" if layer.activations else ""),
+            sum(tensor.untyped_storage().nbytes() for tensor in layer.held.values()),
+            str(layer.problem.device),
+            tuple(select.verdicts(layer.problem)),
+        )
+        for name, layer in quantized_layers(model)
+        if type(layer) is QuantizedLinear
+    ]
+    if not layers:
+        raise CanopyError(f"{type(model).__name__} has no quantized layer to explain; use quantize_ or load first")
+    return Explanation(tuple(layers))
+
+
+def require_fast(name: str, layer: QuantizedLinear) -> None:
+    """Raise unless a kernel other than the reference runs single tokens through the layer.
+
+    Raises:
+        CanopyError: with the reason of every kernel that refused.
+    """
+    if type(layer) is not QuantizedLinear:
+        return
+    kernel = select.pick(select.usable(layer.problem), 1)
+    if kernel == reference.REFERENCE:
+        reasons = "; ".join(f"{v.kernel}: {v.reason}" for v in select.verdicts(layer.problem) if v.reason)
+        raise CanopyError(f"strict: {name} would run on the reference. {reasons}")

@@ -1,0 +1,123 @@
+"""What quantizing a model will do (`Plan`), what it did (`Report`), and how noise is measured."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from canopyq.memory import human
+from canopyq.tensor import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized weight.
+
+    Attributes:
+        name, shape: of the layer; (out_features, in_features).
+        bits_per_weight: held, scales and zero points included.
+        bytes_before, bytes_after: of the weight.
+        sqnr_db: signal to quantization noise of the weight.
+        output_error: ‖y − ŷ‖ / ‖y‖ over the calibration data, y of the layer before and ŷ after; None without data, or
+            where none of it passed.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits_per_weight: float
+    bytes_before: int
+    bytes_after: int
+    sqnr_db: float
+    output_error: float | None = None
+
+
+class _Text:
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+@dataclass(frozen=True)
+class Plan(_Text):
+    """What `quantize_` would do, found without doing it.
+
+    Attributes:
+        recipe: its name.
+        layers: name -> (shape, bytes now, bytes then) of every weight that will be quantized.
+        kept: module name -> why its weight stays as it is.
+        bytes_before, bytes_after: storage behind the whole model.
+        bytes_peak: the most that weights take at once on the way, old and new ones together.
+    """
+
+    recipe: str
+    layers: dict[str, tuple[tuple[int, int], int, int]]
+    kept: dict[str, str]
+    bytes_before: int
+    bytes_after: int
+    bytes_peak: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.recipe}: {len(self.layers)} weights to quantize; model {human(self.bytes_before)} -> "
+            f"{human(self.bytes_after)}, at most {human(self.bytes_peak)} on the way"
+        ]
+        lines += [
+            f"  {name} {n}x{k}: {human(before)} -> {human(after)}"
+            for name, ((n, k), before, after) in self.layers.items()
+        ]
+        return "\n".join(lines + kept_lines(self.kept))
+
+
+@dataclass(frozen=True)
+class Report(_Text):
+    """What `quantize_` did.
+
+    Attributes:
+        recipe: its name.
+        layers: the quantized layers, in the model's order.
+        kept: module name -> why its weight stayed as it is. Nothing that holds a weight is left out of both lists.
+        bytes_before, bytes_after: storage behind the whole model's parameters and buffers.
+    """
+
+    recipe: str
+    layers: tuple[LayerReport, ...]
+    kept: dict[str, str]
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def worst(self) -> list[LayerReport]:
+        """Layers with the largest output error first; without calibration data, those with the most noise."""
+        return sorted(self.layers, key=lambda layer: (-(layer.output_error or 0.0), layer.sqnr_db))
+
+    def __str__(self) -> str:
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+        bits = sum(8 * layer.bytes_after for layer in self.layers) / weights
+        lines = [
+            f"{self.recipe}: {len(self.layers)} linear layers quantized, {bits:.3f} bits per weight; "
+            f"model {human(self.bytes_before)} -> {human(self.bytes_after)}"
+        ]
+        for x in self.worst[:3]:
+            error = "" if x.output_error is None else f", output off by {100 * x.output_error:.2g} %"
+            lines.append(f"  noisiest: {x.name} {x.shape[0]}x{x.shape[1]}, SQNR {x.sqnr_db:.1f} dB{error}")
+        return "\n".join(lines + kept_lines(self.kept))
+
+
+def kept_lines(kept: dict[str, str]) -> list[str]:
+    """One line a reason, with the first module that has it and how many more do."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in kept.items():
+        reasons.setdefault(reason, []).append(name)
+    return [
+        f"  kept: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({reason})"
+        for reason, names in reasons.items()
+    ]
+
+
+def sqnr_db(original: Tensor, quantized: QuantizedTensor) -> float:
+    """Signal to quantization noise, 10 · log10(Σ w² / Σ (w − ŵ)²), in dB: 6 dB more is one bit better."""
+    signal = original.double().square().sum()
+    noise = (original.double() - quantized.dequantize(torch.float32).double()).square().sum()
+    return float(10 * torch.log10(signal / noise)) if noise > 0 else float("inf")

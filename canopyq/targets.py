@@ -1,0 +1,80 @@
+"""Which weights of a model a recipe quantizes, and why every other one is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from canopyq.errors import CanopyError
+from canopyq.experts import expert_weights, is_experts
+from canopyq.linear import QuantizedLinear
+from canopyq.scheme import Recipe, Scheme
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight that will be quantized.
+
+    Attributes:
+        name: of the quantized layer: the module's, or for an expert ``<module>.<number>.<projection>``.
+        module: what holds it now.
+        kind: ``"linear"``, ``"conv1d"`` (GPT-2's, a linear layer with its weight transposed), ``"embedding"`` or
+            ``"expert"``.
+        weight: (out_features, in_features), a view of what the model holds; on the meta device if the model is.
+        scheme: how it is quantized.
+    """
+
+    name: str
+    module: nn.Module
+    kind: str
+    weight: Tensor
+    scheme: Scheme
+
+
+def find_targets(model: nn.Module, recipe: Recipe) -> tuple[list[Target], dict[str, str]]:
+    """What to quantize, in the model's order, and for every other module that holds a weight, why it is kept.
+
+    Raises:
+        CanopyError: if the model is quantized already, has lazy weights, or nothing to quantize.
+    """
+    targets: list[Target] = []
+    kept: dict[str, str] = {}
+    for name, module in model.named_modules():
+        label, kind = name or "the model", type(module).__name__
+        if isinstance(module, QuantizedLinear):
+            raise CanopyError(f"{label} is quantized already; start from a freshly loaded model")
+        weights = list(module.parameters(recurse=False))
+        if not weights and isinstance(weight := getattr(module, "weight", None), Tensor):
+            weights = [weight]  # a frozen one, kept as a buffer
+        if not weights:
+            continue
+        if any(is_lazy(weight) for weight in weights):
+            raise CanopyError(f"{label} has no weights yet; call the model once, so that they take their shape")
+        if recipe.ignores(name):
+            kept[label] = "named in the recipe's ignore list"
+        elif type(module) is nn.Linear or _is_conv1d(module):  # a subclass may do something else with its weight
+            if not name:
+                raise CanopyError(f"a bare {kind} has no place to be replaced in; use QuantizedLinear.from_linear")
+            linear = type(module) is nn.Linear
+            weight = module.weight if linear else module.weight.t()
+            targets.append(Target(name, module, "linear" if linear else "conv1d", weight, recipe.weights))
+        elif is_experts(module):
+            found = expert_weights(module).items()
+            targets += [Target(f"{name}.{part}", module, "expert", weight, recipe.weights) for part, weight in found]
+        elif type(module) is nn.Embedding and recipe.embeddings and name:
+            targets.append(Target(name, module, "embedding", module.weight, recipe.weights))
+        elif isinstance(module, nn.Embedding):
+            kept[label] = "an embedding: rows are looked up, not multiplied"
+        elif all(weight.dim() < 2 for weight in weights):
+            kept[label] = "a norm: a vector, too small to matter"
+        else:
+            kept[label] = f"a {kind}: only plain nn.Linear, GPT-2's Conv1D and fused experts are quantized"
+    if not targets:
+        raise CanopyError(f"{type(model).__name__} has no linear layer left to quantize by {recipe.name}")
+    return targets, kept
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
