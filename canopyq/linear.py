@@ -2,72 +2,181 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from canopyq import affine
 from canopyq.errors import CanopyError
+from canopyq.ops import reference, select
+from canopyq.ops.kernel import Problem
 from canopyq.scheme import Scheme
 from canopyq.tensor import QuantizedTensor, quantize
 
 
 class QuantizedLinear(nn.Module):
-    """y = x · Wᵀ + b with W (out_features, in_features) kept as codes and scales.
+    """y = x · Wᵀ + b with W (out_features, in_features) kept as codes and scales, and nothing else.
 
-    The buffers bear the names of the compressed-tensors checkpoint: ``weight_packed`` (or ``weight`` for 8-bit codes
-    that need no packing), ``weight_scale``, and ``weight_zero_point`` when asymmetric. W is dequantized for each call
-    and then dropped: the memory is saved for good, the time is not.
+    The buffers hold the weight in the layout that the fastest kernel of this machine reads; `state_dict` gives it as
+    compressed-tensors checkpoints do: ``weight_packed`` (``weight`` for 8-bit codes), ``weight_scale``, and
+    ``weight_zero_point`` when asymmetric. Moved to another device, the weight is laid out anew at the next call.
 
     ``.to(dtype)`` and ``.half()`` leave the buffers as they are and cast the bias alone: the weight is dequantized to
     the dtype of the input, and a scale that is rounded a second time would change it.
+
+    Args:
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+        activations: scheme of the input (…, in_features): per token, or per tensor with ``input_scale``; None leaves
+            the input as it is.
+        input_scale, input_zero_point: (1,) each, the fixed range of a static scheme; None takes it from each input.
+
+    Raises:
+        CanopyError: if ``weight`` is no matrix.
     """
 
-    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: QuantizedTensor,
+        bias: Tensor | None = None,
+        activations: Scheme | None = None,
+        input_scale: Tensor | None = None,
+        input_zero_point: Tensor | None = None,
+    ) -> None:
         super().__init__()
         if len(weight.shape) != 2:
             raise CanopyError(f"a linear layer's weight is (out_features, in_features), got {tuple(weight.shape)}")
         self.out_features, self.in_features = weight.shape
-        self.scheme, self.weight_dtype = weight.scheme, weight.dtype
-        self.data_name = "weight_packed" if weight.data.dtype == torch.int32 else "weight"
-        self.register_buffer(self.data_name, weight.data)
-        self.register_buffer("weight_scale", weight.scale)
-        self.register_buffer("weight_zero_point", weight.zero_point)
-        self.register_buffer("weight_tensor_scale", weight.tensor_scale)
+        self.scheme, self.activations, self.weight_dtype = weight.scheme, activations, weight.dtype
+        self.register_buffer("input_scale", input_scale)
+        self.register_buffer("input_zero_point", input_zero_point)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)
+        self.weight_names: tuple[str, ...] = ()
+        self.layout, self._kernels = reference.PLAIN, None
+        self._hold(reference.arrange(weight))
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, scheme: Scheme) -> QuantizedLinear:
+    def from_linear(cls, linear: nn.Linear, scheme: Scheme, activations: Scheme | None = None) -> QuantizedLinear:
         """Quantize a layer's weight by round-to-nearest; the bias stays as it is."""
-        return cls(quantize(linear.weight, scheme), linear.bias)
+        return cls(quantize(linear.weight, scheme), linear.bias, activations)
+
+    @property
+    def held(self) -> dict[str, Tensor]:
+        """The weight's tensors in the layout that they have now."""
+        return {name: self._buffers[name] for name in self.weight_names}
+
+    @property
+    def problem(self) -> Problem:
+        """What the kernels need to know of this layer."""
+        device = self._buffers[self.weight_names[0]].device
+        shape = (self.out_features, self.in_features)
+        return Problem(self.scheme, self.activations, *shape, self.weight_dtype, device)
 
     @property
     def quantized_weight(self) -> QuantizedTensor:
-        """The weight as a `QuantizedTensor`; it shares memory with the buffers."""
-        return QuantizedTensor(
-            getattr(self, self.data_name),
-            self.weight_scale,
-            self.weight_zero_point,
-            self.scheme,
-            torch.Size([self.out_features, self.in_features]),
-            self.weight_dtype,
-            self.weight_tensor_scale,
-        )
+        """The weight as a `QuantizedTensor`; as long as no kernel wants another layout, it shares memory."""
+        return self.layout.restore(self.held, self.problem)
+
+    def arrange(self) -> QuantizedLinear:
+        """Lay the weight out for the fastest kernel that can run here. The first call of `forward` does it too."""
+        problem = self.problem
+        kernels = select.usable(problem)
+        if kernels[0].layout != self.layout:
+            with torch.inference_mode(False), torch.no_grad():
+                weight = self.quantized_weight
+                self._hold(kernels[0].layout.arrange(weight))
+            self.layout = kernels[0].layout
+        self._kernels = kernels
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.quantized_weight.dequantize(x.dtype), self.bias)
+        if x.shape[-1] != self.in_features:
+            raise CanopyError(f"the layer takes {self.in_features} features, got an input of shape {tuple(x.shape)}")
+        if x.dtype not in affine.FLOATS:
+            raise CanopyError(f"the layer takes floating-point input, not {x.dtype}")
+        if self._kernels is None:
+            self.arrange()
+        out = self._multiply(x.reshape(-1, self.in_features))
+        if self.bias is not None:
+            out = out + self.bias.to(out.dtype)
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """(M, in_features) -> (M, out_features)."""
+        if not len(x):
+            return x.new_empty(0, self.out_features)
+        problem = self.problem
+        exact = x.dtype == torch.float64 or (torch.is_grad_enabled() and x.requires_grad)
+        if self.activations is None and exact:  # the kernels round to less, and have no backward pass
+            return nn.functional.linear(x, self.quantized_weight.dequantize(x.dtype))
+        kernel = select.pick(self._kernels, len(x))
+        if self.activations is None:
+            return kernel.run(x, self.held, problem)
+        codes = self._quantize_input(x)
+        return kernel.run(codes if kernel.takes_codes else codes.dequantize(x.dtype), self.held, problem)
+
+    def _quantize_input(self, x: Tensor) -> QuantizedTensor:
+        if self.input_scale is None:
+            return quantize(x, self.activations)
+        zero_point = None if self.input_zero_point is None else self.input_zero_point.reshape(-1, 1)
+        codes = affine.quantize(
+            x.detach().float().reshape(1, -1),
+            self.input_scale.float().reshape(-1, 1),
+            zero_point,
+            self.activations.format,
+            restricted=self.activations.restricted,
+        )
+        scale, zero = self.input_scale, self.input_zero_point
+        return QuantizedTensor(codes.reshape(x.shape), scale, zero, self.activations, x.shape, x.dtype)
+
+    def _hold(self, tensors: dict[str, Tensor]) -> None:
+        for name in self.weight_names:
+            del self._buffers[name]
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.weight_names = tuple(tensors)
+
+    def _make_plain(self) -> None:
+        if self.layout != reference.PLAIN:
+            weight = self.quantized_weight
+            self._hold(reference.arrange(weight))
+            self.layout = reference.PLAIN
+        self._kernels = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """What `.to()`, `.half()` and `.cuda()` call: buffers go to another device, but never to another dtype."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        device = self.problem.device
+        probe = fn(torch.empty(0, device=device))
+        if probe.device != device:
+            self._make_plain()
+            before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             if self._buffers[name].dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(self._buffers[name].device)
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.weight_names:
+            destination.pop(prefix + name, None)
+        for name, tensor in reference.arrange(self.quantized_weight).items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        self._make_plain()
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"
+        inputs = f", input {self.activations}" if self.activations else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}{inputs}"
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """The quantized linear layers of a model, by name, each once."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear))

@@ -36,6 +36,12 @@ def x(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, 64, generator=torch.Generator().manual_seed(1))
 
 
+def off_by(y: torch.Tensor, given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> float:
+    """Relative error against the product in float64."""
+    exact = F.linear(given.double(), weight.double(), None if bias is None else bias.double())
+    return float((y.detach().double() - exact.detach()).norm() / exact.detach().norm())
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3)], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
@@ -43,7 +49,11 @@ def test_output_equals_the_dequantized_weight(scheme: Scheme, shape: tuple[int, 
     layer = linear(bias)
     quantized = QuantizedLinear.from_linear(layer, scheme)
     weight = quantize(layer.weight, scheme).dequantize()
-    assert torch.equal(quantized(x(*shape)), F.linear(x(*shape), weight, layer.bias))
+    with torch.no_grad():
+        y = quantized(x(*shape))
+        assert off_by(y, x(*shape), weight, layer.bias) < 4e-3  # bfloat16 where the kernel rounds its input
+        exact, weight = quantized(x(*shape).double()), quantized.quantized_weight.dequantize(torch.float64)
+        assert off_by(exact, x(*shape).double(), weight, layer.bias) < 1e-14
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,8 +71,8 @@ def test_a_change_of_dtype_leaves_the_weight_alone(scheme: Scheme, dtype: torch.
     assert quantized.bias.dtype == dtype
     y = quantized(x(3).to(dtype))
     assert y.dtype == dtype
-    weight = quantized.quantized_weight.dequantize(dtype)
-    assert torch.equal(y, F.linear(x(3).to(dtype), weight, quantized.bias))
+    weight = quantized.quantized_weight.dequantize(torch.float64)
+    assert off_by(y, x(3).to(dtype), weight, quantized.bias) < 1e-2
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])

@@ -1,1 +1,1 @@
-"""Quantized models on disk: compressed-tensors files, written and read with safetensors alone."""
+"""Checkpoints: folders of safetensors files, in the layout of compressed-tensors."""

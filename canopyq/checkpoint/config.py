@@ -79,16 +79,24 @@ def quantization_config(recipe: Recipe, ignore: Sequence[str]) -> dict:
     if recipe.static:
         raise CanopyError("static activation ranges are not written yet; use a recipe with dynamic ones")
     format = disk_format(recipe.weights, recipe.activations)
-    group = {
-        "format": format,
-        "input_activations": None if recipe.activations is None else _arguments(recipe.activations, dynamic=True),
-        "output_activations": None,
-        "targets": ["Linear"],
-        "weights": _arguments(recipe.weights, dynamic=False),
-    }
+    return write_config([Group("group_0", ("Linear",), recipe.weights, recipe.activations, format)], ignore)
+
+
+def write_config(groups: Sequence[Group], ignore: Sequence[str]) -> dict:
+    """`quantization_config` of groups that are known one by one."""
+    formats = {group.format for group in groups}
     return {
-        "config_groups": {"group_0": group},
-        "format": format,
+        "config_groups": {
+            group.name: {
+                "format": group.format,
+                "input_activations": None if group.activations is None else _arguments(group.activations, dynamic=True),
+                "output_activations": None,
+                "targets": list(group.targets),
+                "weights": _arguments(group.weights, dynamic=False),
+            }
+            for group in groups
+        },
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "global_compression_ratio": None,
         "ignore": list(ignore),
         "kv_cache_scheme": None,

@@ -132,7 +132,7 @@ def from_disk(
             and positive, codes outside the range of the scheme.
     """
     format = PACKED if "weight_packed" in tensors else FLOAT if isinstance(scheme.format, FloatFormat) else INT
-    check(tensors, expected(scheme, shape, format))
+    check({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, scheme, shape, format)
     bits, scale = scheme.format.bits, tensors["weight_scale"]
     if not bool(((scale > 0) & scale.isfinite()).all()):
         raise CanopyError("weight_scale holds values that are not finite and positive; write the file again")
@@ -155,16 +155,18 @@ def from_disk(
     return QuantizedTensor(data, scale, zero_point, scheme, torch.Size(shape), dtype)
 
 
-def check(found: Mapping, wanted: Mapping[str, tuple[tuple[torch.dtype, ...], tuple]]) -> None:
-    """Raise `CanopyError` unless the tensors (anything with ``dtype`` and ``shape``) are those of `expected`."""
+def check(found: Mapping[str, tuple[torch.dtype, tuple]], scheme: Scheme, shape: tuple[int, int], format: str) -> None:
+    """Raise `CanopyError` unless the tensors found, by dtype and shape, are those of `expected`."""
+    wanted = expected(scheme, shape, format)
     if missing := sorted(wanted.keys() - found.keys()):
         raise CanopyError(f"{missing[0]} is missing; the checkpoint is incomplete")
     if extra := sorted(found.keys() - wanted.keys()):
-        raise CanopyError(f"{extra[0]} has no place in a weight with this config")
+        raise CanopyError(f"{extra[0]} has no place in {format} weights in {scheme}; the config does not fit the file")
     for name, (dtypes, shape) in wanted.items():
-        if tuple(found[name].shape) != tuple(shape) or found[name].dtype not in dtypes:
+        dtype, is_shape = found[name]
+        if tuple(is_shape) != tuple(shape) or dtype not in dtypes:
             raise CanopyError(
-                f"{name} is {_word(found[name].dtype)} {tuple(found[name].shape)}, by the config it has to be "
+                f"{name} is {_word(dtype)} {tuple(is_shape)}, by the config it has to be "
                 f"{' or '.join(map(_word, dtypes))} {tuple(shape)}"
             )
 

@@ -1,0 +1,137 @@
+"""4-bit weights on the processor: torch's packed kernel for few rows, slice by slice from its layout for many.
+
+torch packs blocks of 64 rows (32 without AVX-512): for each input feature a block's bytes follow one another, and
+byte j holds row j in its low half and row j + block/2 in its high half. Each group has a bfloat16 scale s and offset z,
+and a code u in 0…15 stands for (u − 8)·s + z.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from canopyq import packing
+from canopyq.formats import IntFormat
+from canopyq.ops.kernel import Held, Kernel, Layout, Problem
+from canopyq.ops.sliced import SLICE
+from canopyq.tensor import QuantizedTensor
+
+GROUPS = (256, 128, 64, 32)  # what torch's kernel takes
+
+
+@cache
+def block_rows() -> int | None:
+    """Rows to a block of torch's layout on this processor, found by packing rows that hold their own number; None if
+    the layout is another one."""
+    rows = torch.arange(64, dtype=torch.int32)[:, None].expand(64, 2).contiguous()
+    tens, ones = (torch._convert_weight_to_int4pack_for_cpu(part, 1).flatten() for part in (rows // 16, rows % 16))
+    low, high = (ones & 15) + (tens & 15) * 16, (ones >> 4) + (tens >> 4) * 16
+    for block in (64, 32):
+        shape = (64 // block, 2, block // 2)
+        found = torch.cat([low.view(shape), high.view(shape)], dim=-1)
+        if torch.equal(found, torch.arange(64, dtype=found.dtype).view(-1, 1, block).expand_as(found)):
+            return block
+    return None
+
+
+def group_size(problem: Problem) -> int | None:
+    """The group that torch's kernel is told: the weight's own, or for a channel the largest that divides it."""
+    granularity = problem.weights.granularity
+    if granularity.kind == "group":
+        fits = granularity.group_size in GROUPS and problem.k % granularity.group_size == 0
+        return granularity.group_size if fits else None
+    return next((size for size in GROUPS if problem.k % size == 0), None)
+
+
+def refuse(problem: Problem) -> str | None:
+    fmt, granularity = problem.weights.format, problem.weights.granularity
+    if problem.device.type != "cpu":
+        return f"it is a processor's kernel; the layer lies on {problem.device}"
+    if not (isinstance(fmt, IntFormat) and fmt.bits == 4):
+        return f"it takes int4 weights; these are {fmt.name}"
+    if problem.activations is not None:
+        return "it leaves activations in 16 bits, and this recipe quantizes them"
+    if problem.weights.scale_dtype != torch.bfloat16:
+        return f"it takes bfloat16 scales; these are {problem.weights.scale_dtype}"
+    if granularity.kind not in ("group", "channel") or granularity.axis != 0:
+        return f"it takes a scale per group or output channel; these have one per {granularity}"
+    if group_size(problem) is None:
+        return f"it takes groups of 32, 64, 128 or 256 that divide in_features; {granularity} and {problem.k} do not"
+    if problem.n % 64:
+        return f"it takes out_features in multiples of 64; this layer has {problem.n}"
+    if block_rows() is None:
+        return f"torch {torch.__version__} packs int4 in an order that canopyq does not know on this processor"
+    return None
+
+
+def arrange(weight: QuantizedTensor) -> dict[str, Tensor]:
+    """Codes (N/block, K, block/2) uint8, and scales and zero points with their groups first: (G, N)."""
+    n, k = weight.shape
+    codes = (weight.codes + 8).to(torch.uint8)
+    halves = codes.view(n // block_rows(), 2, block_rows() // 2, k)
+    blocks = (halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2).contiguous()
+    held = {"weight_blocks": blocks, "weight_scale": weight.scale.t().contiguous()}
+    if weight.zero_point is not None:
+        held["weight_zero_point"] = weight.zero_point.t().contiguous()
+    return held
+
+
+def restore(held: Held, problem: Problem) -> QuantizedTensor:
+    """The inverse of `arrange`, bit for bit."""
+    blocks, zero_point = held["weight_blocks"], held.get("weight_zero_point")
+    codes = torch.stack([blocks & 15, blocks >> 4], dim=1).transpose(2, 3).reshape(problem.n, problem.k)
+    return QuantizedTensor(
+        packing.pack_unchecked(codes, 4, 0),
+        held["weight_scale"].t().contiguous(),
+        None if zero_point is None else zero_point.t().contiguous(),
+        problem.weights,
+        torch.Size([problem.n, problem.k]),
+        problem.weight_dtype,
+    )
+
+
+def packed_linear(x: Tensor, held: Held, problem: Problem) -> Tensor:
+    """x · Wᵀ with x rounded to bfloat16: (M, K) -> (M, N)."""
+    size, scale = group_size(problem), held["weight_scale"]
+    # A scale and an offset side by side are twice the bytes, so they last for the call only.
+    both = torch.zeros(problem.k // size, problem.n, 2, dtype=torch.bfloat16)
+    both[..., 0] = scale
+    if not problem.weights.symmetric:
+        both[..., 1] = -held["weight_zero_point"] * scale
+    words = held["weight_blocks"].view(problem.n, problem.k // 2)
+    return torch._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), words, size, both).to(x.dtype)
+
+
+def sliced_linear(x: Tensor, held: Held, problem: Problem) -> Tensor:
+    """x · Wᵀ with sums in float32, dequantizing a few blocks at a time: (M, K) -> (M, N)."""
+    n, k = problem.n, problem.k
+    blocks, half = held["weight_blocks"], held["weight_blocks"].shape[2]
+
+    def by_block(part: Tensor) -> Tensor:
+        return part.view(len(part), 1, len(blocks), 2, half)
+
+    scale = by_block(held["weight_scale"])
+    zero_point = None if problem.weights.symmetric else by_block(held["weight_zero_point"])
+    step = max(1, min(len(blocks), SLICE // (2 * half * k)))
+    wide = x.to(torch.float32)
+    out = torch.empty(len(x), n, dtype=torch.float32)
+    scratch = torch.empty(k * step * 2 * half)
+    for start in range(0, len(blocks), step):
+        part = blocks[start : start + step].transpose(0, 1)
+        here = slice(start, start + part.shape[1])
+        values = scratch[: 2 * part.numel()].view(k, -1, 2, half)
+        values[:, :, 0].copy_((part & 15).view(torch.int8) - 8)
+        values[:, :, 1].copy_((part >> 4).view(torch.int8) - 8)
+        grouped = values.view(len(scale), -1, *values.shape[1:])
+        if zero_point is not None:
+            grouped.sub_(zero_point[:, :, here])
+        grouped.mul_(scale[:, :, here])
+        torch.mm(wide, values.view(k, -1), out=out[:, 2 * half * here.start : 2 * half * here.stop])
+    return out.to(x.dtype)
+
+
+BLOCKS = Layout("in torch's blocks for int4", arrange, restore)
+PACKED = Kernel("packed int4, bfloat16 input (torch)", BLOCKS, refuse, packed_linear, most_rows=8)
+SLICED = Kernel("packed int4, slice by slice in float32", BLOCKS, refuse, sliced_linear)
