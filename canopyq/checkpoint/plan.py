@@ -206,6 +206,7 @@ def _outputs(name: str, info: TensorInfo, module: str | None, recipe: Recipe) ->
     if module is None:
         return {name: (info.torch_dtype, info.shape)}
     try:
+        recipe.weights.granularity.check(info.shape)
         # One row tells the dtype of a scale and whether groups fit, and takes no time.
         probe = quantize(torch.ones(1, info.shape[1], dtype=info.torch_dtype), recipe.weights).scale.dtype
         wanted = expected(recipe.weights, info.shape, disk_format(recipe.weights, recipe.activations))

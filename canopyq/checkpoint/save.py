@@ -20,8 +20,10 @@ from canopyq.checkpoint.config import Group, write_config
 from canopyq.checkpoint.files import CONFIG, INDEX, SINGLE, refuse_not_empty, whole_or_absent
 from canopyq.checkpoint.layout import SCALE_DTYPES, disk_format, to_disk
 from canopyq.checkpoint.load import load_as, tied
-from canopyq.checkpoint.skeleton import one_line, quiet
+from canopyq.checkpoint.skeleton import build, one_line, quiet
+from canopyq.embedding import QuantizedEmbedding
 from canopyq.errors import CanopyError
+from canopyq.experts import QuantizedExperts
 from canopyq.formats import IntFormat
 from canopyq.linear import QuantizedLinear
 from canopyq.memory import human
@@ -123,11 +125,18 @@ def _groups(model: nn.Module) -> tuple[list[Group], list[str]]:
     """
     if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "to_json_string"):
         raise CanopyError(f"save needs a transformers model, got {type(model).__name__}")
+    shape = dict(build(_bare_config(model), torch.float32).named_modules(remove_duplicate=False))
     kinds: dict[tuple, tuple[Scheme, Scheme | None, list[str]]] = {}
     ignore = []
     for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (QuantizedEmbedding, QuantizedExperts)):
+            raise CanopyError(
+                f"{name}: quantized embeddings and experts are not written yet; leave them out of the recipe"
+            )
         if isinstance(module, QuantizedLinear):
             weights, activations = module.scheme, module.activations
+            if type(shape.get(name)) is not nn.Linear:
+                raise CanopyError(f"{name} was a {type(shape.get(name)).__name__}; only nn.Linear is written")
             if module.input_scale is not None:
                 raise CanopyError(f"{name}: static activation ranges are not written yet; use dynamic ones")
             try:
@@ -144,6 +153,15 @@ def _groups(model: nn.Module) -> tuple[list[Group], list[str]]:
         Group(f"group_{i}", tuple(names), weights, activations, disk_format(weights, activations))
         for i, (weights, activations, names) in enumerate(kinds.values())
     ], ignore
+
+
+def _bare_config(model: nn.Module):
+    """A copy of the model's config that says nothing of quantization."""
+    config = copy.deepcopy(model.config)
+    for name in ("quantization_config", "compression_config"):
+        if hasattr(config, name):
+            delattr(config, name)
+    return config
 
 
 def _plain(model: nn.Module) -> dict[str, Tensor]:
@@ -176,14 +194,13 @@ def _widest(tensors) -> torch.dtype:
 
 def _config(model: nn.Module, plain: dict[str, Tensor], groups: list[Group], ignore: list[str], dtype) -> dict:
     """config.json: the model's own, and what was done to it."""
-    config = copy.deepcopy(model.config)
+    config = _bare_config(model)
     config.architectures = [type(model).__name__]
     config.dtype = dtype
     pairs = tied(model)
     if any(second in plain or isinstance(_owner(model, second), QuantizedLinear) for second in pairs):
         config.tie_word_embeddings = False  # two tensors: tied again they would be one
     content = json.loads(config.to_json_string(use_diff=True))
-    content.pop("compression_config", None)
     if config.tie_word_embeddings is False:
         content["tie_word_embeddings"] = False  # said aloud: its default differs from model to model
     if len(groups) == 1:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from canopyq.checkpoint.files import CONFIG, INDEX, Checkpoint
+from canopyq.checkpoint.files import CONFIG, INDEX, Checkpoint, refuse_not_empty
 from canopyq.checkpoint.layout import disk_format, to_disk
 from canopyq.checkpoint.plan import SHARD_BYTES, Plan, Step, make_plan
 from canopyq.checkpoint.work import Work, fingerprint
@@ -99,8 +99,10 @@ def prepare(
     """All that `quantize_checkpoint` does before it writes: what will be done, and whether it can be."""
     from canopyq import __version__
 
+    recipe = Recipe.parse(recipe)
+    refuse_not_empty(out)
     checkpoint = Checkpoint(Path(source))
-    plan = make_plan(checkpoint, Recipe.parse(recipe), shard_bytes)
+    plan = make_plan(checkpoint, recipe, shard_bytes)
     outputs = {file: [(s.name, sorted(map(str, s.outputs.items()))) for s in own] for file, own in plan.shards.items()}
     terms = {
         "source": fingerprint(checkpoint),
