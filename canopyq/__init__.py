@@ -19,13 +19,19 @@ from canopyq.tensor import QuantizedTensor, quantize
 __version__ = "0.1.0"
 
 # What needs transformers, matplotlib or ipywidgets loads on first use, so that `import canopyq` stays quick.
-_LATER = {"compare": "canopyq.evaluate", "examine": "canopyq.evaluate"}
+_LATER = {
+    "compare": "canopyq.evaluate",
+    "examine": "canopyq.evaluate",
+    "inspect": "canopyq.checkpoint.inspect",
+    "load": "canopyq.checkpoint.load",
+    "save": "canopyq.checkpoint.save",
+}
 _MODULES = ("lessons", "tutor")
 
 __all__ = [
     "FORMATS", "RECIPES", "CanopyError", "Granularity", "Plan", "QuantizedLinear", "QuantizedTensor",
-    "Recipe", "Report", "Scheme", "compare", "examine", "explain", "get_format", "lessons", "plan", "quantize",
-    "quantize_", "tutor",
+    "Recipe", "Report", "Scheme", "compare", "examine", "explain", "get_format", "inspect", "lessons", "load", "plan",
+    "quantize", "quantize_", "save", "tutor",
 ]  # fmt: skip
 
 

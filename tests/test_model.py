@@ -78,7 +78,8 @@ def test_the_model_computes_with_the_dequantized_weights() -> None:
         for name, module in by_hand.named_modules():
             if isinstance(module, nn.Linear) and name != "lm_head":
                 module.weight.copy_(quantize(module.weight, Recipe.parse("w4a16-g32").weights).dequantize())
-        assert torch.equal(model(TOKENS).logits, by_hand(TOKENS).logits)
+        got, expected = model(TOKENS).logits, by_hand(TOKENS).logits
+    assert float((got - expected).norm() / expected.norm()) < 4e-3  # few tokens: the kernel rounds inputs to bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

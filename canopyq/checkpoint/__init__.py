@@ -1,0 +1,1 @@
+"""Quantized models on disk: compressed-tensors files, written and read with safetensors alone."""

@@ -1,0 +1,224 @@
+"""The ``quantization_config`` of a checkpoint's config.json: written from a recipe, read into groups.
+
+Each group says how its layers are quantized and, in ``targets``, which those are: by full name, by ``re:`` and a
+pattern that the name starts with, or by class. ``ignore`` speaks the same language and goes before all groups.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from canopyq.checkpoint.layout import DISK_FORMATS, FLOAT, INT, PACKED, disk_format
+from canopyq.errors import CanopyError, unknown
+from canopyq.formats import IntFormat
+from canopyq.scheme import Recipe, Scheme
+
+VERSION = "0.20.0"  # of compressed-tensors, whose form this is
+NOT_READ = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "marlin-24", "dense",
+            "sparse-bitmask", "sparse-24-bitmask")  # fmt: skip
+_ARGS = ("actorder", "block_structure", "dynamic", "group_size", "num_bits", "observer", "observer_kwargs",
+         "scale_dtype", "strategy", "symmetric", "type", "zp_dtype")  # fmt: skip
+_GROUP = ("format", "input_activations", "output_activations", "targets", "weights")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that are quantized alike.
+
+    Attributes:
+        name: such as ``"group_0"``.
+        targets: which layers: names, ``re:`` patterns, class names.
+        weights: how their weights are quantized.
+        activations: how what goes into them is, from each input's own range; None leaves it as it is.
+        format: one of `DISK_FORMATS`.
+    """
+
+    name: str
+    targets: tuple[str, ...]
+    weights: Scheme
+    activations: Scheme | None
+    format: str
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A whole ``quantization_config``: its groups, and what no group may touch."""
+
+    groups: tuple[Group, ...]
+    ignore: tuple[str, ...]
+
+    def group_of(self, name: str, kind: str = "Linear") -> Group | None:
+        """The group that a module belongs to, by its name and class; None leaves it unquantized.
+
+        The most specific target wins, as in compressed-tensors: a full name before a pattern before a class.
+        """
+        if any(_names(entry, name) or entry == kind for entry in self.ignore):
+            return None
+        pairs = [(target, group) for group in self.groups for target in group.targets]
+        pairs.sort(key=lambda pair: ("re:" in pair[0], pair[0]))
+        named = [group for target, group in pairs if _names(target, name)]
+        return next(iter(named + [group for target, group in pairs if target == kind]), None)
+
+
+def _names(target: str, name: str) -> bool:
+    return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
+
+
+def quantization_config(recipe: Recipe, ignore: Sequence[str]) -> dict:
+    """What stands in config.json under ``quantization_config``, in the full form of compressed-tensors.
+
+    Args:
+        recipe: of the whole model.
+        ignore: the full names of all linear layers that stayed as they are.
+
+    Raises:
+        CanopyError: for a recipe that the format cannot hold.
+    """
+    if recipe.static:
+        raise CanopyError("static activation ranges are not written yet; use a recipe with dynamic ones")
+    format = disk_format(recipe.weights, recipe.activations)
+    return write_config([Group("group_0", ("Linear",), recipe.weights, recipe.activations, format)], ignore)
+
+
+def write_config(groups: Sequence[Group], ignore: Sequence[str]) -> dict:
+    """`quantization_config` of groups that are known one by one."""
+    formats = {group.format for group in groups}
+    return {
+        "config_groups": {
+            group.name: {
+                "format": group.format,
+                "input_activations": None if group.activations is None else _arguments(group.activations, dynamic=True),
+                "output_activations": None,
+                "targets": list(group.targets),
+                "weights": _arguments(group.weights, dynamic=False),
+            }
+            for group in groups
+        },
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "global_compression_ratio": None,
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+        "moe_sparsity_config": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": VERSION,
+    }
+
+
+def _arguments(scheme: Scheme, dynamic: bool) -> dict:
+    fmt, granularity = scheme.format, scheme.granularity
+    if not isinstance(fmt, IntFormat) and fmt.name != "fp8_e4m3":
+        raise CanopyError(f"compressed-tensors has no {fmt.name} activations; use int8 or fp8_e4m3")
+    return {
+        "dynamic": dynamic,
+        "group_size": granularity.group_size,
+        "num_bits": fmt.bits,
+        "strategy": granularity.kind,
+        "symmetric": scheme.symmetric,
+        "type": "int" if isinstance(fmt, IntFormat) else "float",
+    }
+
+
+def read_config(config: Mapping) -> Quantization:
+    """The inverse of `quantization_config`, for files of other tools too.
+
+    Raises:
+        CanopyError: for anything that is not understood, by name: no guess is made about what codes mean.
+    """
+    config = _mapping(config, "quantization_config")
+    method = config.get("quant_method", "compressed-tensors")
+    if method != "compressed-tensors":
+        raise CanopyError(f"quant_method {method!r} is not read; canopyq reads 'compressed-tensors' checkpoints")
+    for key in ("kv_cache_scheme", "moe_sparsity_config", "transform_config"):
+        if config.get(key):
+            raise CanopyError(f"the checkpoint has a {key}, which canopyq does not read yet; open it with transformers")
+    sparsity = config.get("sparsity_config") or {}
+    if _mapping(sparsity, "sparsity_config").get("format", "dense") != "dense":
+        raise CanopyError(f"sparsity_config {sparsity['format']!r} is not read yet; open it with transformers")
+    status = config.get("quantization_status", "compressed")
+    if status not in ("compressed", "frozen"):
+        raise CanopyError(f"quantization_status {status!r}: the weights were never compressed; save them compressed")
+    groups = _mapping(config.get("config_groups"), "config_groups")
+    if not groups:
+        raise CanopyError("config_groups is empty, so nothing says how the weights are quantized")
+    read = tuple(_group(str(name), group, config.get("format")) for name, group in groups.items())
+    return Quantization(read, _strings(config.get("ignore") or [], "ignore"))
+
+
+def _group(name: str, given: object, default: object) -> Group:
+    group = _mapping(given, name)
+    _no_more(group, _GROUP, name)
+    format = group.get("format") or default
+    if format == "naive-quantized":  # the name that int-quantized and float-quantized share in older files
+        format = FLOAT if _mapping(group.get("weights"), f"weights of {name}").get("type") == "float" else INT
+    if format in NOT_READ:
+        raise CanopyError(f"format {format!r} of {name} is not read yet; canopyq reads {', '.join(DISK_FORMATS)}")
+    if format not in DISK_FORMATS:
+        raise unknown("format", format, DISK_FORMATS)
+    if group.get("output_activations"):
+        raise CanopyError(f"{name} quantizes output_activations, which canopyq does not read yet")
+    if not group.get("weights"):
+        raise CanopyError(f"{name} quantizes no weights, which canopyq does not read yet")
+    weights = _scheme(group["weights"], f"weights of {name}")
+    activations = None
+    if group.get("input_activations"):
+        activations = _scheme(group["input_activations"], f"input_activations of {name}", dynamic=True)
+    fits = {PACKED: weights.format.name in ("int2", "int4", "int8"), INT: weights.format.name == "int8",
+            FLOAT: weights.format.name == "fp8_e4m3"}  # fmt: skip
+    if not fits[format]:
+        disk_format(weights, activations)  # says why, for widths that no file holds safely
+        raise CanopyError(f"format {format!r} of {name} does not hold {weights.format.name} weights")
+    return Group(name, _strings(group.get("targets"), f"targets of {name}"), weights, activations, format)
+
+
+def _scheme(given: object, where: str, *, dynamic: bool = False) -> Scheme:
+    args = _mapping(given, where)
+    _no_more(args, _ARGS, where)
+    if dynamic and args.get("dynamic") is not True:
+        raise CanopyError(f"{where} are static (input_scale), which canopyq does not read yet; use dynamic ones")
+    if not dynamic and args.get("dynamic"):
+        raise CanopyError(f"{where} are marked dynamic; weights have fixed scales")
+    if args.get("actorder") not in (None, False, "weight", "static"):
+        raise CanopyError(f"actorder {args['actorder']!r} of {where} needs a g_idx, which canopyq does not read")
+    bits, kind, symmetric = args.get("num_bits", 8), args.get("type", "int"), args.get("symmetric", True)
+    if kind not in ("int", "float") or type(bits) is not int or type(symmetric) is not bool:
+        raise CanopyError(f"{where} of type {kind!r} with num_bits {bits!r} and symmetric {symmetric!r} are not known")
+    if kind == "float" and bits != 8:
+        raise CanopyError(f"{where} are floats of {bits} bits; canopyq reads 8, which are E4M3")
+    size, strategy = args.get("group_size"), args.get("strategy")
+    if strategy is None:  # compressed-tensors' own reading: -1 means channels
+        strategy = "tensor" if size is None else "channel" if size == -1 else "group"
+    if strategy == "group" and (type(size) is not int or size < 1):
+        raise CanopyError(f"{where} have strategy 'group' and group_size {size!r}; it has to be 1 or more")
+    granularity = {"tensor": "tensor", "group": f"g{size}", "token" if dynamic else "channel": None}
+    if strategy not in granularity:
+        raise CanopyError(f"strategy {strategy!r} of {where} is not read yet; {', '.join(granularity)} are")
+    name = "fp8_e4m3" if kind == "float" else f"int{bits}"
+    return Scheme(name, granularity[strategy] or strategy, symmetric)
+
+
+def _mapping(given: object, what: str) -> Mapping:
+    if not isinstance(given, Mapping):
+        raise CanopyError(f"{what} has to be an object of names and values, got {str(given)[:40]!r}; mend config.json")
+    return given
+
+
+def _strings(given: object, what: str) -> tuple[str, ...]:
+    if not isinstance(given, Sequence) or isinstance(given, str) or not all(isinstance(text, str) for text in given):
+        raise CanopyError(f"{what} has to be a list of names, got {str(given)[:40]!r}; mend config.json")
+    for text in given:
+        try:
+            re.compile(text.removeprefix("re:") if text.startswith("re:") else "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise CanopyError(f"{text[:60]!r} of {what} is no regular expression ({error}); mend config.json") from None
+    return tuple(given)
+
+
+def _no_more(given: Mapping, known: Sequence[str], where: str) -> None:
+    for key in given:
+        if key not in known and given[key] not in (None, {}, [], False):
+            raise CanopyError(f"{str(key)[:40]!r} in {where} is not understood; known: {', '.join(known)}")

@@ -1,0 +1,180 @@
+"""One quantized weight as compressed-tensors lays it out on disk, and back. Pure functions on tensors.
+
+For a weight (N, K) with G groups, by the format of its group in the config:
+
+| format | tensors |
+|---|---|
+| ``pack-quantized`` | ``weight_packed`` int32 (N, ⌈K·bits/32⌉), ``weight_scale``, ``weight_shape`` int64 [N, K] |
+| ``int-quantized`` | ``weight`` int8 (N, K), ``weight_scale`` |
+| ``float-quantized`` | ``weight`` float8_e4m3fn (N, K), ``weight_scale`` |
+
+A scale is (N, G) for groups, (N, 1) per channel, (1,) per tensor. An asymmetric weight has ``weight_zero_point`` too:
+int8 in the shape of the scale, which ``pack-quantized`` packs along N, into (⌈N·bits/32⌉, G).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from canopyq import packing
+from canopyq.errors import CanopyError
+from canopyq.formats import FloatFormat, IntFormat
+from canopyq.scheme import Scheme
+from canopyq.tensor import QuantizedTensor
+
+PACKED, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
+DISK_FORMATS = (PACKED, INT, FLOAT)
+SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def disk_format(weights: Scheme, activations: Scheme | None = None) -> str:
+    """The compressed-tensors format that holds weights of this scheme.
+
+    Raises:
+        CanopyError: for what the format cannot hold, with the reason.
+    """
+    fmt, granularity = weights.format, weights.granularity
+    if weights.is_plain_cast:
+        raise CanopyError(f"{fmt.name} is a plain cast, not a quantized weight; save the model with save_pretrained")
+    if fmt.name in ("mxfp4", "nvfp4"):
+        raise CanopyError(f"{fmt.name} checkpoints are not written yet; use int4 with g32")
+    if fmt.name == "fp8_e5m2":
+        raise CanopyError("compressed-tensors has no E5M2: an 8-bit float is always E4M3 there; use fp8_e4m3")
+    if not isinstance(fmt, IntFormat) and fmt.name != "fp8_e4m3":
+        raise CanopyError(f"compressed-tensors has no {fmt.name}; use int4, int8 or fp8_e4m3")
+    if granularity.kind not in ("tensor", "channel", "group") or granularity.axis != 0:
+        raise CanopyError(f"compressed-tensors has no weights with a scale per {granularity}; use 'channel' or 'g128'")
+    if isinstance(fmt, FloatFormat):
+        return FLOAT
+    if fmt.bits not in (2, 4, 8):
+        raise CanopyError(
+            f"compressed-tensors packs {fmt.bits}-bit codes differently from version to version, so no file would be "
+            "safe to read; use int4 or int8"
+        )
+    if fmt.bits == 8 and activations is not None:
+        if activations.format != fmt:
+            raise CanopyError(f"compressed-tensors has no int8 weights with {activations.format.name} activations")
+        return INT
+    return PACKED
+
+
+def expected(scheme: Scheme, shape: tuple[int, int], format: str) -> dict[str, tuple[tuple[torch.dtype, ...], tuple]]:
+    """What a weight (N, K) is on disk: name after the module's -> the dtypes allowed, the shape."""
+    n, k = shape
+    bits = scheme.format.bits
+    scale = scheme.granularity.scale_shape(shape)
+    if format == PACKED:
+        tensors = {"weight_packed": ((torch.int32,), (n, math.ceil(k * bits / 32))),
+                   "weight_shape": ((torch.int64,), (2,))}  # fmt: skip
+    else:
+        tensors = {"weight": ((torch.float8_e4m3fn if format == FLOAT else torch.int8,), (n, k))}
+    tensors["weight_scale"] = (SCALE_DTYPES, scale)
+    if not scheme.symmetric:
+        packed = _packs_zero_point(scheme, format)
+        tensors["weight_zero_point"] = (
+            ((torch.int32,), (math.ceil(n * bits / 32), scale[1])) if packed else ((torch.int8,), scale)
+        )
+    return tensors
+
+
+def to_disk(weight: QuantizedTensor, dtype: torch.dtype | None = None, format: str | None = None) -> dict[str, Tensor]:
+    """The tensors that are written for a weight (N, K), by the name that follows the module's.
+
+    Args:
+        dtype: of the scales, usually that of the unquantized tensors beside them. A scale that the cast would change
+            keeps its own dtype: the file holds exactly what the model computes with.
+        format: one of `DISK_FORMATS`; None takes `disk_format` of weights without activation quantization.
+
+    Raises:
+        CanopyError: for a weight that the format cannot hold.
+    """
+    natural = disk_format(weight.scheme)
+    format = format or natural
+    if format != natural and (format, natural, weight.scheme.format.bits) != (INT, PACKED, 8):
+        raise CanopyError(f"weights in {weight.scheme} are stored as {natural}, not as {format}")
+    if len(weight.shape) != 2:
+        raise CanopyError(f"a checkpoint holds weights of (out_features, in_features), got {tuple(weight.shape)}")
+    bits, scale = weight.scheme.format.bits, weight.scale
+    if dtype is not None and torch.equal(scale.to(dtype).to(scale.dtype), scale):
+        scale = scale.to(dtype)
+    tensors = {"weight_scale": scale}
+    if format == PACKED:
+        words = weight.data if weight.data.dtype == torch.int32 else packing.pack_unchecked(weight.data, bits, 128)
+        tensors |= {"weight_packed": words, "weight_shape": torch.tensor(weight.shape, dtype=torch.int64)}
+    else:
+        tensors["weight"] = weight.data
+    if weight.zero_point is not None:
+        packed = _packs_zero_point(weight.scheme, format)
+        tensors["weight_zero_point"] = (
+            packing.pack(weight.zero_point.T, bits).T.contiguous() if packed else weight.zero_point
+        )
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def from_disk(
+    tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype
+) -> QuantizedTensor:
+    """The inverse of `to_disk`.
+
+    Args:
+        tensors: as `to_disk` gives them; those with ``weight_packed`` are ``pack-quantized``.
+        scheme: of the weight. Its ``scale_dtype`` becomes that of the scale found.
+        shape: (N, K).
+        dtype: what `QuantizedTensor.dequantize` gives by default.
+
+    Raises:
+        CanopyError: for tensors that are missing or too many, of another dtype or shape, scales that are not finite
+            and positive, codes outside the range of the scheme.
+    """
+    format = PACKED if "weight_packed" in tensors else FLOAT if isinstance(scheme.format, FloatFormat) else INT
+    check({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, scheme, shape, format)
+    bits, scale = scheme.format.bits, tensors["weight_scale"]
+    if not bool(((scale > 0) & scale.isfinite()).all()):
+        raise CanopyError("weight_scale holds values that are not finite and positive; write the file again")
+    if format == PACKED and tensors["weight_shape"].tolist() != list(shape):
+        raise CanopyError(f"weight_shape says {tensors['weight_shape'].tolist()}, the model's config {list(shape)}")
+    data = tensors["weight_packed" if format == PACKED else "weight"]
+    if format == PACKED and bits == 8:
+        data = packing.unpack(data, 8, shape[1]).contiguous()
+    if format == FLOAT and bool((data.view(torch.int8) & 0x7F == 0x7F).any()):
+        raise CanopyError("weight holds NaN; write the file again")
+    zero_point = tensors.get("weight_zero_point")
+    if zero_point is not None and _packs_zero_point(scheme, format):
+        zero_point = packing.unpack(zero_point.T, bits, shape[0]).T.contiguous()
+    elif (
+        zero_point is not None
+        and not scheme.format.qmin <= int(zero_point.min()) <= int(zero_point.max()) <= scheme.format.qmax
+    ):
+        raise CanopyError(f"weight_zero_point holds values outside the codes of {scheme.format.name}")
+    scheme = replace(scheme, scale_dtype=scale.dtype)
+    return QuantizedTensor(data, scale, zero_point, scheme, torch.Size(shape), dtype)
+
+
+def check(found: Mapping[str, tuple[torch.dtype, tuple]], scheme: Scheme, shape: tuple[int, int], format: str) -> None:
+    """Raise `CanopyError` unless the tensors found, by dtype and shape, are those of `expected`."""
+    wanted = expected(scheme, shape, format)
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise CanopyError(f"{missing[0]} is missing; the checkpoint is incomplete")
+    if extra := sorted(found.keys() - wanted.keys()):
+        raise CanopyError(f"{extra[0]} has no place in {format} weights in {scheme}; the config does not fit the file")
+    for name, (dtypes, shape) in wanted.items():
+        dtype, is_shape = found[name]
+        if tuple(is_shape) != tuple(shape) or dtype not in dtypes:
+            raise CanopyError(
+                f"{name} is {_word(dtype)} {tuple(is_shape)}, by the config it has to be "
+                f"{' or '.join(map(_word, dtypes))} {tuple(shape)}"
+            )
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _packs_zero_point(scheme: Scheme, format: str) -> bool:
+    """compressed-tensors packs the zero points of groups and channels, and leaves that of a tensor as it is."""
+    return format == PACKED and scheme.granularity.kind != "tensor"

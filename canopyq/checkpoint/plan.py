@@ -1,0 +1,238 @@
+"""What streaming quantization is going to do: every output tensor and every byte, known before a weight is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from canopyq.checkpoint.config import quantization_config
+from canopyq.checkpoint.files import Checkpoint
+from canopyq.checkpoint.header import TensorInfo
+from canopyq.checkpoint.layout import disk_format, expected
+from canopyq.errors import CanopyError
+from canopyq.memory import human
+from canopyq.model import _sort_modules
+from canopyq.scheme import Recipe
+from canopyq.tensor import quantize
+
+SHARD_BYTES = 2_000_000_000  # an interrupted run loses at most the file that it was writing
+WORK = 64_000_000  # bytes that quantizing a chunk takes, and the tables around it
+
+Announced = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # output name -> dtype, shape
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor of the source, and what is written for it.
+
+    Attributes:
+        name: of the tensor in the source.
+        module: the linear layer whose weight it is; None: the tensor is copied as it is.
+        outputs: name -> (dtype, shape). A scale's dtype may turn out to be another one of the same width.
+    """
+
+    name: str
+    file: Path
+    info: TensorInfo
+    module: str | None
+    outputs: Announced
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in self.outputs.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps, by the file that they are written to.
+
+    Attributes:
+        shards: file name -> its steps, in the order of the source.
+        kept: module -> why it stays as it is.
+        dropped: tensors of the source that the model does not use and transformers ignores.
+        config: the ``quantization_config``.
+    """
+
+    source: Checkpoint
+    recipe: Recipe
+    shards: dict[str, list[Step]]
+    kept: dict[str, str]
+    dropped: list[str]
+    config: dict
+
+    @property
+    def steps(self) -> list[Step]:
+        return [step for steps in self.shards.values() for step in steps]
+
+    @property
+    def quantized(self) -> list[Step]:
+        return [step for step in self.steps if step.module is not None]
+
+    @property
+    def bytes_before(self) -> int:
+        """Of all tensors of the source."""
+        return self.source.nbytes
+
+    @property
+    def bytes_after(self) -> int:
+        """Of all tensors that are written."""
+        return sum(step.nbytes for step in self.steps)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory that the work takes at most: the largest linear weight, what becomes of it, and room to work."""
+        whole = 12 if self.recipe.weights.granularity.kind == "tensor" else 0  # then nothing is done in chunks
+        return WORK + max(
+            step.info.nbytes + 2 * step.nbytes + whole * torch.Size(step.info.shape).numel() for step in self.quantized
+        )
+
+    def __str__(self) -> str:
+        weights = sum(torch.Size(step.info.shape).numel() for step in self.quantized)
+        bits = 8 * sum(step.nbytes for step in self.quantized) / weights
+        lines = [
+            f"{self.recipe.name}: {len(self.quantized)} linear layers will be quantized, {bits:.3f} bits per weight; "
+            f"tensors {human(self.bytes_before)} -> {human(self.bytes_after)} in {_files(len(self.shards))}"
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.kept.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            shown = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            lines.append(f"  kept: {shown} ({reason})")
+        if self.dropped:
+            more = f" and {len(self.dropped) - 1} more" if len(self.dropped) > 1 else ""
+            lines.append(f"  left out: {self.dropped[0]}{more} (the model computes it anew)")
+        lines.append(f"  memory: at most {human(self.peak_bytes)} on top of what Python and torch take")
+        if not self.recipe.weights.symmetric:
+            lines.append("  note: transformers loads zero points only with CompressedTensorsConfig(dequantize=True)")
+        return "\n".join(lines)
+
+
+def _files(count: int) -> str:
+    return "one file" if count == 1 else f"{count} files"
+
+
+def make_plan(source: Checkpoint, recipe: Recipe, shard_bytes: int = SHARD_BYTES) -> Plan:
+    """What to do with every tensor of ``source``.
+
+    Raises:
+        CanopyError: for a recipe that the format cannot hold or that does not fit a layer, a model that transformers
+            does not know or that is quantized already, and tensors that are not those of the model.
+    """
+    if "quantization_config" in source.config:
+        raise CanopyError(f"{source.folder} is quantized already; start from the original checkpoint")
+    if shard_bytes < 1:
+        raise CanopyError(f"files of {shard_bytes} bytes hold nothing; use {SHARD_BYTES:,}")
+    disk_format(recipe.weights, recipe.activations)  # says at once what the format cannot hold
+    model = meta_model(source)
+    targets, kept = _sort_modules(model, recipe)
+    dropped = _match(source, model)
+    modules = {}
+    for name, module in targets.items():
+        if type(module) is not nn.Linear or f"{name}.weight" not in source.tensors:
+            raise CanopyError(
+                f"{name} is a {type(module).__name__} that the files do not hold as {name}.weight of its own; add it "
+                "to the recipe's ignore list, or load the model and use quantize_"
+            )
+        modules[f"{name}.weight"] = name
+    ignore = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in targets]
+    config = quantization_config(recipe, ignore)
+    order = sorted(source.tensors.items(), key=lambda item: (str(item[1][0]), item[1][1].start, item[0]))
+    steps = [
+        Step(name, file, info, modules.get(name), _outputs(name, info, modules.get(name), recipe))
+        for name, (file, info) in order
+        if name not in dropped
+    ]
+    return Plan(source, recipe, _name_shards(list(_group(steps, shard_bytes))), kept, dropped, config)
+
+
+def meta_model(source: Checkpoint) -> nn.Module:
+    """The transformers model that config.json describes, on the meta device: shapes and names, no memory.
+
+    Raises:
+        CanopyError: if transformers cannot build it without running code from the folder.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+    try:
+        config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        named = getattr(transformers, str((config.architectures or [""])[0]), None)
+        with torch.device("meta"):
+            if isinstance(named, type) and issubclass(named, PreTrainedModel):
+                return named(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise CanopyError(
+            f"transformers cannot build the model of {source.folder}/config.json ({reason}); check the file, or the "
+            "version of transformers"
+        ) from None
+
+
+def _match(source: Checkpoint, model: nn.Module) -> list[str]:
+    """Raise unless the source holds exactly the model's tensors. Returns the names that it holds beyond those."""
+    state = set(model.state_dict())
+    shapes, aliases = {}, {}
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in held:
+        if name in state:
+            shapes[name] = tuple(tensor.shape)
+            aliases.setdefault(id(tensor), []).append(name)
+    cure = "load it with transformers and use quantize_, or write it again with this version's save_pretrained"
+    ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    dropped = []
+    for name, (file, info) in source.tensors.items():
+        if name in shapes:
+            if info.shape != shapes[name]:
+                raise CanopyError(f"{file}: {name} is {info.shape}, by config.json it has to be {shapes[name]}; {cure}")
+        elif any(re.search(pattern, name) for pattern in ignored):
+            dropped.append(name)
+        else:
+            raise CanopyError(f"{file}: {type(model).__name__} has no tensor of the name {name!r}; {cure}")
+    for names in aliases.values():
+        if not any(name in source.tensors for name in names):
+            raise CanopyError(f"{source.folder} lacks {names[0]!r}, which {type(model).__name__} needs; {cure}")
+    return dropped
+
+
+def _outputs(name: str, info: TensorInfo, module: str | None, recipe: Recipe) -> Announced:
+    if module is None:
+        return {name: (info.torch_dtype, info.shape)}
+    try:
+        recipe.weights.granularity.check(info.shape)
+        # One row tells the dtype of a scale and whether groups fit, and takes no time.
+        probe = quantize(torch.ones(1, info.shape[1], dtype=info.torch_dtype), recipe.weights).scale.dtype
+        wanted = expected(recipe.weights, info.shape, disk_format(recipe.weights, recipe.activations))
+    except CanopyError as error:
+        raise CanopyError(f"{module}: {error}") from None
+    exact = torch.promote_types(probe, info.torch_dtype) == info.torch_dtype  # then the cast changes no scale, ever
+    return {
+        f"{module}.{part}": ((info.torch_dtype if exact else probe) if part == "weight_scale" else dtypes[0], shape)
+        for part, (dtypes, shape) in wanted.items()
+    }
+
+
+def _group(steps: list[Step], most: int) -> Iterator[list[Step]]:
+    """Runs of steps whose outputs fill a file of at most ``most`` bytes, or that hold one larger tensor."""
+    group: list[Step] = []
+    size = 0
+    for step in steps:
+        if group and size + step.nbytes > most:
+            yield group
+            group, size = [], 0
+        group.append(step)
+        size += step.nbytes
+    yield group
+
+
+def _name_shards(groups: list[list[Step]]) -> dict[str, list[Step]]:
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}

@@ -1,0 +1,68 @@
+"""`canopyq quantize`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from canopyq.cli.shown import JsonFlag, print_json, print_plain
+from canopyq.errors import CanopyError
+from canopyq.scheme import Recipe
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="A folder with config.json and safetensors, or 'tutor'.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet, or be empty.")],
+    recipe: Annotated[str, typer.Option(help="How to quantize, e.g. w4a16-g128, w8a16.")] = "w4a16-g128",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Quantize a checkpoint from disk to disk, in the memory of one layer.
+
+    Started again after an interruption, it continues.
+    """
+    from canopyq.checkpoint.stream import prepare, quantize_checkpoint
+
+    say = (lambda line: None) if as_json else print_plain
+    try:
+        parsed = Recipe.parse(recipe)
+        folder = _folder(model)
+        if dry_run:
+            plan, _ = prepare(folder, parsed, out, say=say)
+            resumed = 0
+        else:
+            done = quantize_checkpoint(folder, parsed, out, say=say)
+            plan, resumed = done.plan, done.resumed
+    except KeyboardInterrupt:
+        print(f"canopyq: interrupted; {out} was not made, the same command continues", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        size = {"before": plan.bytes_before, "after": plan.bytes_after, "peak": plan.peak_bytes}
+        print_json(
+            {"source": str(folder), "out": None if dry_run else str(out), "recipe": plan.recipe.name, "bytes": size,
+             "layers": [step.module for step in plan.quantized], "kept": plan.kept, "left_out": plan.dropped,
+             "files": list(plan.shards), "files_finished_before": resumed}
+        )  # fmt: skip
+    elif not dry_run:
+        print_plain(f"written to {out}")
+
+
+def _folder(model: str) -> Path:
+    """The folder that a command line names."""
+    from canopyq.tutor.files import verify
+    from canopyq.tutor.loading import TUTOR, VARIABLE, path, source
+
+    if model != TUTOR:
+        folder = Path(model).expanduser()
+        if not folder.exists() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
+            raise CanopyError(f"{model!r} is no folder; if it is on the hub, fetch it by: hf download {model}")
+        return folder
+    if (name := source()) == TUTOR:
+        verify(path())
+        return path()
+    if not (folder := Path(name).expanduser()).is_dir():
+        raise CanopyError(f"{VARIABLE}={name!r} is no folder; unset {VARIABLE}, or name the folder itself")
+    return folder
