@@ -8,6 +8,7 @@ import typer
 
 from canopyq.cli.doctor import doctor
 from canopyq.cli.evaluate import evaluate
+from canopyq.cli.inspect import inspect
 from canopyq.cli.quantize import quantize
 from canopyq.cli.size import size
 from canopyq.errors import CanopyError
@@ -22,6 +23,7 @@ app.command()(doctor)
 app.command()(size)
 app.command("eval")(evaluate)
 app.command()(quantize)
+app.command()(inspect)
 
 
 def main() -> None:
