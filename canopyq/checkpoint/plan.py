@@ -16,8 +16,8 @@ from canopyq.checkpoint.header import TensorInfo
 from canopyq.checkpoint.layout import disk_format, expected
 from canopyq.errors import CanopyError
 from canopyq.memory import human
-from canopyq.model import _sort_modules
 from canopyq.scheme import Recipe
+from canopyq.targets import find_targets
 from canopyq.tensor import quantize
 
 SHARD_BYTES = 2_000_000_000  # an interrupted run loses at most the file that it was writing
@@ -131,17 +131,18 @@ def make_plan(source: Checkpoint, recipe: Recipe, shard_bytes: int = SHARD_BYTES
         raise CanopyError(f"files of {shard_bytes} bytes hold nothing; use {SHARD_BYTES:,}")
     disk_format(recipe.weights, recipe.activations)  # says at once what the format cannot hold
     model = meta_model(source)
-    targets, kept = _sort_modules(model, recipe)
+    targets, kept = find_targets(model, recipe)
     dropped = _match(source, model)
     modules = {}
-    for name, module in targets.items():
-        if type(module) is not nn.Linear or f"{name}.weight" not in source.tensors:
+    for target in targets:
+        name = target.name
+        if target.kind != "linear" or f"{name}.weight" not in source.tensors:
             raise CanopyError(
-                f"{name} is a {type(module).__name__} that the files do not hold as {name}.weight of its own; add it "
-                "to the recipe's ignore list, or load the model and use quantize_"
+                f"{name} is a {type(target.module).__name__} that the files do not hold as {name}.weight of its own; "
+                "add it to the recipe's ignore list, or load the model and use quantize_"
             )
         modules[f"{name}.weight"] = name
-    ignore = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in targets]
+    ignore = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" not in modules]
     config = quantization_config(recipe, ignore)
     order = sorted(source.tensors.items(), key=lambda item: (str(item[1][0]), item[1][1].start, item[0]))
     steps = [

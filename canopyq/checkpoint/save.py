@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from canopyq.checkpoint.config import Group, write_config
 from canopyq.checkpoint.files import CONFIG, INDEX, SINGLE, refuse_not_empty, whole_or_absent
-from canopyq.checkpoint.layout import SCALE_DTYPES, disk_format, to_disk
+from canopyq.checkpoint.layout import FLOAT, INT, PACKED, SCALE_DTYPES, disk_format, to_disk
 from canopyq.checkpoint.load import load_as, tied
 from canopyq.checkpoint.skeleton import build, one_line, quiet
 from canopyq.embedding import QuantizedEmbedding
@@ -300,6 +300,9 @@ def _note(recipe: str, found: Check | None) -> dict:
 def _word(group: Group) -> str:
     """The name that a recipe of these weights has, such as ``w4a16-g128-asym``; the scheme in words if none."""
     weights = group.weights
+    kinds = (weights.granularity.kind, getattr(group.activations, "granularity", weights.granularity).kind)
+    if kinds == ("channel", "token") and weights.symmetric and group.activations.symmetric and group.format != PACKED:
+        return {INT: "w8a8", FLOAT: "fp8"}[group.format]
     if not isinstance(weights.format, IntFormat) or group.activations is not None:
         return str(weights) + (f" with {group.activations} activations" if group.activations else "")
     return f"w{weights.format.bits}a16-{weights.granularity}" + ("" if weights.symmetric else "-asym")

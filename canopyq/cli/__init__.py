@@ -9,6 +9,7 @@ import typer
 from canopyq.cli.doctor import doctor
 from canopyq.cli.evaluate import evaluate
 from canopyq.cli.explain import explain
+from canopyq.cli.inspect import inspect
 from canopyq.cli.quantize import quantize
 from canopyq.cli.size import size
 from canopyq.errors import CanopyError
@@ -24,6 +25,7 @@ app.command()(size)
 app.command("eval")(evaluate)
 app.command()(explain)
 app.command()(quantize)
+app.command()(inspect)
 
 
 def main() -> None:

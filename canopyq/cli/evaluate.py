@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,36 +17,47 @@ MOST_QUESTIONS = 816  # of 17 skills, the one with the fewest held-out questions
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="'tutor', the model that ships with canopyq.")] = "tutor",
+    model: Annotated[
+        str, typer.Argument(help="'tutor', the model that ships with canopyq, or a checkpoint of it.")
+    ] = "tutor",
     recipe: Annotated[str | None, typer.Option(help="Quantize by this recipe and compare, e.g. w4a16-g128.")] = None,
     questions: Annotated[int, typer.Option(help="How many held-out questions.", min=1, max=MOST_QUESTIONS)] = 510,
     seed: Annotated[int, typer.Option(help="Which questions are drawn.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Examine the tutor on held-out questions; with --recipe, before and after quantizing."""
+    """Examine the tutor on held-out questions; with --recipe, before and after quantizing.
+
+    A folder that `canopyq quantize` wrote is examined beside the original.
+    """
     from canopyq.evaluate import compare, examine
     from canopyq.tutor.loading import TUTOR, VARIABLE, source
 
-    if model != TUTOR:
+    saved = model != TUTOR and Path(model).is_dir()
+    if model != TUTOR and not saved:
         raise CanopyError(
-            f"unknown model {model!r}; only 'tutor' goes here, and another one takes its place by "
-            f"{VARIABLE}=<folder or hub id> canopyq eval tutor"
+            f"unknown model {model!r}; only 'tutor' goes here, or the folder of a checkpoint of it, and another model "
+            f"takes its place by {VARIABLE}=<folder or hub id> canopyq eval tutor"
         )
+    if saved and recipe is not None:
+        raise CanopyError(f"{model} is quantized already; leave --recipe out, or use canopyq eval tutor")
     parsed = None if recipe is None else Recipe.parse(recipe)
     asked = cq.tutor.questions(questions, seed=seed)
     original, tokenizer = cq.tutor.load()
-    if parsed is None:
+    if saved:
+        quantized = cq.load(model, original.device, original.dtype)
+        result, report = compare(original, quantized, tokenizer, asked), None
+    elif parsed is None:
         result, report = examine(original, tokenizer, asked), None
     else:
         quantized, _ = cq.tutor.load()
         report = cq.quantize_(quantized, parsed)
         result = compare(original, quantized, tokenizer, asked)
     if as_json:
-        print_json(_eval_json(source(), original, asked, result, report))
+        print_json(_eval_json(model if saved else source(), original, asked, result, report))
         return
     if report is not None:
         print_plain(report)
-    about = f"{source()}: {len(asked)} held-out questions, 95 % intervals in brackets"
+    about = f"{model if saved else source()}: {len(asked)} held-out questions, 95 % intervals in brackets"
     print_plain(about, "dim")
     print_plain(result)
 
