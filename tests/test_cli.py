@@ -33,7 +33,7 @@ from canopyq.tutor import SKILLS, files, loading
 from canopyq.tutor.questions import up_to
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["doctor", "size", "eval", "quantize"]
+COMMANDS = ["doctor", "size", "eval", "quantize", "explain", "inspect"]
 
 
 class Done(NamedTuple):

@@ -195,7 +195,7 @@ def _scheme(given: object, where: str, *, dynamic: bool = False) -> Scheme:
     if strategy == "group" and (type(size) is not int or size < 1):
         raise CanopyError(f"{where} have strategy 'group' and group_size {size!r}; it has to be 1 or more")
     granularity = {"tensor": "tensor", "group": f"g{size}", "token" if dynamic else "channel": None}
-    if strategy not in granularity:
+    if not isinstance(strategy, str) or strategy not in granularity:
         raise CanopyError(f"strategy {strategy!r} of {where} is not read yet; {', '.join(granularity)} are")
     name = "fp8_e4m3" if kind == "float" else f"int{bits}"
     return Scheme(name, granularity[strategy] or strategy, symmetric)
