@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from canopyq.errors import CanopyError
-from canopyq.joined import join
+from canopyq.joined import Separate, join
+from canopyq.ops import step_cuda
 from canopyq.ops.step import add_rms_norm, attend, rotate_and_append, silu_mul
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -52,6 +53,10 @@ class Decoder:
         batch: how many sequences at a time.
         length: room for so many tokens, prompt included.
 
+    Attributes:
+        logits: (batch, vocabulary) of the newest step.
+        notes: what does not run as fast as it could here, and why.
+
     Raises:
         CanopyError: for another architecture, or more room than the model's context.
     """
@@ -70,7 +75,9 @@ class Decoder:
         self.ids = torch.zeros(batch, length, device=device, dtype=torch.int64)
         self.token = torch.zeros(batch, device=device, dtype=torch.int64)
         self.position = torch.zeros(1, device=device, dtype=torch.int64)
+        self.logits = torch.zeros(batch, self.config.vocab_size, device=device, dtype=dtype)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.notes = self._notes(device, dtype, d)
 
     @torch.inference_mode()
     def generate(self, input_ids: Tensor, max_new_tokens: int, *, eos_token_id: int | None = None) -> Tensor:
@@ -81,6 +88,10 @@ class Decoder:
                 f"this decoder holds {self.batch} sequences of {self.length} tokens; {batch} of "
                 f"{start} + {max_new_tokens} do not fit"
             )
+        lowest, highest = int(input_ids.min()), int(input_ids.max())
+        if lowest < 0 or highest >= (words := self.model.config.vocab_size):
+            wrong = lowest if lowest < 0 else highest
+            raise CanopyError(f"token id {wrong} is not one of this model's {words}; use its own tokenizer")
         ends, pad = self._ends(eos_token_id)
         self._read(input_ids)
         if self.graph is None and self.ids.is_cuda and max_new_tokens > 1:
@@ -99,6 +110,19 @@ class Decoder:
             self.graph.replay()
         else:
             self._step()
+
+    def _notes(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+        notes = []
+        if reason := step_cuda.refuse(device, dtype, self.config.hidden_size, head_dim):
+            notes.append(f"norms, rotary embedding, attention and gates run in PyTorch: {reason}")
+        if device.type != "cuda":
+            notes.append(
+                f"every step is launched from Python: CUDA graphs are for NVIDIA GPUs, the model lies on {device}"
+            )
+        for what, joined in (("query, key and value", self.blocks[0].qkv), ("gate and up", self.blocks[0].gate_up)):
+            if isinstance(joined, Separate):
+                notes.append(f"{what} stay separate products: {joined.reason}")
+        return notes
 
     def _read(self, input_ids: Tensor) -> None:
         """The prompt, in one pass; its keys and values go into the cache, its next token becomes the newest."""
@@ -125,6 +149,7 @@ class Decoder:
         self._append(self.model.lm_head(last))
 
     def _append(self, logits: Tensor) -> None:
+        self.logits.copy_(logits)
         self.token.copy_(logits.argmax(-1))
         self.ids.index_copy_(1, self.position, self.token.unsqueeze(1))
 
@@ -198,6 +223,8 @@ def _check(model: nn.Module, length: int) -> None:
         raise CanopyError(f"fast_generate knows gated SiLU, not {config.hidden_act}; use model.generate")
     windows = getattr(config, "layer_types", None) or []
     if "sliding_attention" in windows or (family == "mistral" and getattr(config, "sliding_window", None)):
-        raise CanopyError("fast_generate attends to all tokens, and this model has a sliding window; use model.generate")
+        raise CanopyError(
+            "fast_generate attends to all tokens, and this model has a sliding window; use model.generate"
+        )
     if length > config.max_position_embeddings:
         raise CanopyError(f"{length} tokens are more than the model's context of {config.max_position_embeddings}")

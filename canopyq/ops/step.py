@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("canopyq::add_rms_norm", mutates_args=("residual",))
-def add_rms_norm(residual: Tensor, change: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm_reference(residual: Tensor, change: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """Add ``change`` to the residual stream (B, H) in place, and return its RMS norm times ``weight`` (H,).
 
     Sums are formed in float32 and rounded to the residual's dtype first, as transformers does.
@@ -23,13 +22,17 @@ def add_rms_norm(residual: Tensor, change: Tensor | None, weight: Tensor, eps: f
     return weight * wide.to(residual.dtype)
 
 
+add_rms_norm = torch.library.custom_op("canopyq::add_rms_norm", add_rms_norm_reference, mutates_args=("residual",))
+
+
 @add_rms_norm.register_fake
 def _(residual: Tensor, change: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     return torch.empty_like(residual)
 
 
-@torch.library.custom_op("canopyq::rotate_and_append", mutates_args=("keys", "values"))
-def rotate_and_append(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def rotate_and_append_reference(
+    qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
     """Split ``qkv`` (B, (Hq + 2 Hkv) · D) of one token a sequence, rotate queries and keys to ``position`` (rotary
     embedding, halves of a head paired), and write keys and values into the cache at that place.
 
@@ -55,14 +58,18 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+rotate_and_append = torch.library.custom_op(
+    "canopyq::rotate_and_append", rotate_and_append_reference, mutates_args=("keys", "values")
+)
+
+
 @rotate_and_append.register_fake
 def _(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     batch, kv_heads, _, d = keys.shape
     return qkv.new_empty(batch, qkv.shape[1] // d - 2 * kv_heads, d)
 
 
-@torch.library.custom_op("canopyq::attend", mutates_args=())
-def attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+def attend_reference(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
     """Attention of one token a sequence over the cache up to and including ``position`` (1,).
 
     Args:
@@ -72,11 +79,15 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
         (B, Hq · D) in q's dtype.
     """
     batch, heads, d = q.shape
-    grouped = q.view(batch, keys.shape[1], -1, d).float()
-    scores = grouped @ keys.float().transpose(-1, -2) * d**-0.5
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.view(batch, keys.shape[1], -1, d).to(wide)
     later = torch.arange(keys.shape[2], device=q.device) > position
-    weights = scores.masked_fill(later, float("-inf")).softmax(-1)
-    return (weights @ values.float()).to(q.dtype).reshape(batch, heads * d)
+    scores = (grouped @ keys.to(wide).transpose(-1, -2) * d**-0.5).masked_fill(later, float("-inf"))
+    seen = values.to(wide).masked_fill(later.unsqueeze(-1), 0.0)  # what was not written yet may be anything
+    return (scores.softmax(-1) @ seen).to(q.dtype).reshape(batch, heads * d)
+
+
+attend = torch.library.custom_op("canopyq::attend", attend_reference, mutates_args=())
 
 
 @attend.register_fake
@@ -84,11 +95,13 @@ def _(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
 
 
-@torch.library.custom_op("canopyq::silu_mul", mutates_args=())
-def silu_mul(gate_up: Tensor) -> Tensor:
+def silu_mul_reference(gate_up: Tensor) -> Tensor:
     """silu(gate) · up of ``gate_up`` (B, 2 I), gate first: (B, I)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
+
+
+silu_mul = torch.library.custom_op("canopyq::silu_mul", silu_mul_reference, mutates_args=())
 
 
 @silu_mul.register_fake
