@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from canopyq import affine
 from canopyq.errors import CanopyError
 from canopyq.ops import activations, reference, select
-from canopyq.ops.kernel import Problem
+from canopyq.ops.kernel import Layout, Problem
 from canopyq.scheme import Scheme
 from canopyq.tensor import QuantizedTensor, quantize
 
@@ -87,6 +87,11 @@ class QuantizedLinear(nn.Module):
         if self.activations is None:
             return ""
         return f"{self.activations} {'dynamic' if self.input_scale is None else 'static'}"
+
+    def hold(self, tensors: dict[str, Tensor], layout: Layout) -> None:
+        """Take the weight from these tensors, which lie in ``layout``, and let go of the old ones."""
+        self._hold(tensors)
+        self.layout, self._kernels = layout, None
 
     def arrange(self) -> QuantizedLinear:
         """Lay the weight out for the fastest kernel that can run here. The first call of `forward` does it too."""
