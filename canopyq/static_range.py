@@ -13,6 +13,7 @@ from canopyq.observers import get_observer
 from canopyq.scheme import Scheme
 
 MOMENTUM = 0.9  # what a moving average keeps of its past at each sample
+ENTROPY_MERGES = 8  # neighbouring bins: divergence is between histograms of some 2,000 bins, as TensorRT has it
 SEARCH = {"smallest": 0.01, "candidates": 128}  # inputs spike more than weights: look further inside their range
 
 
@@ -37,8 +38,10 @@ def static_range(seen: InputStatistics, scheme: Scheme, **options: Any) -> tuple
         return _average(seen.ranges, **options)
     if scheme.observer == "minmax":
         return (-max(-lo, hi), max(-lo, hi)) if scheme.symmetric else (lo, hi)
-    occurred = seen.histogram.counts.nonzero().flatten()
-    values = seen.histogram.values()[occurred].clamp(lo, hi)
+    merged = ENTROPY_MERGES if scheme.observer == "entropy" else 1
+    counts = seen.histogram.counts.view(-1, merged).sum(1)
+    occurred = counts.nonzero().flatten()
+    values = seen.histogram.values().view(-1, merged).mean(1)[occurred].clamp(lo, hi)
     values[0], values[-1] = lo, hi  # the ends are known exactly, the rest to half a bin
     options = options if scheme.observer == "percentile" else SEARCH | options
     ends = get_observer(scheme.observer)(
@@ -46,7 +49,7 @@ def static_range(seen: InputStatistics, scheme: Scheme, **options: Any) -> tuple
         scheme.format,
         symmetric=scheme.symmetric,
         restricted=scheme.restricted,
-        counts=seen.histogram.counts[occurred][None],
+        counts=counts[occurred][None],
         **options,
     )
     return float(ends[0]), float(ends[1])
