@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 # What needs transformers, matplotlib or ipywidgets loads on first use, so that `import canopyq` stays quick.
 _LATER = {
+    "QuantizedCache": "canopyq.kv_cache",
     "compare": "canopyq.evaluate",
     "examine": "canopyq.evaluate",
     "inspect": "canopyq.checkpoint.inspect",
@@ -29,7 +30,7 @@ _LATER = {
 _MODULES = ("lessons", "tutor")
 
 __all__ = [
-    "FORMATS", "RECIPES", "CanopyError", "Granularity", "Plan", "QuantizedLinear", "QuantizedTensor",
+    "FORMATS", "RECIPES", "CanopyError", "Granularity", "Plan", "QuantizedCache", "QuantizedLinear", "QuantizedTensor",
     "Recipe", "Report", "Scheme", "compare", "examine", "explain", "get_format", "inspect", "lessons", "load", "plan",
     "quantize", "quantize_", "save", "tutor",
 ]  # fmt: skip
