@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 _LATER = {
     "QuantizedCache": "canopyq.kv_cache",
     "compare": "canopyq.evaluate",
+    "fast_generate": "canopyq.generate",
     "examine": "canopyq.evaluate",
     "inspect": "canopyq.checkpoint.inspect",
     "load": "canopyq.checkpoint.load",
@@ -31,8 +32,8 @@ _MODULES = ("lessons", "tutor")
 
 __all__ = [
     "FORMATS", "RECIPES", "CanopyError", "Granularity", "Plan", "QuantizedCache", "QuantizedLinear", "QuantizedTensor",
-    "Recipe", "Report", "Scheme", "compare", "examine", "explain", "get_format", "inspect", "lessons", "load", "plan",
-    "quantize", "quantize_", "save", "tutor",
+    "Recipe", "Report", "Scheme", "compare", "examine", "explain", "fast_generate", "get_format", "inspect", "lessons",
+    "load", "plan", "quantize", "quantize_", "save", "tutor",
 ]  # fmt: skip
 
 
