@@ -135,8 +135,8 @@ class Recipe:
         ``+embed`` quantize the output head and the embedding too.
 
         ``w8a8`` quantizes the inputs as well: to as many bits as follow the ``a`` (2 to 8), each token by its own
-        range, or with ``-static`` all by one that is calibrated for the least squared error; here ``-asym`` gives the inputs the zero point, and
-        the weights have none. ``fp8`` and ``fp8-static`` are the same with both in E4M3.
+        range, or with ``-static`` all by one that is calibrated for the least squared error. Here ``-asym`` gives the
+        inputs the zero point, and the weights have none. ``fp8`` and ``fp8-static`` are the same with both in E4M3.
 
         Raises:
             CanopyError: for a name that does not exist, with the nearest ones that do.
