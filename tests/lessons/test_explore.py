@@ -95,7 +95,8 @@ def test_presets_and_the_typed_number_follow_each_other() -> None:
 
 def test_clipping_and_rounding_pull_in_opposite_directions() -> None:
     view = ClipView(torch.cat([X, torch.tensor([20.0])]))
-    clipping, rounding = zip(*(view.errors(share, 4) for share in (0.1, 0.3, 0.6, 1.0)), strict=True)
+    found = [view.at(share, 4) for share in (0.1, 0.3, 0.6, 1.0)]
+    clipping, rounding = [each.clipping for each in found], [each.rounding for each in found]
     assert list(clipping) == sorted(clipping, reverse=True) and list(rounding) == sorted(rounding)
     assert clipping[-1] == 0 and 0.05 <= view.best(4) < 0.6
 
