@@ -70,6 +70,8 @@ def _cache(best: Option, options: list[Option], needs: Needs) -> str:
     whole = f", {human(plain.cache)} in 16 bits" if plain is not None else ""
     if cache is not None:
         return f"“{ROWS[3][0]}” gives {ROWS[3][2]}: agreed, {human(best.cache)} in {cache}{whole}"
+    if not any(option.measured.parts[0] == recipe and option.measured.parts[1] for option in options):
+        return f"“{ROWS[3][0]}” gives {ROWS[3][2]}, and none has been measured with {best.name}"
     share = 100 * best.cache / best.total
     return (
         f"“{ROWS[3][0]}” gives {ROWS[3][2]}. Not here: the cache takes {human(best.cache)}, {share:.1f} % of the memory"

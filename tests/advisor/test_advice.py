@@ -108,12 +108,6 @@ def test_the_first_three_rows_of_the_table(model: str, priority: str, recipe: st
     assert found.recipe == recipe and found.table[0].endswith(f"gives {recipe}: agreed")
 
 
-@pytest.mark.parametrize("priority", ["accuracy", "balanced", "compression"])
-def test_the_fourth_row_long_chats(priority: str) -> None:
-    found = advise("llama-2-7b", context="32k", priority=priority)
-    assert found.best.measured.parts[1] is not None and "agreed" in found.table[1]
-
-
 def test_it_disagrees_when_the_row_does_not_fit() -> None:
     found = advise("7B", memory="6GB", priority="accuracy")
     assert found.recipe.startswith("w4a16") and "gives w8a16. Not here" in found.table[0]
@@ -131,7 +125,7 @@ def test_it_disagrees_on_the_cache_when_chats_are_short() -> None:
 
 
 def test_it_disagrees_when_the_priority_pays_for_another_recipe() -> None:
-    cheap = [measured("bf16"), Measurement("w8a16", 1e-4, 100, 100), Measurement("w4a16-g32", 1.1e-4, 100, 100)]
+    cheap = [Measurement("w8a16", 1e-4, 100, 100), Measurement("w4a16-g32", 1.1e-4, 100, 100)]
     found = advise("7B", priority="accuracy", measurements=cheap)
     assert found.recipe == "w4a16-g32" and "% of memory and" in found.table[0]
 
@@ -234,7 +228,7 @@ def test_nothing_to_choose_from() -> None:
 
 
 def test_advice_reads_well() -> None:
-    found = advise("7B", memory="8GB", context="32k", priority="accuracy")
+    found = advise("7B", memory="9GB", context="32k", priority="accuracy")
     text = str(found)
     assert "the nearest that is known to 7B" in text and "32,768 tokens" in text and found.recipe in text
     assert json.loads(json.dumps(found.to_dict()))["bytes"]["total"] == found.best.total
