@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from canopyq.errors import CanopyError, unknown
 from canopyq.formats import BlockFormat, Format, IntFormat, TableFormat, get_format
+from canopyq.kv_codes import BLOCK, GROUP, get_cache_format
 from canopyq.scheme import Recipe
 from canopyq.tensor import part_bytes
 
@@ -218,28 +219,24 @@ def model_bytes(shape: ModelShape, recipe: Recipe | None = None) -> ModelBytes:
     return ModelBytes(held["data"], held["scale"] + held["tensor_scale"], held["zero_point"], plain)
 
 
-CACHE_BITS = {"kv8": 8, "kv-fp8": 8, "kv4": 4, "kv2": 2}
-CACHE_BLOCK = 64  # tokens that share the scales of a key channel; values share theirs by as many channels
+def cache_bytes(shape: ModelShape, tokens: int, batch: int = 1, format: str | None = None) -> int:
+    """Bytes of a KV cache that holds ``tokens`` of each of ``batch`` sequences, in 16 bits or in a cache format.
 
-
-def cache_bytes(shape: ModelShape, tokens: int, batch: int = 1, cache: str | None = None) -> int:
-    """Bytes of a KV cache that holds ``tokens`` of each of ``batch`` sequences; ``cache`` as in `Recipe`.
-
-    Quantized are the tokens whose block is full, the rest stay in 16 bits. Integers have a scale and an offset of 16
-    bits each, FP8 a scale alone: for keys by channel and block, for values by token and group of channels.
+    It is what `QuantizedCache.nbytes` reads: the tokens whose block is full are codes, the others wait in 16 bits.
+    Integers have a scale and an offset of 16 bits each, FP8 a scale alone: for keys by channel and block, for values by
+    token and group of channels.
 
     Raises:
-        CanopyError: for a cache that does not exist.
+        CanopyError: for a format that does not exist.
     """
-    heads, dim = 2 * shape.layers * shape.kv_heads * batch, shape.head_dim  # keys and values
-    if cache is None:
-        return heads * tokens * dim * 2
-    if cache not in CACHE_BITS:
-        raise unknown("cache", cache, CACHE_BITS)
-    blocks, newest = divmod(tokens, CACHE_BLOCK)
-    codes = blocks * CACHE_BLOCK * dim * CACHE_BITS[cache] // 8
-    scales = (blocks * dim + blocks * CACHE_BLOCK * -(-dim // CACHE_BLOCK)) * (2 if cache == "kv-fp8" else 4)
-    return heads * (codes + newest * dim * 2) + heads // 2 * scales
+    heads, dim = shape.layers * shape.kv_heads * batch, shape.head_dim
+    if format is None:
+        return heads * 2 * tokens * dim * 2
+    codes = get_cache_format(format)
+    blocks, waiting = divmod(tokens, BLOCK)
+    scales = blocks * dim + blocks * BLOCK * (dim // min(GROUP, dim))
+    kept = 2 * blocks * BLOCK * dim * codes.bits // 8 + scales * (2 if codes.is_float else 4)
+    return heads * (kept + 2 * waiting * dim * 2)
 
 
 def tensors_held(model: nn.Module) -> dict[str, Tensor]:

@@ -255,5 +255,21 @@ def test_cache_of_llama_2_7b_by_hand() -> None:
     assert cache_bytes(shape, 4096, 3) == 3 * 4096 * per_token
     assert cache_bytes(MODEL_SHAPES["mistral-7b"], 4096) == cache_bytes(shape, 4096) // 4
     assert cache_bytes(shape, 4096, 1, "kv4") == 4096 * per_token * 4.5 / 16
-    with pytest.raises(CanopyError, match="unknown cache 'kv3'"):
+    with pytest.raises(CanopyError, match="unknown KV cache 'kv3'"):
         cache_bytes(shape, 64, 1, "kv3")
+
+
+@pytest.mark.parametrize("format", ["kv8", "kv4", "kv2", "kv-fp8"])
+@pytest.mark.parametrize(("head_dim", "tokens"), [(64, 200), (128, 128), (32, 63), (16, 64)])
+def test_cache_bytes_are_what_a_cache_holds(format: str, head_dim: int, tokens: int) -> None:
+    from transformers import LlamaConfig
+
+    from canopyq.kv_cache import QuantizedCache
+
+    config = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         head_dim=head_dim, intermediate_size=96, vocab_size=100)  # fmt: skip
+    cache = QuantizedCache(config, format)
+    for layer in range(2):
+        keys, values = torch.randn(2, 3, 2, tokens, head_dim, generator=torch.Generator().manual_seed(layer)).bfloat16()
+        cache.update(keys, values, layer)
+    assert cache.nbytes == cache_bytes(ModelShape.of(config), tokens, 3, format)

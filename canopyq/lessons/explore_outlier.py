@@ -54,9 +54,8 @@ class OutlierView:
         self._picture(figure, outlier, bits, here)
         return box(
             "info",
-            f"<b>Outlier {outlier:.4g}, INT{bits}</b>: one step is {here.step:.3g}. The other {len(self.x)} values share "
-            f"{here.codes} {'code' if here.codes == 1 else 'codes'}, {here.zeros:.0%} of them become 0, and the error is "
-            f"{here.error:.1%} of their size.",
+            f"<b>Outlier {outlier:.4g}, INT{bits}</b>: one step is {here.step:.3g}. Codes left to the other {len(self.x)} "
+            f"values: {here.codes}. Of them {here.zeros:.0%} become 0; the error is {here.error:.1%} of their size.",
         )
 
     @styled

@@ -10,9 +10,9 @@ from canopyq.formats import get_format
 from canopyq.lessons import explore
 from canopyq.lessons.explore_bits import levels, nearest
 from canopyq.lessons.explore_clip import ClipView
-from canopyq.lessons.explore_outlier import OutlierView
 from canopyq.lessons.explore_float import FORMATS, split_bits, stored
 from canopyq.lessons.explore_groups import GroupsView
+from canopyq.lessons.explore_outlier import OutlierView
 from canopyq.tensor import quantize
 
 X = torch.randn(1500, generator=torch.Generator().manual_seed(0))
@@ -23,7 +23,8 @@ EXPLORERS = {
     "outlier": lambda: explore.outlier(X),
     "groups": lambda: explore.groups(X.reshape(15, 100)),
 }
-MOVES = {"bits": ("bits", 2), "float-bits": ("number", 17.3), "clip": ("clip", 0.4), "groups": ("scale", "g32")}
+MOVES = {"bits": ("bits", 2), "float-bits": ("number", 17.3), "clip": ("clip", 0.4), "outlier": ("outlier", 200.0),
+         "groups": ("scale", "g32")}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EXPLORERS)
