@@ -54,8 +54,9 @@ class OutlierView:
         self._picture(figure, outlier, bits, here)
         return box(
             "info",
-            f"<b>Outlier {outlier:.4g}, INT{bits}</b>: one step is {here.step:.3g}. Codes left to the other {len(self.x)} "
-            f"values: {here.codes}. Of them {here.zeros:.0%} become 0; the error is {here.error:.1%} of their size.",
+            f"<b>Outlier {outlier:.4g}, INT{bits}</b>: one step is {here.step:.3g}. Codes left to the other "
+            f"{len(self.x)} values: {here.codes}. Of them {here.zeros:.0%} become 0; the error "
+            f"is {here.error:.1%} of their size.",
         )
 
     @styled
