@@ -120,7 +120,9 @@ def test_it_disagrees_when_16_bits_fit() -> None:
 
 
 def test_it_disagrees_on_the_cache_when_chats_are_short() -> None:
-    found = advise("7B", context=64, priority="accuracy")
+    known = [measured("w8a16"), replace(measured("w8a16"), recipe="w8a16+kv8", kl=measured("w8a16").kl + 1e-6)]
+    assert advise("7B", context="32k", priority="accuracy", measurements=known).recipe == "w8a16+kv8"
+    found = advise("7B", context=64, priority="accuracy", measurements=known)
     assert found.recipe == "w8a16" and "Not here: the cache takes" in found.table[1]
 
 
