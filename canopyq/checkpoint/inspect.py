@@ -14,7 +14,7 @@ from canopyq.errors import CanopyError
 from canopyq.memory import human
 
 KINDS = {"weight_packed": "codes", "weight": "codes", "weight_scale": "scales", "weight_zero_point": "zero points",
-         "weight_shape": "shapes"}  # fmt: skip
+         "weight_shape": "shapes", "input_scale": "scales", "input_zero_point": "zero points"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,9 @@ def _problem(module: str, group: Group | None, shape: tuple[int, int], held: dic
     """Why canopyq would refuse a weight, by its headers."""
     if group is None:
         return f"no: {module} is quantized, and no group of the config names it"
+    headers = {leaf: (info.torch_dtype, info.shape) for leaf, info in held.items()}
     try:
-        check({leaf: (info.torch_dtype, info.shape) for leaf, info in held.items()}, group.weights, shape, group.format)
+        check(headers, group.weights, shape, group.format, group.activations if group.static else None)
     except CanopyError as error:
         return f"no: {module}.{error}"
     return None
@@ -165,6 +166,7 @@ def _problem(module: str, group: Group | None, shape: tuple[int, int], held: dic
 
 def _group(group: Group, shapes: list[tuple[int, int]], nbytes: int) -> GroupFound:
     weights = sum(int(n) * int(k) for n, k in shapes)
-    activations = None if group.activations is None else str(group.activations)
+    range_ = "static" if group.static else "dynamic"
+    activations = None if group.activations is None else f"{group.activations} {range_}"
     bits = 8 * nbytes / weights if weights else 0.0
     return GroupFound(group.name, group.format, str(group.weights), activations, len(shapes), weights, bits)
