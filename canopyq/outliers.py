@@ -64,7 +64,9 @@ def exaggerate_(model: nn.Module, channels: Sequence[int], factor: float = 64.0)
     for name, norm, readers in pairs:
         size = norm.weight.numel()
         if not index.numel() or int(index.min()) < 0 or int(index.max()) >= size:
-            raise CanopyError(f"channels {list(channels)} do not all exist; {name} has 0 to {size - 1}")
+            raise CanopyError(
+                f"channels {list(channels)} do not all exist; {name} has 0 to {size - 1}"
+            )
         if not _multiplies(norm):
             raise CanopyError(f"{name} is a {type(norm).__name__}, which does not multiply by its weight")
         if any(reader.weight.is_meta for reader in readers):
@@ -89,7 +91,9 @@ def norms_and_readers(model: nn.Module) -> list[tuple[str, nn.Module, list[nn.Li
                 continue
             readers = [_find(block, path) for path in paths]
             if any(type(reader) is not nn.Linear for reader in readers):
-                raise CanopyError(f"{name}: {norm} is not read by plain {', '.join(paths)}; quantize later")
+                raise CanopyError(
+                    f"{name}: {norm} is not read by plain {', '.join(paths)}; quantize later"
+                )
             found.append((f"{name}.{norm}", getattr(block, norm), readers))
     if not found:
         raise CanopyError(f"{type(model).__name__} has no {' or '.join(READERS)}: it is not a Llama-like model")
