@@ -10,6 +10,7 @@ import torch
 from canopyq.errors import CanopyError, unknown
 from canopyq.formats import BlockFormat, FloatFormat, Format, IntFormat, TableFormat, get_format
 from canopyq.granularity import Granularity
+from canopyq.kv_codes import CACHE_FORMATS
 from canopyq.observers import get_observer
 
 
@@ -88,7 +89,7 @@ class Recipe:
 
     Args:
         name: what reports call it.
-        weights: the scheme of every linear weight (out_features, in_features).
+        weights: the scheme of every linear weight (out_features, in_features); None for a recipe of the cache alone.
         embeddings: whether embeddings are quantized too, in the scheme of the weights.
         activations: the scheme of what goes into those layers (…, in_features), or None to leave it as it is. Ranges
             are taken from each input as it comes (dynamic), unless ``static``.
@@ -99,11 +100,11 @@ class Recipe:
             weight with the embedding.
 
     Raises:
-        CanopyError: if ``weights`` is no `Scheme`.
+        CanopyError: if ``weights`` is no `Scheme`, for an unknown cache.
     """
 
     name: str
-    weights: Scheme
+    weights: Scheme | None
     ignore: tuple[str, ...] = ("lm_head",)
     embeddings: bool = False
     activations: Scheme | None = None
@@ -111,7 +112,9 @@ class Recipe:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weights, Scheme):
+        if self.cache is not None and self.cache not in CACHE_FORMATS:
+            raise unknown("KV cache", self.cache, CACHE_FORMATS)
+        if not isinstance(self.weights, Scheme) and (self.weights is not None or self.cache is None):
             raise CanopyError(f"a recipe's weights are a Scheme, got {self.weights!r}; use Scheme({self.weights!r})")
         object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
 
@@ -128,7 +131,8 @@ class Recipe:
         alone is per channel, ``w4a16`` alone g128), and ``-asym`` for a zero point. ``nf4``, ``mxfp4``, ``nvfp4`` stand
         for weights in those formats; ``w8a8`` and ``fp8`` for 8-bit weights per channel and 8-bit inputs per token, in
         integers or E4M3. Scales are kept in bfloat16, except where a format brings its own. ``+head`` and ``+embed``
-        quantize the output head and the embedding too.
+        quantize the output head and the embedding too. ``+kv8``, ``+kv4``, ``+kv2`` and ``+kv-fp8`` say which KV cache
+        belongs to it; without the plus they are recipes of the cache alone.
 
         Raises:
             CanopyError: for a name that does not exist, with the nearest ones that do.
@@ -146,13 +150,32 @@ class Recipe:
         elif text in ("w8a8", "fp8"):
             name = {"w8a8": "int8", "fp8": "fp8"}[text]
             scheme, activations = Scheme(name, "channel", scale_dtype=torch.bfloat16), Scheme(name, "token")
+        elif text in CACHE_FORMATS:
+            scheme, extras = None, [text, *extras]
         else:
             raise unknown("recipe", spec, RECIPES, more=", any w2…w8a16 with -tensor, -channel or -g<size> and -asym")
+        known = ("head", "embed", *CACHE_FORMATS) if scheme else (text,)
         for extra in extras:
-            if extra not in ("head", "embed"):
-                raise unknown(f"addition to {text}", f"+{extra}", ("+head", "+embed"))
+            if extra not in known:
+                raise unknown(f"addition to {text}", f"+{extra}", [f"+{name}" for name in known])
+        caches = [extra for extra in extras if extra in CACHE_FORMATS]
+        if len(caches) > 1:
+            raise CanopyError(f"{spec} names {len(caches)} caches; a model has one: keep +{caches[0]}")
         ignore = () if "head" in extras else ("lm_head",)
-        return cls("+".join([text, *extras]), scheme, ignore, "embed" in extras, activations)
+        name = "+".join([text, *extras] if scheme else extras)
+        cache = caches[0] if caches else None
+        return cls(name, scheme, ignore, "embed" in extras, activations, cache=cache)
+
+    @classmethod
+    def of_weights(cls, spec: str | Recipe) -> Recipe:
+        """`parse`, for what only quantizes weights: refuses a recipe of the cache alone."""
+        recipe = cls.parse(spec)
+        if recipe.weights is None:
+            raise CanopyError(
+                f"{recipe.name} leaves the weights as they are: model.generate(…, past_key_values="
+                f"cq.QuantizedCache(model.config, {recipe.cache!r}))"
+            )
+        return recipe
 
 
 RECIPES = ("w8a16", "w8a16-g128", "w4a16-channel", "w4a16-g128", "w4a16-g128-asym", "w4a16-g64", "w4a16-g32",

@@ -111,6 +111,10 @@ class Plan:
         lines.append(f"  memory: at most {human(self.peak_bytes)} on top of what Python and torch take")
         if not self.recipe.weights.symmetric:
             lines.append("  note: transformers loads zero points only with CompressedTensorsConfig(dequantize=True)")
+        if self.recipe.cache is not None:
+            lines.append(
+                f"  note: no file holds a cache; canopyq eval and chat take it again by --recipe {self.recipe.cache}"
+            )
         return "\n".join(lines)
 
 
