@@ -294,7 +294,10 @@ class _Tally:
 
     def add(self, batch: list[int], ids: Tensor, real: Tensor, graded: Tensor, keep: bool) -> Tensor:
         """Score a batch; its log-probabilities (tokens, vocabulary), without those of padding."""
-        log_probs = self._log_probs(ids)
+        cache = self.make_cache(self.model.config) if self.make_cache else None
+        log_probs = _log_probs(self.model, ids, cache)
+        if hasattr(cache, "nbytes"):
+            self.cache_bytes = cache.nbytes / ids.numel()  # the last batch is of the longest chats
         target, real, graded = (x[:, 1:].to(log_probs.device) for x in (ids, real, graded))
         wrong = ((log_probs.argmax(-1) != target) & graded).any(dim=1).tolist()
         for i, any_wrong in zip(batch, wrong, strict=True):
@@ -305,29 +308,6 @@ class _Tally:
         if keep:
             self.kept.append(log_probs)
         return log_probs
-
-    def _log_probs(self, ids: Tensor) -> Tensor:
-        """Next-token log-probabilities (B, T − 1, vocabulary), float32."""
-        ids = ids.to(next(self.model.parameters()).device)
-        log_probs = F.log_softmax(self._logits(ids)[:, :-1].float(), dim=-1)
-        if not bool(log_probs.isfinite().all()):
-            raise CanopyError("the model's logits are not finite; look for NaN or infinite weights or scales")
-        return log_probs
-
-    def _logits(self, ids: Tensor) -> Tensor:
-        if self.make_cache is None:
-            return self.model(input_ids=ids, use_cache=False).logits
-        cache = self.make_cache(self.model.config)
-        parts, tokens = [], 0
-        while tokens < ids.shape[1]:
-            n = getattr(cache, "room", BLOCK)
-            parts.append(
-                self.model(input_ids=ids[:, tokens : tokens + n], past_key_values=cache, use_cache=True).logits
-            )
-            tokens += parts[-1].shape[1]
-        if hasattr(cache, "nbytes"):  # the last batch is of the longest chats
-            self.cache_bytes = cache.nbytes / ids.numel()
-        return torch.cat(parts, 1)
 
     def evaluation(self, questions: tuple[Question, ...]) -> Evaluation:
         loss = self.loss / self.tokens
@@ -344,14 +324,34 @@ def _maker(cache: str | CacheMaker | None) -> CacheMaker | None:
     return lambda config: QuantizedCache(config, cache)
 
 
+def _log_probs(model: nn.Module, ids: Tensor, cache: Any = None) -> Tensor:
+    """Next-token log-probabilities (B, T − 1, vocabulary), float32."""
+    ids = ids.to(next(model.parameters()).device)
+    if cache is None:
+        logits = model(input_ids=ids, use_cache=False).logits
+    else:
+        parts, tokens = [], 0
+        while tokens < ids.shape[1]:
+            new = ids[:, tokens : tokens + getattr(cache, "room", BLOCK)]
+            parts.append(model(input_ids=new, past_key_values=cache, use_cache=True).logits)
+            tokens += new.shape[1]
+        logits = torch.cat(parts, 1)
+    log_probs = F.log_softmax(logits[:, :-1].float(), dim=-1)
+    if not bool(log_probs.isfinite().all()):
+        raise CanopyError("the model's logits are not finite; look for NaN or infinite weights or scales")
+    return log_probs
+
+
 def _full_cache_bytes(model: nn.Module) -> int:
     """Storage that a token takes in transformers' own cache, in the dtype that the model computes in."""
     from transformers import DynamicCache
 
+    from canopyq.kv_cache import cache_nbytes
+
     cache = DynamicCache(config=model.config)
     token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
     model(input_ids=token, past_key_values=cache, use_cache=True)
-    return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
+    return cache_nbytes(cache)
 
 
 def _kl_sum(reference: Tensor, model: Tensor) -> float:

@@ -169,7 +169,7 @@ class Recipe:
         elif text in CACHE_FORMATS:
             scheme, extras = None, [text, *extras]
         else:
-            raise unknown("recipe", spec, RECIPES, more=", any w2…w8a16 or w2…w8a2…a8 with -tensor, "
+            raise unknown("recipe", spec, (*RECIPES, *CACHE_FORMATS), more=", any w2…w8a16 or w2…w8a2…a8 with -tensor, "
                           "-channel or -g<size>, -static for calibrated inputs, and -asym")  # fmt: skip
         known = ("head", "embed", *CACHE_FORMATS) if scheme else (text,)
         for extra in extras:
