@@ -113,6 +113,10 @@ class Plan:
         shapes = {step.module: step.info.shape for step in self.quantized}
         for tool, verdict in readers(read_config(self.config), shapes).items():
             lines.append(f"  {tool} will load it: {verdict}")
+        if self.recipe.cache is not None:
+            lines.append(
+                f"  note: no file holds a cache; canopyq eval and chat take it again by --recipe {self.recipe.cache}"
+            )
         return "\n".join(lines)
 
 
