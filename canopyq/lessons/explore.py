@@ -18,11 +18,12 @@ from .explore_clip import ClipView
 from .explore_float import FloatView
 from .explore_groups import GroupsView
 from .explore_outlier import OutlierView
+from .explore_words import WordsView
 from .look import card, heading, section, table
 from .shown import Shown
 from .text import inline
 
-__all__ = ["Explorer", "bits", "clip", "float_bits", "groups", "outlier"]
+__all__ = ["Explorer", "bits", "clip", "float_bits", "groups", "outlier", "words"]
 
 
 class Explorer(Shown):
@@ -106,3 +107,9 @@ def outlier(x: torch.Tensor, title: str = "One value grows, the others pay") -> 
     """One large value beside ordinary ones: the step, how many codes are left to the others, their error."""
     view = OutlierView(x)
     return Explorer("outlier", title, view.controls(), view.draw, view.rows)
+
+
+def words(x: torch.Tensor, title: str = "What is in a word?") -> Explorer:
+    """The first row of a matrix, packed: which bits belong to which weight, in the word and in the file."""
+    view = WordsView(x)
+    return Explorer("words", title, view.controls(), view.draw, view.rows)

@@ -13,6 +13,7 @@ from canopyq.lessons.explore_clip import ClipView
 from canopyq.lessons.explore_float import FORMATS, split_bits, stored
 from canopyq.lessons.explore_groups import GroupsView
 from canopyq.lessons.explore_outlier import OutlierView
+from canopyq.lessons.explore_words import WordsView
 from canopyq.tensor import quantize
 
 X = torch.randn(1500, generator=torch.Generator().manual_seed(0))
@@ -22,9 +23,10 @@ EXPLORERS = {
     "clip": lambda: explore.clip(X),
     "outlier": lambda: explore.outlier(X),
     "groups": lambda: explore.groups(X.reshape(15, 100)),
+    "words": lambda: explore.words(X.reshape(15, 100)),
 }
 MOVES = {"bits": ("bits", 2), "float-bits": ("number", 17.3), "clip": ("clip", 0.4), "outlier": ("outlier", 200.0),
-         "groups": ("scale", "g32")}  # fmt: skip
+         "groups": ("scale", "g32"), "words": ("word", 3)}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EXPLORERS)
@@ -148,3 +150,24 @@ def test_a_tensor_of_zeros() -> None:
                      explore.outlier(zeros)):  # fmt: skip
         explorer.widget()
         explorer.static_html()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("columns", [1, 7, 40, 100])
+def test_words_come_apart_as_they_were_packed(bits: int, columns: int) -> None:
+    x = X[: 3 * columns].reshape(3, columns)
+    view = WordsView(x)
+    codes = quantize(x, f"int{bits}", "channel").codes[0]
+    many = 32 // bits
+    for place in range(view.last + 1):
+        word = view.word(place, bits)
+        assert word.codes == codes[place * many : (place + 1) * many].tolist()
+        unpacked = [(word.number >> (bits * i)) % 2**bits - 2 ** (bits - 1) for i in range(len(word.codes))]
+        assert unpacked == word.codes and int.from_bytes(word.bytes, "little") == word.number
+        view.draw(plt.figure(), place, bits)
+        plt.close("all")
+
+
+def test_words_say_the_worked_value() -> None:
+    word = WordsView(torch.tensor([[-8.0, -7, -1, 0, 1, 2, 6, 7]]) * 15 / 16).word(0, 4)
+    assert word.number == 0xFEA98710 and word.bytes.hex() == "1087a9fe"
