@@ -94,6 +94,8 @@ class Recipe:
             are taken from each input as it comes (dynamic), unless ``static``.
         static: the activations' ranges are fixed beforehand, from calibration data.
         cache: the KV cache that belongs to it, such as ``"kv4"``, or None. The weights do not depend on it.
+        exceptions: (module, scheme) pairs for weights that are quantized otherwise; modules are named as in ``ignore``,
+            and the first that fits counts.
         ignore: modules that stay as they are, by name or by any dotted part of it: ``"lm_head"``, ``"layers.0"``,
             ``"mlp.down_proj"``. The output head does by default: it is the most sensitive layer, and often shares its
             weight with the embedding.
@@ -109,6 +111,7 @@ class Recipe:
     activations: Scheme | None = None
     static: bool = False
     cache: str | None = None
+    exceptions: tuple[tuple[str, Scheme], ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.weights, Scheme):
@@ -117,7 +120,11 @@ class Recipe:
 
     def ignores(self, module: str) -> bool:
         """Whether the module of this name stays as it is."""
-        return any(f".{part}." in f".{module}." for part in self.ignore)
+        return any(_is_part(part, module) for part in self.ignore)
+
+    def scheme_of(self, module: str) -> Scheme:
+        """How the weight of the module of this name is quantized."""
+        return next((scheme for part, scheme in self.exceptions if _is_part(part, module)), self.weights)
 
     @classmethod
     def parse(cls, spec: str | Recipe) -> Recipe:
@@ -153,6 +160,10 @@ class Recipe:
                 raise unknown(f"addition to {text}", f"+{extra}", ("+head", "+embed"))
         ignore = () if "head" in extras else ("lm_head",)
         return cls("+".join([text, *extras]), scheme, ignore, "embed" in extras, activations)
+
+
+def _is_part(part: str, module: str) -> bool:
+    return f".{part}." in f".{module}."
 
 
 RECIPES = ("w8a16", "w8a16-g128", "w4a16-channel", "w4a16-g128", "w4a16-g128-asym", "w4a16-g64", "w4a16-g32",
