@@ -85,7 +85,7 @@ class Report(_Text):
         kept: module name -> why its weight stayed as it is. Nothing that holds a weight is left out of both lists.
         bytes_before, bytes_after: storage behind the whole model's parameters and buffers.
         method: how the weights were rounded.
-        notes: what the method did to the model as a whole.
+        notes: what the method did to the model as a whole, and what to know of the calibration data.
     """
 
     recipe: str
@@ -109,7 +109,6 @@ class Report(_Text):
             f"{self.recipe}: {len(self.layers)} linear layers quantized{how}, {bits:.3f} bits per weight; "
             f"model {human(self.bytes_before)} -> {human(self.bytes_after)}"
         ]
-        lines += [f"  {note}" for note in self.notes]
         for x in self.worst[:3]:
             error = "" if x.output_error is None else f", output off by {100 * x.output_error:.2g} %"
             lines.append(f"  noisiest: {x.name} {x.shape[0]}x{x.shape[1]}, SQNR {x.sqnr_db:.1f} dB{error}")
@@ -120,7 +119,7 @@ class Report(_Text):
         told = _by_reason("", said)
         if len(told) > MOST_NOTES:
             told = [*told[:MOST_NOTES], f"  and {len(told) - MOST_NOTES} more notes on layers, in .layers"]
-        return "\n".join(lines + told + kept_lines(self.kept))
+        return "\n".join(lines + told + [f"  {note}" for note in self.notes] + kept_lines(self.kept))
 
 
 def kept_lines(kept: dict[str, str]) -> list[str]:
