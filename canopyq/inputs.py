@@ -1,4 +1,4 @@
-"""What calibration remembers of a linear layer's inputs: ranges, counts and sums, and a few of the inputs if asked for."""
+"""What calibration remembers of a linear layer's inputs: ranges, counts, sums, and a few of the inputs if asked for."""
 
 from __future__ import annotations
 
@@ -66,9 +66,7 @@ class InputStatistics:
         hessian = None if self.hessian is None else self.hessian / (scales[:, None] * scales)
         lo, hi, mean_abs = (x / scales for x in (self.lo, self.hi, self.mean_abs))
         empty = Histogram(self.lo.device)
-        return InputStatistics(
-            self.tokens, lo, hi, mean_abs, torch.empty(0, 2), empty, self.examples / scales, hessian
-        )
+        return InputStatistics(self.tokens, lo, hi, mean_abs, torch.empty(0, 2), empty, self.examples / scales, hessian)
 
     def running(self) -> Tensor:
         """The range of the first 1, 2, 3 … samples together, (samples, 2)."""

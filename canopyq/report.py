@@ -11,7 +11,6 @@ from torch import Tensor
 from canopyq.memory import human
 from canopyq.tensor import QuantizedTensor
 
-
 MOST_NOTES = 6  # on layers that are printed; all of them are in the report
 
 

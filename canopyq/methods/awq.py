@@ -1,8 +1,8 @@
 """AWQ: make the weights of loud inputs larger before rounding, so that they lose less.
 
-Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", section 3.2. Multiplying
-column j by s_j and dividing input j by s_j changes nothing before rounding; afterwards the error of that column is s_j times
-smaller. s = (mean |x|)^α, with α by a search. The clipping that belongs to it is in `clip`.
+Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", section 3.2.
+Multiplying column j by s_j and dividing input j by s_j changes nothing before rounding; afterwards the error of that
+column is s_j times smaller. s = (mean |x|)^α, with α by a search. The clipping that belongs to it is in `clip`.
 """
 
 from __future__ import annotations

@@ -128,9 +128,7 @@ class _Work:
             self.undo.change(target.weight, weight.dequantize(target.weight.dtype))
 
 
-def _round(
-    weight: Tensor, hessian: Tensor | None, scheme: Scheme, rounding: str
-) -> tuple[QuantizedTensor, list[str]]:
+def _round(weight: Tensor, hessian: Tensor | None, scheme: Scheme, rounding: str) -> tuple[QuantizedTensor, list[str]]:
     if rounding == "hqq":
         return hqq(weight, scheme), []
     if rounding == "rtn" or hessian is None:

@@ -1,8 +1,8 @@
 """GPTQ: round one column after the other, and let the columns still to come make up for each error.
 
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", section 3. The
-error of a layer's outputs is tr(E H Eᵀ) with E = W − Ŵ and H the second moment of its inputs. Rounding column j leaves an
-error e_j; the best answer of the columns not rounded yet is to move by −e_j / U_jj · U_j,:, where H⁻¹ = Uᵀ U.
+error of a layer's outputs is tr(E H Eᵀ) with E = W − Ŵ and H the second moment of its inputs. Rounding column j leaves
+an error e_j; the best answer of the columns not rounded yet is to move by −e_j / U_jj · U_j,:, where H⁻¹ = Uᵀ U.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def gptq(
         weight: (N, K).
         hessian: Σ x xᵀ / tokens of the layer's inputs, (K, K).
         scheme: of the weight.
-        damping: added to H's diagonal, as a share of its mean. A matrix that still has no Cholesky factor gets ten times
-            more, up to `MOST_DAMPING`.
+        damping: added to H's diagonal, as a share of its mean. A matrix that still has no Cholesky factor gets ten
+            times more, up to `MOST_DAMPING`.
         order: columns with the loudest inputs first, while there are many left to make up for them.
         block: columns after which the changes to all later ones are applied at once, as a matrix product.
         clipped: scales by `clip` rather than by min-max.

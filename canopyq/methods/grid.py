@@ -44,7 +44,6 @@ class Grid:
         codes = affine.quantize(values, self.step.t(), zero, self.format, restricted=self.start.scheme.restricted)
         return self.start.with_codes(codes)
 
-
     @property
     def has_free_scales(self) -> bool:
         """Whether any positive number may be a scale: not in MXFP4 and NVFP4, which keep theirs as small floats."""

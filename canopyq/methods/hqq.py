@@ -1,8 +1,9 @@
 """HQQ: scales and zero points that fit the weight with an error that may be sparse. It needs no data.
 
 Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models". Instead of Σ |e|² it lowers
-Σ |e|^p with p < 1, which forgives a few large errors for many small ones. The half-quadratic trick introduces z, the part of
-the error that is forgiven, and takes turns: z by shrinking the error, then scale and zero point by least squares on w − z.
+Σ |e|^p with p < 1, which forgives a few large errors for many small ones. The half-quadratic trick introduces z, the
+part of the error that is forgiven, and takes turns: z by shrinking the error, then scale and zero point by least
+squares on w − z.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def hqq(
     """Codes of a weight by the half-quadratic solver.
 
     The published solver keeps the scale and moves a zero point of 16 bits. A checkpoint's zero points are integers, and
-    symmetric weights have none, so here the scale moves too, and zero points are rounded in every step. Each row keeps the
-    best of what it has been, min-max included.
+    symmetric weights have none, so here the scale moves too, and zero points are rounded in every step. Each row keeps
+    the best of what it has been, min-max included.
 
     Args:
         weight: (N, K).

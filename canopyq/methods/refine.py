@@ -1,8 +1,9 @@
 """Making a rounded weight better without more bits: the best scales for its codes, then the best codes in turn.
 
-Both steps lower tr(E H Eᵀ) and neither can raise it. Scales: with the codes fixed the weight is linear in them, so those of
-a row solve a small least-squares problem. Codes: with all other columns fixed the best value of column j is known, and
-each column in turn goes to the grid point nearest to it: coordinate descent, as in QuantEase (Behdin et al. 2023).
+Both steps lower tr(E H Eᵀ) and neither can raise it. Scales: with the codes fixed the weight is linear in them, so
+those of a row solve a small least-squares problem. Codes: with all other columns fixed the best value of column j is
+known, and each column in turn goes to the grid point nearest to it: coordinate descent, as in QuantEase (Behdin et al.
+2023).
 """
 
 from __future__ import annotations

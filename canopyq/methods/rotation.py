@@ -1,10 +1,11 @@
 """Rotation: turn the residual stream so that no channel is louder than the others.
 
 Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs". An RMS norm without gain commutes with a
-rotation R, so the stream may be turned where it is written (embedding, o_proj, down_proj) and turned back where it is read
-(q, k, v, gate, up, head), all in the weights and before the model is used. The gains are folded into the readers first.
-The values of each head are turned in v_proj and back in o_proj the same way. What goes into down_proj is a product of two
-outputs and cannot be turned in a weight: there the Hadamard transform runs with the model, and only if asked for.
+rotation R, so the stream may be turned where it is written (embedding, o_proj, down_proj) and turned back where it is
+read (q, k, v, gate, up, head), all in the weights and before the model is used. The gains are folded into the readers
+first. The values of each head are turned in v_proj and back in o_proj the same way. What goes into down_proj is a
+product of two outputs and cannot be turned in a weight: there the Hadamard transform runs with the model, and only if
+asked for.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def rotate_(model: nn.Module, undo: Undo, *, seed: int = 0, online: bool = False
         values = random_rotation(attention.head_dim, generator).to(device)
         _turn_outputs(attention.v_proj, values, undo)
         _turn_inputs(attention.o_proj, values, undo)
-    notes.append(f"rotated the residual stream ({config.hidden_size}) and the values of each head ({attention.head_dim})")
+    notes.append(
+        f"rotated the residual stream ({config.hidden_size}) and the values of each head ({attention.head_dim})"
+    )
     if online:
         size = largest_power_of_two(config.intermediate_size)
         for layer in body.layers:
@@ -78,7 +81,9 @@ def rotate_(model: nn.Module, undo: Undo, *, seed: int = 0, online: bool = False
             undo.change(down.weight, hadamard(down.weight.double(), size))
             hook = OnlineHadamard(size)
             undo.on_failure(down.register_forward_pre_hook(hook).remove)
-        notes.append(f"down_proj's inputs pass a Hadamard transform of {size} at run time: plain transformers cannot do it")
+        notes.append(
+            f"down_proj's inputs pass a Hadamard transform of {size} at run time: plain transformers cannot do it"
+        )
     return notes
 
 

@@ -1,8 +1,9 @@
 """SmoothQuant: move outliers from the inputs into the weights, which can take them.
 
 Xiao et al. 2022, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", section 4.
-Input j is divided by s_j = max |x_j|^α / max |w_j|^(1 − α) and column j multiplied by it. The paper takes one α for the whole
-model; here each place gets the α whose outputs, computed with rounded inputs and weights on some real inputs, are best.
+Input j is divided by s_j = max |x_j|^α / max |w_j|^(1 − α) and column j multiplied by it. The paper takes one α for the
+whole model; here each place gets the α whose outputs, computed with rounded inputs and weights on some real inputs, are
+best.
 """
 
 from __future__ import annotations

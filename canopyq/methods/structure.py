@@ -1,4 +1,5 @@
-"""What of a decoder block may be rescaled or rotated without changing the model, for the architectures where it is known.
+"""What of a decoder block may be rescaled or rotated without changing the model, for the architectures where it is
+known.
 
 Between a norm's gain and the linear layers that read the norm, between v_proj and o_proj, and between up_proj and
 down_proj, a channel may be divided by any number on one side and multiplied by it on the other.
@@ -58,8 +59,8 @@ def require_known(model: nn.Module, what: str) -> None:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in KNOWN:
         raise CanopyError(
-            f"{what} folds into neighbouring weights, and for {kind or type(model).__name__} models it is not known how; "
-            f"known are {', '.join(KNOWN)}: use gptq, clip or hqq"
+            f"{what} folds into neighbouring weights, which is not known for {kind or type(model).__name__} models, "
+            f"only for {', '.join(KNOWN)}; use gptq, clip or hqq"
         )
 
 
@@ -105,8 +106,8 @@ def rescale(site: Site, scales: Tensor, undo: Undo) -> None:
 
 
 def foldable(site: Site, scales: Tensor) -> Tensor:
-    """``scales`` moved a little, so that a norm's gain divided by them is exact in bfloat16: the model and its file stay
-    equal. Channels with a gain of zero carry nothing and keep 1."""
+    """``scales`` moved a little, so that a norm's gain divided by them is exact in bfloat16: the model and its file
+    stay equal. Channels with a gain of zero carry nothing and keep 1."""
     if not site.is_norm:
         return scales
     gain = site.maker.weight.float()
