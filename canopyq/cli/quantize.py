@@ -17,19 +17,38 @@ def quantize(
     model: Annotated[str, typer.Argument(help="A folder with config.json and safetensors, or 'tutor'.")],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet, or be empty.")],
     recipe: Annotated[str, typer.Option(help="How to quantize, e.g. w4a16-g128, w8a16.")] = "w4a16-g128",
+    method: Annotated[
+        str, typer.Option(help="How to round: rtn, clip, gptq, awq, hqq, smoothquant, rotation; rotation+gptq …")
+    ] = "rtn",
+    calibration: Annotated[
+        Path | None, typer.Option(help="A text file for methods that look at inputs; the tutor has chats of its own.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Quantize a checkpoint from disk to disk, in the memory of one layer.
+    """Quantize a checkpoint. Rounding to nearest goes from disk to disk, in the memory of one layer.
 
-    Started again after an interruption, it continues.
+    Started again after an interruption, that continues. A method other than rtn, and a recipe with calibrated
+    activations, takes the whole model in memory.
     """
     from canopyq.checkpoint.stream import prepare, quantize_checkpoint
+    from canopyq.cli.whole import quantize_whole
+    from canopyq.methods.method import Method
 
     say = (lambda line: None) if as_json else print_plain
     try:
-        parsed = Recipe.parse(recipe)
+        parsed, how = Recipe.parse(recipe), Method.parse(method)
         folder = _folder(model)
+        whole = how.name != "rtn" or parsed.static
+        if whole and dry_run:
+            raise CanopyError("--dry-run plans rounding to nearest from disk to disk; leave it out, or --method")
+        if calibration is not None and not whole:
+            raise CanopyError(f"rtn with {parsed.name} needs no data; leave --calibration {calibration} out")
+        if whole:
+            done = quantize_whole(folder, parsed, how, calibration, out, say)
+            if as_json:
+                print_json(done)
+            return
         if dry_run:
             plan, _ = prepare(folder, parsed, out, say=say)
             resumed = 0

@@ -109,7 +109,7 @@ class _Work:
         made = foldable(site, site.by_maker(scales))
         rescale(site, made, self.undo)
         for name in schemes:
-            seen[name] = seen[name].divided(site.by_reader(made))
+            seen[name] = seen[name].divided(site.by_reader(made).float())
             self.notes.setdefault(name, []).append(note)
 
     def round(self, target: Target, inputs: InputStatistics | None, *, write: bool = False) -> None:

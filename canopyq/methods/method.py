@@ -10,8 +10,6 @@ from canopyq.scheme import Recipe
 
 TRANSFORMS = ("rotation", "smoothquant", "awq")
 ROUNDINGS = ("rtn", "clip", "gptq", "hqq")
-METHODS = ("rtn", "clip", "gptq", "hqq", "awq", "awq+gptq", "smoothquant", "smoothquant+gptq", "rotation",
-           "rotation+gptq", "rotation+smoothquant+gptq")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,8 @@ class Method:
                 f"SmoothQuant moves outliers from the inputs into the weights, and {recipe.name} quantizes only the "
                 "weights: that would harm them; use awq or gptq, or a recipe such as w8a8"
             )
+        if {"awq", "smoothquant"} <= set(self.transforms):
+            raise CanopyError("AWQ and SmoothQuant rescale the same channels to different ends; use one of them")
         if "awq" in self.transforms and recipe.activations is not None:
             raise CanopyError(
                 f"AWQ chooses its scales for weights whose inputs stay as they are, and {recipe.name} quantizes the "

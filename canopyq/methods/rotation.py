@@ -26,7 +26,7 @@ def random_rotation(size: int, generator: torch.Generator) -> Tensor:
     """
     power = largest_power_of_two(size)
     odd = size // power
-    mixed = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64)).Q
+    mixed = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64)).Q.contiguous()
     spread = hadamard(torch.eye(power, dtype=torch.float64), power)
     signs = torch.randint(0, 2, (size, 1), generator=generator) * 2.0 - 1
     return signs * torch.kron(mixed, spread)

@@ -93,7 +93,7 @@ def sites(model: nn.Module, block: str) -> list[Site]:
 
 def rescale(site: Site, scales: Tensor, undo: Undo) -> None:
     """Divide the maker's channels by ``scales`` (channels of the maker,) and multiply the readers' columns by them."""
-    maker = site.maker
+    maker, scales = site.maker, scales.double()
     if site.is_norm:
         undo.change(maker.weight, maker.weight / scales)
     else:
@@ -106,10 +106,11 @@ def rescale(site: Site, scales: Tensor, undo: Undo) -> None:
 
 
 def foldable(site: Site, scales: Tensor) -> Tensor:
-    """``scales`` moved a little, so that a norm's gain divided by them is exact in bfloat16: the model and its file
-    stay equal. Channels with a gain of zero carry nothing and keep 1."""
+    """``scales`` moved a little, so that a norm's gain divided by them is exact in bfloat16, and the model and its file
+    stay equal. They are float64, in which the quotient comes out exact. Channels with a gain of zero carry nothing and
+    keep 1."""
     if not site.is_norm:
         return scales
-    gain = site.maker.weight.float()
-    stored = (gain / scales).to(torch.bfloat16).float()
-    return torch.where((stored != 0) & stored.isfinite(), gain / stored, torch.ones_like(scales))
+    gain = site.maker.weight.double()
+    stored = (gain / scales).to(torch.bfloat16).double()
+    return torch.where((stored != 0) & stored.isfinite(), gain / stored, torch.ones_like(gain))

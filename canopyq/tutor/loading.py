@@ -103,6 +103,21 @@ def load_folder(
         ) from error
 
 
+def load_other(folder: Path, dtype: torch.dtype | str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in any folder, on the CPU, and its tokenizer.
+
+    Raises:
+        CanopyError: if transformers cannot read it, with its reason in one line.
+    """
+    try:
+        return _read(folder, dtype, "cpu", offline=True)
+    except CanopyError:
+        raise
+    except Exception as error:
+        cure = "name a folder of a causal language model with its tokenizer"
+        raise CanopyError(f"{folder} cannot be loaded ({_one_line(error)}); {cure}") from error
+
+
 def _read(
     source: Path | str, dtype: torch.dtype | str | None, device: torch.device | str | None, offline: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
