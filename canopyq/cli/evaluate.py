@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import canopyq as cq
+from canopyq.cli.calibrated import calibrate_tutor
 from canopyq.cli.shown import JsonFlag, print_json, print_plain
 from canopyq.errors import CanopyError
 from canopyq.scheme import Recipe
@@ -26,6 +27,8 @@ def evaluate(
     as_json: JsonFlag = False,
 ) -> None:
     """Examine the tutor on held-out questions; with --recipe, before and after quantizing.
+
+    A recipe with static activations is calibrated on chats of the validation split, none of which is scored.
 
     A folder that `canopyq quantize` wrote is examined beside the original.
     """
@@ -50,7 +53,8 @@ def evaluate(
         result, report = examine(original, tokenizer, asked), None
     else:
         quantized, _ = cq.tutor.load()
-        report = cq.quantize_(quantized, parsed)
+        seen = calibrate_tutor(quantized, tokenizer) if parsed.static else None
+        report = cq.quantize_(quantized, parsed, calibration=seen)
         result = compare(original, quantized, tokenizer, asked)
     if as_json:
         print_json(_eval_json(model if saved else source(), original, asked, result, report))
@@ -73,4 +77,5 @@ def _eval_json(examined: str, original, asked: list, result, report) -> dict:
     size["bits_per_quantized_weight"] = sum(8 * x["bytes_after"] for x in layers) / sum(
         x["shape"][0] * x["shape"][1] for x in layers
     )
-    return out | {"recipe": report.recipe, "size": size} | result.to_dict() | {"layers": layers, "kept": report.kept}
+    about = {"layers": layers, "kept": report.kept, "notes": list(report.notes)}
+    return out | {"recipe": report.recipe, "size": size} | result.to_dict() | about
