@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import canopyq as cq
-from canopyq.calibration import Calibration, calibrate
+from canopyq.calibration import calibrate
 from canopyq.checkpoint.files import refuse_not_empty
 from canopyq.errors import CanopyError
 from canopyq.scheme import Recipe
@@ -16,11 +16,17 @@ if TYPE_CHECKING:
     from canopyq.report import Report
 
 
-def calibrate_tutor(model: Any, tokenizer: Any) -> Calibration:
-    """Statistics on the tutor's own chats: of the validation split, which no scored question comes from."""
-    seen = calibrate(model, cq.tutor.calibration(tokenizer))
+CHATS = 64  # of the tutor's own; after half as many its ranges hardly change
+
+
+def quantize_tutor(model: Any, tokenizer: Any, recipe: Recipe, chats: int = CHATS) -> Report:
+    """`quantize_` for the tutor. Static activations are calibrated on its own chats, which come from the validation
+    split: no scored question is among them."""
+    if not recipe.static:
+        return cq.quantize_(model, recipe)
+    seen = calibrate(model, cq.tutor.calibration(tokenizer, chats))
     seen.source = "chats of the validation split, none of them scored"
-    return seen
+    return cq.quantize_(model, recipe, calibration=seen)
 
 
 def quantize_in_memory(model: str, folder: Path, recipe: Recipe, out: Path, texts: Path | None) -> Report:
@@ -37,10 +43,13 @@ def quantize_in_memory(model: str, folder: Path, recipe: Recipe, out: Path, text
             f"or use {recipe.name.replace('-static', '')}, which needs none"
         )
     refuse_not_empty(out)
-    data = None if texts is None else read_texts(texts)
-    loaded, tokenizer = cq.tutor.load() if model == TUTOR else load_other(folder)
-    seen = calibrate_tutor(loaded, tokenizer) if data is None else calibrate(loaded, data, tokenizer=tokenizer)
-    report = cq.quantize_(loaded, recipe, calibration=seen)
+    if texts is None:
+        loaded, tokenizer = cq.tutor.load()
+        report = quantize_tutor(loaded, tokenizer, recipe)
+    else:
+        data = read_texts(texts)
+        loaded, tokenizer = cq.tutor.load() if model == TUTOR else load_other(folder)
+        report = cq.quantize_(loaded, recipe, calibration=calibrate(loaded, data, tokenizer=tokenizer))
     cq.save(loaded, out, tokenizer)
     return report
 

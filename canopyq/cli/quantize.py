@@ -67,7 +67,10 @@ def _in_memory(
     from canopyq.checkpoint.plan import meta_model
     from canopyq.cli.calibrated import quantize_in_memory
 
-    plan = cq.plan(meta_model(Checkpoint(folder)), recipe)
+    source = Checkpoint(folder)
+    if "quantization_config" in source.config:
+        raise CanopyError(f"{folder} is quantized already; start from the original checkpoint")
+    plan = cq.plan(meta_model(source), recipe)
     if dry_run:
         done, notes = plan, ()
     else:
