@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 CHATS = 64  # of the tutor's own; after half as many its ranges hardly change
 
 
-def quantize_tutor(model: Any, tokenizer: Any, recipe: Recipe, chats: int = CHATS) -> Report:
+def quantize_tutor(model: Any, tokenizer: Any, recipe: Recipe, chats: int | None = None) -> Report:
     """`quantize_` for the tutor. Static activations are calibrated on its own chats, which come from the validation
     split: no scored question is among them."""
     if not recipe.static:
         return cq.quantize_(model, recipe)
-    seen = calibrate(model, cq.tutor.calibration(tokenizer, chats))
+    seen = calibrate(model, cq.tutor.calibration(tokenizer, chats or CHATS))
     seen.source = "chats of the validation split, none of them scored"
     return cq.quantize_(model, recipe, calibration=seen)
 
