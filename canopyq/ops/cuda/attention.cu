@@ -34,6 +34,7 @@ constexpr int AHEAD = K_WORDS > 4 ? 2 : 4;                                   // 
 constexpr int SCALE_BYTES = 4 * D * 2;                                       // key scale, offset, value scale, offset
 constexpr int Q_STRIDE = D + 8;                                              // padded against bank conflicts
 constexpr float NEVER = -1e30f;                                              // below every score
+constexpr float MASKED = -1e38f;                                             // and that of a hidden token below this
 
 struct Shared {
   union {
@@ -144,7 +145,7 @@ __device__ __forceinline__ void hide(float (&c)[2][4], int position, int start, 
     int newest = last[8 * n + threadIdx.x % 32 / 4];
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      if (position + i < start || position + i > newest) c[i / 2][2 * n + i % 2] = -INFINITY;
+      if (position + i < start || position + i > newest) c[i / 2][2 * n + i % 2] = MASKED;
   }
 }
 
@@ -233,11 +234,11 @@ __device__ __forceinline__ void begin_block(u32 (&qs)[ROW_TILES][PAIRS], float (
     });
     if constexpr (!FP8)
       unroll<CHUNK / 2>([&](auto j) {
-        constexpr int a = 2 * j, b = 2 * j + 1, at = i * CHUNK;
+        constexpr int a = 2 * j, b = 2 * j + 1;
         u32 q1 = ROW_TILES > 1 ? wide_pair<a>(own[1]) : 0, q3 = ROW_TILES > 1 ? wide_pair<b>(own[1]) : 0;
         half_multiply_add(start, wide_pair<a>(own[0]), q1, wide_pair<b>(own[0]), q3, wide_pair<a>(offset), wide_pair<b>(offset));
-        u32 s1 = ROW_TILES > 1 ? qs[ROW_TILES - 1][at + a] : 0, s3 = ROW_TILES > 1 ? qs[ROW_TILES - 1][at + b] : 0;
-        half_multiply_add(magic, qs[0][at + a], s1, qs[0][at + b], s3, MINUS, MINUS);
+        u32 s1 = ROW_TILES > 1 ? qs[ROW_TILES - 1][i * CHUNK + a] : 0, s3 = ROW_TILES > 1 ? qs[ROW_TILES - 1][i * CHUNK + b] : 0;
+        half_multiply_add(magic, qs[0][i * CHUNK + a], s1, qs[0][i * CHUNK + b], s3, MINUS, MINUS);
       });
   });
 #pragma unroll
@@ -285,18 +286,18 @@ __device__ __forceinline__ void recent_step(State& s, const u16* q, const u16* k
 
 // ------------------------------------------------------------------------------------------------------- the kernels
 // q (batch, heads, q_len, D) by strides. Codes (batch, kv_heads, capacity, ROW_BYTES), scales beside them: keys' per
-// block and channel, values' per token and 64 channels. recent_*: (batch, kv_heads, recent_capacity, D), a ring when
-// `ring`: the token at position p in slot p % recent_capacity. lengths: quantized and recent tokens; null takes the
-// two numbers. starts: (batch) first position that is no padding, or null.
-// group: query heads to a key head. tiles: of ROWS rows each, to hold group × q_len.
-// Grid: (kv_heads, batch × tiles, splits + 1); the last split is the recent tokens.
-// partial (batch, q_len, heads, splits + 1, D), sums the same with (maximum, sum) in the place of D.
+// block and channel, values' per token and 64 channels. recent_*: (batch, kv_heads, recent_capacity, D). How many tokens
+// are quantized and how many recent is given either as two numbers, or by `before`, the tokens held before these q_len
+// came, and `window`: then the recent tokens lie in a ring, the one at position p in slot p % recent_capacity.
+// starts: (batch) first position that is no padding, or null. group: query heads to a key head. tiles: of ROWS rows each,
+// to hold group × q_len. Grid: (kv_heads, batch × tiles, splits + 1); the last split is the recent tokens.
+// partial (batch, q_len, heads, splits + 1, D); sums the same with (maximum, sum) in the place of D.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS)
 attention_decode(const u16* q, const u8* key_codes, const u16* key_scale,
                  const u16* key_offset, const u8* value_codes, const u16* value_scale,
                  const u16* value_offset, const u16* recent_keys, const u16* recent_values,
-                 const int* lengths, const int* starts, float* partial, float2* sums, int quantized, int recent, int group,
-                 int tiles, int q_len, int capacity, int recent_capacity, int ring, int q_batch_stride,
+                 const int* before, const int* starts, float* partial, float2* sums, int quantized, int recent, int group,
+                 int tiles, int q_len, int capacity, int recent_capacity, int window, int q_batch_stride,
                  int q_head_stride, int q_token_stride, float log2_scale) {
   __shared__ __align__(16) Shared shared;
   let_next_kernel_start();
@@ -305,7 +306,10 @@ attention_decode(const u16* q, const u8* key_codes, const u16* key_scale,
   const int kv_head = blockIdx.x, batch = blockIdx.y / tiles, row0 = blockIdx.y % tiles * ROWS;
   const int pair = batch * gridDim.x + kv_head, rows = group * q_len;
   const int split = blockIdx.z, splits = gridDim.z - 1;
-  if (lengths) quantized = lengths[0], recent = lengths[1];
+  if (before) {  // never beyond what is allocated, whatever the number says
+    quantized = min(max(*before - window, 0), capacity) / BLOCK * BLOCK;
+    recent = min(*before + q_len - quantized, recent_capacity);
+  }
   const int total = quantized + recent;
 
   const int padding = starts ? starts[batch] : 0;
@@ -391,7 +395,7 @@ attention_decode(const u16* q, const u8* key_codes, const u16* key_scale,
   }
 
   if (split == splits) {
-    const int first = ring ? quantized % recent_capacity : 0;
+    const int first = before ? quantized % recent_capacity : 0;
     const u16* new_keys = recent_keys + (size_t)pair * recent_capacity * D;
     const u16* new_values = recent_values + (size_t)pair * recent_capacity * D;
     for (int step = warp; 16 * step < recent; step += WARPS)
