@@ -20,7 +20,9 @@ __version__ = "0.1.0"
 
 # What needs transformers, matplotlib or ipywidgets loads on first use, so that `import canopyq` stays quick.
 _LATER = {
+    "QuantizedCache": "canopyq.kv_cache",
     "compare": "canopyq.evaluate",
+    "fast_generate": "canopyq.generate",
     "examine": "canopyq.evaluate",
     "inspect": "canopyq.checkpoint.inspect",
     "load": "canopyq.checkpoint.load",
@@ -29,9 +31,9 @@ _LATER = {
 _MODULES = ("lessons", "tutor")
 
 __all__ = [
-    "FORMATS", "RECIPES", "CanopyError", "Granularity", "Plan", "QuantizedLinear", "QuantizedTensor",
-    "Recipe", "Report", "Scheme", "compare", "examine", "explain", "get_format", "inspect", "lessons", "load", "plan",
-    "quantize", "quantize_", "save", "tutor",
+    "FORMATS", "RECIPES", "CanopyError", "Granularity", "Plan", "QuantizedCache", "QuantizedLinear", "QuantizedTensor",
+    "Recipe", "Report", "Scheme", "compare", "examine", "explain", "fast_generate", "get_format", "inspect", "lessons",
+    "load", "plan", "quantize", "quantize_", "save", "tutor",
 ]  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def explain(model: nn.Module) -> Explanation:
             name,
             (layer.out_features, layer.in_features),
             str(layer.scheme) + (f", input {layer.activations}" if layer.activations else ""),
-            sum(tensor.untyped_storage().nbytes() for tensor in layer.held.values()),
+            sum(tensor.nbytes for tensor in layer.held.values()),
             str(layer.problem.device),
             tuple(select.verdicts(layer.problem)),
         )

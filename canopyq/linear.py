@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from canopyq import affine
 from canopyq.errors import CanopyError
 from canopyq.ops import reference, select
-from canopyq.ops.kernel import Problem
+from canopyq.ops.kernel import Layout, Problem
 from canopyq.scheme import Scheme
 from canopyq.tensor import QuantizedTensor, quantize
 
@@ -80,6 +80,11 @@ class QuantizedLinear(nn.Module):
     def quantized_weight(self) -> QuantizedTensor:
         """The weight as a `QuantizedTensor`; as long as no kernel wants another layout, it shares memory."""
         return self.layout.restore(self.held, self.problem)
+
+    def hold(self, tensors: dict[str, Tensor], layout: Layout) -> None:
+        """Take the weight from these tensors, which lie in ``layout``, and let go of the old ones."""
+        self._hold(tensors)
+        self.layout, self._kernels = layout, None
 
     def arrange(self) -> QuantizedLinear:
         """Lay the weight out for the fastest kernel that can run here. The first call of `forward` does it too."""
