@@ -147,7 +147,7 @@ def measure(batch: int, tokens: int) -> Iterator[dict]:
         except Exception as problem:  # a peer that cannot do this shape is a row of the table, not the end of it
             yield row | {"absent": str(problem).splitlines()[0][:120]}
             continue
-        assert bool(out.isfinite().all()) and torch.equal(out, again), name
+        assert bool(out.isfinite().all()) and (name not in FORMATS or torch.equal(out, again)), name
         calls = [run] + [make()[0] for _ in range(rotations(read) - 1)]
         us = graph_microseconds(calls)
         floor = read / READ_BYTES_PER_US

@@ -33,8 +33,11 @@ constexpr int WORD_CODES = 32 / BITS, HALF_WORD = WORD_CODES / 2, PER_BYTE = 8 /
 constexpr int AHEAD = K_WORDS > 4 ? 2 : 4;                                   // buffers of one step; they divide STEPS
 constexpr int SCALE_BYTES = 4 * D * 2;                                       // key scale, offset, value scale, offset
 constexpr int Q_STRIDE = D + 8;                                              // padded against bank conflicts
+constexpr int RESIDENT = ROW_TILES == 1 && (D == 64 || CODE == 2) ? 3 : 2;     // CTAs a multiprocessor, without spilling
 constexpr float NEVER = -1e30f;                                              // below every score
 constexpr float MASKED = -1e38f;                                             // and that of a hidden token below this
+
+typedef u32 SharedAddress;
 
 struct Shared {
   union {
@@ -191,29 +194,28 @@ __device__ __forceinline__ void value_products(State& s, const u32 (&v)[4][V_WOR
 }
 
 // Scale or offset of this thread's group of channels, for two tokens side by side: 64 channels share one.
-__device__ __forceinline__ void value_scales(const u8* from, int token, int group, u32& first, u32& second) {
+__device__ __forceinline__ void value_scales(SharedAddress from, int token, int group, u32& first, u32& second) {
   if constexpr (D == 64) {
-    uint2 w = *(const uint2*)(from + 2 * token);
-    first = w.x, second = w.y;
+    first = load_shared_4(from + 2 * token), second = load_shared_4(from + 2 * token + 4);
   } else {
-    uint4 w = *(const uint4*)(from + 4 * token);
+    uint4 w = load_shared_16(from + 4 * token);
     u32 pick = group ? 0x7632 : 0x5410;
     first = __byte_perm(w.x, w.y, pick), second = __byte_perm(w.z, w.w, pick);
   }
 }
 
 // Words i · CHUNK … of the channels of a row that belong to this thread's key codes.
-__device__ __forceinline__ void own_channels(u32 (&own)[CHUNK], const void* row, int i, int t) {
+__device__ __forceinline__ void own_channels(u32 (&own)[CHUNK], SharedAddress row, int i, int t) {
   constexpr int PIECE = K_PIECE * PER_BYTE / 2;  // words beside one load of codes
 #pragma unroll
   for (int j = i * CHUNK; j < (i + 1) * CHUNK; j += 4)
-    *(uint4*)&own[j % CHUNK] = *(const uint4*)((const u32*)row + (j / PIECE * 4 + t) * PIECE + j % PIECE);
+    *(uint4*)&own[j % CHUNK] = load_shared_16(row + ((j / PIECE * 4 + t) * PIECE + j % PIECE) * 4);
 }
 
 // A block's own part of the work: qs, q times the key scales, and what every score of the block begins with,
 // Σ q·offset − 1024·Σ qs.
-__device__ __forceinline__ void begin_block(u32 (&qs)[ROW_TILES][PAIRS], float (&start)[4], const u16* q,
-                                            const u8* scales, int g, int t) {
+__device__ __forceinline__ void begin_block(u32 (&qs)[ROW_TILES][PAIRS], float (&start)[4], SharedAddress q,
+                                            SharedAddress scales, int g, int t) {
   constexpr u32 MINUS = half_power(10) | 0x80008000u;
   float magic[4] = {};
 #pragma unroll
@@ -223,7 +225,7 @@ __device__ __forceinline__ void begin_block(u32 (&qs)[ROW_TILES][PAIRS], float (
     own_channels(scale, scales, i, t);
     if constexpr (!FP8) own_channels(offset, scales + 2 * D, i, t);
 #pragma unroll
-    for (int n = 0; n < ROW_TILES; n++) own_channels(own[n], q + (8 * n + g) * Q_STRIDE, i, t);
+    for (int n = 0; n < ROW_TILES; n++) own_channels(own[n], q + (8 * n + g) * Q_STRIDE * 2, i, t);
     unroll<CHUNK>([&](auto j) {
 #pragma unroll
       for (int n = 0; n < ROW_TILES; n++) {
@@ -290,9 +292,9 @@ __device__ __forceinline__ void recent_step(State& s, const u16* q, const u16* k
 // are quantized and how many recent is given either as two numbers, or by `before`, the tokens held before these q_len
 // came, and `window`: then the recent tokens lie in a ring, the one at position p in slot p % recent_capacity.
 // starts: (batch) first position that is no padding, or null. group: query heads to a key head. tiles: of ROWS rows each,
-// to hold group × q_len. Grid: (kv_heads, batch × tiles, splits + 1); the last split is the recent tokens.
-// partial (batch, q_len, heads, splits + 1, D); sums the same with (maximum, sum) in the place of D.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_CTAS)
+// to hold group × q_len. Grid: (kv_heads, batch × tiles, splits).
+// partial (batch, q_len, heads, splits, D); sums the same with (maximum, sum) in the place of D.
+extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
 attention_decode(const u16* q, const u8* key_codes, const u16* key_scale,
                  const u16* key_offset, const u8* value_codes, const u16* value_scale,
                  const u16* value_offset, const u16* recent_keys, const u16* recent_values,
@@ -305,7 +307,7 @@ attention_decode(const u16* q, const u8* key_codes, const u16* key_scale,
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int kv_head = blockIdx.x, batch = blockIdx.y / tiles, row0 = blockIdx.y % tiles * ROWS;
   const int pair = batch * gridDim.x + kv_head, rows = group * q_len;
-  const int split = blockIdx.z, splits = gridDim.z - 1;
+  const int split = blockIdx.z, splits = gridDim.z;
   if (before) {  // never beyond what is allocated, whatever the number says
     quantized = min(max(*before - window, 0), capacity) / BLOCK * BLOCK;
     recent = min(*before + q_len - quantized, recent_capacity);
@@ -318,7 +320,7 @@ attention_decode(const u16* q, const u8* key_codes, const u16* key_scale,
 
   const int blocks = quantized / BLOCK, skipped = padding / BLOCK;  // blocks of padding are not read
   const int share = (max(blocks - skipped, 0) + splits - 1) / splits;
-  const int begin = skipped + split * share, end = split < splits ? min(begin + share, blocks) : 0;
+  const int begin = skipped + split * share, end = min(begin + share, blocks);
   int block = begin + warp;
 
   const size_t token0 = (size_t)pair * capacity + block * BLOCK;
@@ -357,13 +359,20 @@ attention_decode(const u16* q, const u8* key_codes, const u16* key_scale,
 #pragma unroll
   for (int n = 0; n < ROW_TILES; n++) s.top[n] = NEVER;
 
+  // Recent tokens, in steps of 16, go first to the warps that have the fewest blocks: the last of each split.
+  const u16* new_keys = recent_keys + (size_t)pair * recent_capacity * D;
+  const u16* new_values = recent_values + (size_t)pair * recent_capacity * D;
+  for (int step = splits - 1 - split + splits * (WARPS - 1 - warp); 16 * step < recent; step += splits * WARPS)
+    recent_step(s, shared.q, new_keys, new_values, step, recent, before ? quantized % recent_capacity : 0,
+                recent_capacity, quantized, padding, shared.last, log2_scale);
+
   for (int buffer = 0; block < end; block += WARPS, buffer ^= 1) {
-    const u8* scales = shared.scales[warp][buffer];
+    const SharedAddress scales = shared_address(shared.scales[warp][buffer]);
     wait_for_batches<0>();
     __syncwarp();
     u32 qs[ROW_TILES][PAIRS];
     float start[4];
-    begin_block(qs, start, shared.q_half, scales, g, t);
+    begin_block(qs, start, shared_address(shared.q_half), scales, g, t);
     const int next = block + WARPS;
     if (next < end) fetch_scales(next, buffer ^ 1);
     unroll<STEPS>([&](auto j) {
@@ -392,15 +401,6 @@ attention_decode(const u16* q, const u8* key_codes, const u16* key_scale,
       value_products(s, v[j % AHEAD], first, second, p);
     });
     keys += WARPS * BLOCK * ROW_BYTES, values += WARPS * BLOCK * ROW_BYTES;
-  }
-
-  if (split == splits) {
-    const int first = before ? quantized % recent_capacity : 0;
-    const u16* new_keys = recent_keys + (size_t)pair * recent_capacity * D;
-    const u16* new_values = recent_values + (size_t)pair * recent_capacity * D;
-    for (int step = warp; 16 * step < recent; step += WARPS)
-      recent_step(s, shared.q, new_keys, new_values, step, recent, first, recent_capacity, quantized, padding,
-                  shared.last, log2_scale);
   }
 
   // Join the four warps, then leave this split's share for `attention_combine`.
@@ -443,35 +443,37 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 attention_combine(const float* partial, const float2* sums, u16* out, int splits) {
   constexpr int LANES = D / 4, TEAMS = WARPS * 32 / LANES;  // a team of threads holds a whole row
   __shared__ float4 outs[TEAMS][LANES];
-  __shared__ float team_sums[TEAMS];
+  __shared__ float tops[TEAMS], team_sums[TEAMS];
   wait_for_earlier_kernels();
   let_next_kernel_start();
   const int team = threadIdx.x / LANES, lane = threadIdx.x % LANES;
   const float4* rows = (const float4*)(partial + (size_t)blockIdx.x * splits * D) + lane;
   const float2* of = sums + (size_t)blockIdx.x * splits;
-  float top = NEVER;
-  for (int i = threadIdx.x % 32; i < splits; i += 32) top = fmaxf(top, of[i].x);
-#pragma unroll
-  for (int i = 16; i; i /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
-  float sum = 0;
+  float top = NEVER, sum = 0;
   float4 o = {0, 0, 0, 0};
-#pragma unroll 8
-  for (int i = team; i < splits; i += TEAMS) {
+#pragma unroll 4
+  for (int i = team; i < splits; i += TEAMS) {  // no load waits for another
     float2 w = of[i];
     float4 x = rows[(size_t)i * LANES];
-    float f = exp2_fast(w.x - top);
-    sum += f * w.y;
-    o.x += f * x.x, o.y += f * x.y, o.z += f * x.z, o.w += f * x.w;
+    float higher = fmaxf(top, w.x), keep = exp2_fast(top - higher), f = exp2_fast(w.x - higher);
+    top = higher;
+    sum = keep * sum + f * w.y;
+    o.x = keep * o.x + f * x.x, o.y = keep * o.y + f * x.y, o.z = keep * o.z + f * x.z, o.w = keep * o.w + f * x.w;
   }
   outs[team][lane] = o;
-  if (lane == 0) team_sums[team] = sum;
+  if (lane == 0) tops[team] = top, team_sums[team] = sum;
   __syncthreads();
   if (threadIdx.x < LANES) {
+    float highest = NEVER;
 #pragma unroll
-    for (int i = 1; i < TEAMS; i++) {
+    for (int i = 0; i < TEAMS; i++) highest = fmaxf(highest, tops[i]);
+    o = {0, 0, 0, 0}, sum = 0;
+#pragma unroll
+    for (int i = 0; i < TEAMS; i++) {
       float4 x = outs[i][lane];
-      o.x += x.x, o.y += x.y, o.z += x.z, o.w += x.w;
-      sum += team_sums[i];
+      float f = exp2_fast(tops[i] - highest);
+      o.x += f * x.x, o.y += f * x.y, o.z += f * x.z, o.w += f * x.w;
+      sum += f * team_sums[i];
     }
     float f = sum > 0 ? 1 / sum : 0;  // a row that sees no token gives zeros
     *(uint2*)(out + (size_t)blockIdx.x * D + 4 * lane) = make_uint2(pack(o.x * f, o.y * f), pack(o.z * f, o.w * f));

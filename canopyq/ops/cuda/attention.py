@@ -15,6 +15,7 @@ BLOCK, GROUP = 64, 64  # tokens that share a key channel's scale; channels that 
 MOST_TOKENS = 16  # of one pass; for more, attention on dequantized keys is faster
 CODES = {"kv8": 8, "kv4": 4, "kv2": 2, "kv-fp8": 0}  # the kernel's name of each format
 THREADS = 128
+REGISTERS = 65536  # of a multiprocessor
 DECODE = "PPPPPPPPPPPPPiiiiiiiiiiif"
 COMBINE = "PPPi"
 
@@ -27,7 +28,6 @@ def constants(format: str, head_dim: int, dtype: torch.dtype, rows: int) -> dict
         "HEAD_DIM": head_dim,
         "ELEMENT_BF16": int(dtype == torch.bfloat16),
         "ROW_TILES": tiles,
-        "MIN_CTAS": 4 - tiles,
     }
 
 
@@ -62,7 +62,7 @@ def splits_for(blocks: int, jobs: int, multiprocessors: int, resident: int) -> i
     least such load, the finest is taken, since loads of many warps hide each other's latency; a part keeps four blocks,
     one for each warp, and all parts run at once if they can.
     """
-    most = max(1, min(-(-blocks // 4), multiprocessors * resident // jobs - 1))
+    most = max(1, min(-(-blocks // 4), multiprocessors * resident // jobs))
     load = {n: -(-jobs * n // multiprocessors) * -(-blocks // n) for n in range(1, most + 1)}
     least = min(load.values())
     return max(n for n, value in load.items() if value <= 1.05 * least)
@@ -122,27 +122,28 @@ def attend(
     if not query.numel():
         return query.new_empty(batch, tokens, heads, head_dim)
     if query.stride(3) != 1 or query.data_ptr() % 16 or any(s % 8 for s in query.stride()[:3]):
-        query = query.contiguous()
+        query = query.clone(memory_format=torch.contiguous_format)  # aligned too
     rows = heads // kv_heads * tokens
     tiles = 1 if rows <= 8 else 2
     row_tiles = -(-rows // (8 * tiles))
     device = query.device.index
     decode, combine = _functions(format, head_dim, query.dtype, tiles, device)
-    splits = splits_for(capacity // BLOCK, batch * kv_heads * row_tiles, launch.multiprocessors(device), 4 - tiles)
+    resident = REGISTERS // (decode.compiled.registers * THREADS)
+    splits = splits_for(capacity // BLOCK, batch * kv_heads * row_tiles, launch.multiprocessors(device), resident)
     out = query.new_empty(batch, tokens, heads, head_dim)
-    partial = torch.empty(batch * tokens * heads, splits + 1, head_dim, dtype=torch.float32, device=query.device)
-    sums = torch.empty(batch * tokens * heads, splits + 1, 2, dtype=torch.float32, device=query.device)
+    partial = torch.empty(batch * tokens * heads, splits, head_dim, dtype=torch.float32, device=query.device)
+    sums = torch.empty(batch * tokens * heads, splits, 2, dtype=torch.float32, device=query.device)
     pointers = [
         0 if x is None else x.data_ptr()
         for x in (query, key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, recent_keys,
                   recent_values, before, starts, partial, sums)
     ]  # fmt: skip
     decode(
-        (kv_heads, batch * row_tiles, splits + 1),
+        (kv_heads, batch * row_tiles, splits),
         *pointers, capacity, recent, heads // kv_heads, row_tiles, tokens, capacity, recent, window,
         *query.stride()[:3], scaling / math.log(2),
     )  # fmt: skip
-    combine((batch * tokens * heads, 1, 1), partial.data_ptr(), sums.data_ptr(), out.data_ptr(), splits + 1)
+    combine((batch * tokens * heads, 1, 1), partial.data_ptr(), sums.data_ptr(), out.data_ptr(), splits)
     return out
 
 
