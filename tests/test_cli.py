@@ -33,7 +33,7 @@ from canopyq.tutor import SKILLS, files, loading
 from canopyq.tutor.questions import up_to
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["doctor", "size", "eval", "quantize"]
+COMMANDS = ["doctor", "size", "eval", "quantize", "advise"]
 
 
 class Done(NamedTuple):
@@ -714,3 +714,34 @@ def test_explain_names_the_kernels_and_the_refusals(canopyq) -> None:
 def test_explain_refuses_in_one_line(canopyq, arguments: tuple[str, ...], words: str) -> None:
     done = canopyq("explain", "tutor", *arguments)
     assert done.code == 2 and words in done.err and done.err.count("\n") == 1
+
+
+# advise ---------------------------------------------------------------------------------------------------------------
+
+
+def test_advise_names_recipe_bytes_and_source(canopyq) -> None:
+    done = canopyq("advise", "--model", "7B", "--memory", "8GB", "--context", "16k", "--priority", "accuracy")
+    assert done.code == 0 and done.err == ""
+    assert "mistral-7b" in done.out and "16,384 tokens" in done.out and "recipe   w" in done.out
+    assert "the tutor model" in done.out, "whose quality it is"
+
+
+def test_advise_in_json_adds_up(canopyq) -> None:
+    done = canopyq("advise", "--model", "llama-3.1-8b", "--memory", "8GiB", "--gpu", "h100", "--batch", "2", "--json")
+    found = json.loads(done.out)
+    assert found["needs"]["capability"] == 9.0 and found["needs"]["batch"] == 2
+    sizes = found["bytes"]
+    assert sum(sizes.values()) == 2 * sizes["total"] <= 2 * 8 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "70B", "--memory", "8GB"], "more memory"),
+        (["--model", "7B", "--memory", "lots"], "no amount of memory"),
+        (["--model", "7B", "--priority", "cheap"], "unknown priority 'cheap'"),
+        (["--model", "7B", "--measurements", "/nowhere.json"], "cannot be read"),
+    ],
+)
+def test_advise_says_in_one_line_what_is_wrong(canopyq, words: list[str], message: str) -> None:
+    assert message in failure(canopyq("advise", *words))

@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from canopyq.cli.advise import advise
 from canopyq.cli.doctor import doctor
 from canopyq.cli.evaluate import evaluate
 from canopyq.cli.explain import explain
@@ -26,6 +27,7 @@ app.command("eval")(evaluate)
 app.command()(explain)
 app.command()(quantize)
 app.command()(inspect)
+app.command()(advise)
 
 
 def main() -> None:
