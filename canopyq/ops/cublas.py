@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from canopyq.ops import cpu_int8
+from canopyq.ops.cuda import eight_bits, launch
 from canopyq.ops.kernel import Held, Kernel, Problem
 from canopyq.ops.reference import PLAIN
 from canopyq.tensor import QuantizedTensor
@@ -56,6 +57,9 @@ def int8_by_int8(x: QuantizedTensor, held: Held, problem: Problem) -> Tensor:
     rows, codes = len(x.data), held["weight"]
     data = F.pad(x.data, (0, 0, 0, FEWEST_ROWS - rows)) if rows < FEWEST_ROWS else x.data
     sums = torch._int_mm(data, codes.t())[:rows]
+    if x.zero_point is None and launch.unavailable(sums.device) is None:  # in one pass
+        token = x.scale.to(torch.float32).expand(rows, 1).contiguous()
+        return eight_bits.scale_sums(sums, token, held["weight_scale"], x.dtype)
     return cpu_int8.epilogue(sums, x, codes, held["weight_scale"])
 
 

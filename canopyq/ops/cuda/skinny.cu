@@ -11,8 +11,8 @@
 // * INT8 is multiplied by the tensor cores as it is, with sums in int32. FP8 becomes halves first, which is exact, because
 //   the tensor cores' own FP8 products keep only 14 bits of their sums.
 //
-// Constants: CODE (8 for INT8, 0 for FP8 E4M3), ELEMENT_BF16 (of y), SCALE (0 half, 1 bfloat16, 2 float),
-// COLUMN_TILES (8 rows of x each).
+// Constants: CODE (8 for INT8, 0 for FP8 E4M3), SCALE and OUTPUT (dtypes of W's scales and of y: 0 half, 1 bfloat16,
+// 2 float), COLUMN_TILES (8 rows of x each).
 #include "eight_bits.cuh"
 
 constexpr int WARPS = 8, PIECE = 64, DEPTH = 8, SLOT = 32 * WARP;  // columns of a piece; pieces; bytes of a piece in the ring
@@ -24,8 +24,14 @@ template <bool FLOAT> struct Sums { typedef float Type; };
 template <> struct Sums<false> { typedef int Type; };
 typedef Sums<FP8>::Type Sum;
 
-__device__ __forceinline__ float scale_to_float(const void* scales, int i) {
-    return SCALE == 2 ? ((const float*)scales)[i] : SCALE == 1 ? bf16_to_float(((const u16*)scales)[i]) : half_to_float(((const u16*)scales)[i]);
+__device__ __forceinline__ float load_scale(const void* scales, int i) {
+    if (SCALE == 2) return ((const float*)scales)[i];
+    u16 scale = ((const u16*)scales)[i];
+    return SCALE == 1 ? bf16_to_float(scale) : half_to_float(scale);
+}
+__device__ __forceinline__ void store(void* y, size_t i, float f) {
+    if (OUTPUT == 2) ((float*)y)[i] = f;
+    else ((u16*)y)[i] = to_element(f);
 }
 
 // The products of one piece: 16 codes of rows g and g + 8 of W with 16 codes of a row of x.
@@ -42,7 +48,7 @@ __device__ __forceinline__ void multiply(int (&sum)[4], const u32 (&low)[8], con
 
 // x (rows, k), x_scales (rows), w (n, k), w_scales (n), y (rows, n); k a multiple of 16.
 extern "C" __global__ void __launch_bounds__(WARPS * WARP, 2)
-skinny(const u8* x, const float* x_scales, const u8* w, const void* w_scales, u16* y, int rows, int n, int k) {
+skinny(const u8* x, const float* x_scales, const u8* w, const void* w_scales, void* y, int rows, int n, int k) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int tiles = (n + 15) / 16, pieces = (k + PIECE - 1) / PIECE;
     const auto ring = shared_address(memory) + warp * DEPTH * SLOT + lane * 16;
@@ -108,7 +114,23 @@ skinny(const u8* x, const float* x_scales, const u8* w, const void* w_scales, u1
 #pragma unroll
             for (int j = 0; j < WARPS; j++) all += sums[(j * COLUMN_TILES * 8 + row) * SUM_STRIDE + i % 16];
             if (column < n)
-                y[(size_t)row * n + column] = to_element(float(all) * x_scales[row] * scale_to_float(w_scales, column));
+                store(y, (size_t)row * n + column, float(all) * x_scales[row] * load_scale(w_scales, column));
         }
     }
+}
+
+// The same scales on int32 sums (rows, n) that were formed elsewhere; n a multiple of 4.
+extern "C" __global__ void __launch_bounds__(256)
+scale_sums(const int4* sums, const float* x_scales, const void* w_scales, void* y, int n) {
+    let_next_kernel_start();
+    wait_for_earlier_kernels();
+    const int row = blockIdx.y, column = (blockIdx.x * 256 + threadIdx.x) * 4;
+    if (column >= n) return;
+    const size_t at = (size_t)row * n + column;
+    const int4 sum = sums[at / 4];
+    const float scale = x_scales[row];
+    const float f[4] = {float(sum.x) * scale * load_scale(w_scales, column), float(sum.y) * scale * load_scale(w_scales, column + 1),
+                        float(sum.z) * scale * load_scale(w_scales, column + 2), float(sum.w) * scale * load_scale(w_scales, column + 3)};
+    if (OUTPUT == 2) ((float4*)y)[at / 4] = make_float4(f[0], f[1], f[2], f[3]);
+    else ((uint2*)y)[at / 4] = make_uint2(pack(f[0], f[1]), pack(f[2], f[3]));
 }
