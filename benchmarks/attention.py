@@ -11,6 +11,8 @@ is installed. The floor is the time to read codes, scales and recent tokens once
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -101,10 +103,8 @@ def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Run]]:
         f"SDPA bf16 ({backend.name.split('_')[0].lower()})": lambda q, k, v, backend=backend: sdpa(backend, q, k, v)
         for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
     }
-    try:
-        import vllm.vllm_flash_attn  # noqa: F401
-    except ImportError:
-        pass
+    with contextlib.suppress(ImportError):
+        importlib.import_module("vllm.vllm_flash_attn")
     if hasattr(torch.ops._vllm_fa3_C, "fwd"):
         found["FlashAttention-3 bf16"] = lambda q, k, v: flash3(q, k, v, torch.bfloat16)
         found["FlashAttention-3 fp8"] = lambda q, k, v: flash3(q, k, v, torch.float8_e4m3fn)
@@ -131,9 +131,7 @@ def measure(batch: int, tokens: int) -> Iterator[dict]:
     torch.manual_seed(0)
     q, k, v = states(batch, tokens, seed=batch + tokens)
     reference = exact(q, k, v)
-    makers: dict[str, Callable[[], tuple[Run, int]]] = {
-        name: lambda name=name: ours(name, q, k, v) for name in FORMATS
-    }
+    makers: dict[str, Callable[[], tuple[Run, int]]] = {name: lambda name=name: ours(name, q, k, v) for name in FORMATS}
     for name, make in peers().items():
         width = 1 if "fp8" in name else 2
         makers[name] = lambda make=make, width=width: (make(q, k, v), 2 * width * k.numel())

@@ -10,6 +10,8 @@ The floor is the larger of two times: to read the weight at 4.57 TB/s, and to do
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -85,10 +87,8 @@ def vllm(format: str) -> Make:
 
 def makers() -> dict[str, Make]:
     found = {"bf16 (cuBLAS)": cublas, "w8a8": ours("w8a8"), "fp8": ours("fp8"), "fp8 (_scaled_mm)": scaled_mm}
-    try:
-        import vllm._C  # noqa: F401
-    except ImportError:
-        pass
+    with contextlib.suppress(ImportError):
+        importlib.import_module("vllm._C")
     if hasattr(torch.ops._C, "cutlass_scaled_mm"):
         found |= {"int8 (vLLM CUTLASS)": vllm("int8"), "fp8 (vLLM CUTLASS)": vllm("fp8")}
     else:

@@ -18,9 +18,7 @@ ROWWISE_FROM = (9, 0)  # and from Hopper on cuBLAS applies a scale per row and c
 
 
 def refuse_int8(problem: Problem) -> str | None:
-    return (
-        _no_gpu(problem) or cpu_int8.not_codes(problem) or cpu_int8.sums_overflow(problem) or _odd_shape(problem, 8)
-    )
+    return _no_gpu(problem) or cpu_int8.not_codes(problem) or cpu_int8.sums_overflow(problem) or _odd_shape(problem, 8)
 
 
 def refuse_fp8(problem: Problem) -> str | None:

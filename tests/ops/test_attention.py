@@ -139,7 +139,14 @@ class TestOnAGpu:
             before.fill_(total - 1)
             graph.replay()
             cut = slice(0, quantized // 64), slice(0, quantized)
-            held = [kc[:, :, cut[1]], ks[:, :, cut[0]], ko[:, :, cut[0]], vc[:, :, cut[1]], vs[:, :, cut[1]], vo[:, :, cut[1]]]
+            held = [
+                kc[:, :, cut[1]],
+                ks[:, :, cut[0]],
+                ko[:, :, cut[0]],
+                vc[:, :, cut[1]],
+                vs[:, :, cut[1]],
+                vo[:, :, cut[1]],
+            ]
             recent = [x[:, :, quantized:total].cuda() for x in tokens]
             expected = attention.attend(q, *(x.clone() for x in held), *(x.clone() for x in recent), *rest)
             assert relative_error(out, expected.cpu().double()) < 1e-3, total
@@ -213,7 +220,14 @@ def test_it_compiles_without_spilling(format: str, head_dim: int, dtype: torch.d
 def test_a_refusal_names_what_is_in_the_way(change: dict, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if "device" not in change:
         monkeypatch.setattr(attention.launch, "unavailable", lambda device: None)
-    given = {"format": "kv8", "head_dim": 128, "dtype": BF16, "keys": "channel", "group": 64, "device": torch.device("cuda")}
+    given = {
+        "format": "kv8",
+        "head_dim": 128,
+        "dtype": BF16,
+        "keys": "channel",
+        "group": 64,
+        "device": torch.device("cuda"),
+    }
     assert words in attention.refuse(**(given | change))
 
 

@@ -69,7 +69,16 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("output", [FP16, BF16, torch.float32], ids=str)
     @pytest.mark.parametrize(
-        ("m", "n", "k"), [(1, 64, 256), (2, 4096, 4096), (5, 40, 1072), (16, 1000, 16), (17, 200, 528), (33, 72, 2064), (64, 5000, 1040)]
+        ("m", "n", "k"),
+        [
+            (1, 64, 256),
+            (2, 4096, 4096),
+            (5, 40, 1072),
+            (16, 1000, 16),
+            (17, 200, 528),
+            (33, 72, 2064),
+            (64, 5000, 1040),
+        ],
     )
     def test_products_of_few_rows(self, format: str, m: int, n: int, k: int, output: torch.dtype) -> None:
         x, w = quantize(normal(m, k), format, "token"), quantize(normal(n, k), format, "channel", scale_dtype=BF16)
@@ -87,7 +96,10 @@ class TestOnAGpu:
         weight = quantize(normal(192, 512), recipe.weights).to("cuda")
         layer = QuantizedLinear(weight, activations=recipe.activations)
         x = normal(rows, 512, dtype=dtype)
-        exact = quantize(x.float(), recipe.activations).dequantize(torch.float64) @ weight.to("cpu").dequantize(torch.float64).t()
+        exact = (
+            quantize(x.float(), recipe.activations).dequantize(torch.float64)
+            @ weight.to("cpu").dequantize(torch.float64).t()
+        )
         assert relative_error(layer(x.cuda()), exact) < {FP16: 1e-3, BF16: 4e-3, torch.float32: 1e-3}[dtype]
 
     def test_it_works_in_a_graph_and_compiled(self, format: str) -> None:
@@ -121,7 +133,10 @@ class TestOnAGpu:
         ):
             with pytest.raises(CanopyError, match=words):
                 eight_bits.multiply_codes(*arguments)
-        for arguments, words in (((sx[None].half()[:, :1], format), "multiple of 8"), ((sx[None], format), "16-bit floats")):
+        for arguments, words in (
+            ((sx[None].half()[:, :1], format), "multiple of 8"),
+            ((sx[None], format), "16-bit floats"),
+        ):
             with pytest.raises(CanopyError, match=words):
                 eight_bits.quantize_rows(*arguments)
 
@@ -163,7 +178,9 @@ def problem(recipe: str, k: int = 256, **change: object) -> Problem:
         (skinny.FP8, problem("w8a8"), "FP8 weights"),
     ],
 )
-def test_a_refusal_names_what_is_in_the_way(kernel, given: Problem, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_names_what_is_in_the_way(
+    kernel, given: Problem, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(skinny.launch, "unavailable", lambda device: None)
     monkeypatch.setattr(cublas.torch.cuda, "is_available", lambda: True)
     assert words in kernel.refuse(given)

@@ -31,9 +31,7 @@ def constants(format: str, head_dim: int, dtype: torch.dtype, rows: int) -> dict
     }
 
 
-def refuse(
-    format: str, head_dim: int, dtype: torch.dtype, keys: str, group: int, device: torch.device
-) -> str | None:
+def refuse(format: str, head_dim: int, dtype: torch.dtype, keys: str, group: int, device: torch.device) -> str | None:
     """Why the kernel cannot read such a cache, or None if it can.
 
     Args:
@@ -163,7 +161,9 @@ def _check(query, key_codes, key_scale, key_offset, value_codes, value_scale, va
     if reason := refuse(format, head_dim, query.dtype, "channel", GROUP, query.device):
         raise CanopyError(f"attention on codes cannot run: {reason}")
     if tokens > MOST_TOKENS:
-        raise CanopyError(f"attention on codes is for at most {MOST_TOKENS} new tokens, got {tokens}; dequantize instead")
+        raise CanopyError(
+            f"attention on codes is for at most {MOST_TOKENS} new tokens, got {tokens}; dequantize instead"
+        )
     if not (kv_heads and heads % kv_heads == 0 and heads // kv_heads <= 128):
         raise CanopyError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
     if capacity % BLOCK:

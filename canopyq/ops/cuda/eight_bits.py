@@ -167,7 +167,9 @@ def multiply_codes(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Ten
     if m > 64 or k % 16 or k > 2**31 // 2**15:
         raise CanopyError(f"the kernel takes up to 64 rows and columns in multiples of 16 up to 65536, got {m} and {k}")
     if x_scale.numel() != m or x_scale.dtype != torch.float32 or weight_scale.numel() != n:
-        raise CanopyError(f"{m} rows and {n} features need as many scales, got {x_scale.numel()}, {weight_scale.numel()}")
+        raise CanopyError(
+            f"{m} rows and {n} features need as many scales, got {x_scale.numel()}, {weight_scale.numel()}"
+        )
     if weight_scale.dtype not in KINDS or dtype not in KINDS:
         raise CanopyError(f"scales and results are 16- or 32-bit floats, not {weight_scale.dtype} and {dtype}")
     tensors = (x, x_scale, weight, weight_scale)

@@ -1,6 +1,6 @@
 // Rows of 16-bit floats to 8-bit codes and a scale each, in one pass: a block takes a row, finds its largest magnitude
-// and divides. What comes before is fused in: nothing (INPUT 0), RMSNorm (1) or SiLU(gate) · up (2), with the roundings to
-// 16 bits that the model's own layers make, so that the codes are the same.
+// and divides. What comes before is fused in: nothing (INPUT 0), RMSNorm (1) or SiLU(gate) · up (2), with the roundings
+// to 16 bits that the model's own layers make, so that the codes are the same.
 //
 // Constants: CODE (8 for INT8, 0 for FP8 E4M3), ELEMENT_BF16, INPUT.
 #include "eight_bits.cuh"
@@ -41,15 +41,17 @@ __device__ __forceinline__ void read(float (&v)[VECTOR], const u16* x, const u16
 #pragma unroll
     for (int i = 0; i < VECTOR; i++) {
         float f = to_float(u16(as[i / 2] >> (i % 2 * 16))), g = to_float(u16(bs[i / 2] >> (i % 2 * 16)));
-        v[i] = INPUT == 0 ? f : INPUT == 1 ? rounded(g * rounded(f * factor)) : rounded(rounded(f / (1.f + expf(-f))) * g);
+        v[i] = INPUT == 0   ? f
+               : INPUT == 1 ? rounded(g * rounded(f * factor))
+                            : rounded(rounded(f / (1.f + expf(-f))) * g);
     }
 }
 
 // x (rows, k) with `stride` elements from row to row, k a multiple of 8. other: the norm's weight (k), or up as x.
 // codes (rows, k), scales (rows).
 extern "C" __global__ void __launch_bounds__(THREADS)
-quantize_rows(const u16* x, const u16* other, u8* codes, float* scales, int k, long long stride, long long other_stride,
-              float epsilon) {
+    quantize_rows(const u16* x, const u16* other, u8* codes, float* scales, int k, long long stride,
+                  long long other_stride, float epsilon) {
     __shared__ float shared[THREADS / WARP];
     let_next_kernel_start();
     wait_for_earlier_kernels();
@@ -73,7 +75,7 @@ quantize_rows(const u16* x, const u16* other, u8* codes, float* scales, int k, l
     }
     float kept[KEPT][VECTOR], most = 0.f;
     bool wrong = false;
-    auto measure = [&](const float(&v)[VECTOR]) {
+    auto measure = [&](const float (&v)[VECTOR]) {
 #pragma unroll
         for (int i = 0; i < VECTOR; i++) most = fmaxf(most, fabsf(v[i])), wrong |= v[i] != v[i];
     };
@@ -91,7 +93,7 @@ quantize_rows(const u16* x, const u16* other, u8* codes, float* scales, int k, l
     if (!(most < __uint_as_float(0x7f800000u))) scale = __uint_as_float(0x7fc00000u);
     if (threadIdx.x == 0) scales[blockIdx.x] = scale;
 
-    auto write = [&](const float(&v)[VECTOR], int at) {
+    auto write = [&](const float (&v)[VECTOR], int at) {
         u32 words[2] = {0, 0};
 #pragma unroll
         for (int i = 0; i < VECTOR; i += 2) {
