@@ -1,12 +1,12 @@
-"""One decode step's attention on a quantized KV cache, beside what else is there: microseconds, error, share of the floor.
+"""One decode step's attention on a quantized KV cache, beside its peers: microseconds, error, share of the floor.
 
     python benchmarks/attention.py            # measure; needs an NVIDIA GPU
     python benchmarks/attention.py --plot     # draw what was measured last
 
 Writes benchmarks/results/attention.json and attention.png. 32 query heads share 8 key heads of 128 channels; a batch of
 sequences, one new token each. Every result is first compared with float64 attention on the original keys and values.
-Peers: PyTorch's attention in bfloat16 (the faster of its two fused backends), and FlashAttention-3 in bfloat16 and FP8 if vLLM
-is installed. The floor is the time to read codes, scales and recent tokens once at 4.57 TB/s, which an H200 reaches.
+Peers: PyTorch's attention in bfloat16 (its two fused backends), and FlashAttention-3 in bfloat16 and FP8 if vLLM is
+installed. The floor is the time to read codes, scales and recent tokens once at 4.57 TB/s, which an H200 reaches.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Run:
 
 
 def flash3(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Run:
-    """vLLM's build of FlashAttention-3, dense keys (B, T, kv_heads, D); FP8 takes a scale for each batch entry and head."""
+    """vLLM's build of FlashAttention-3, dense keys (B, T, kv_heads, D); FP8 takes a scale per batch entry and head."""
     b, tokens = len(k), k.shape[2]
     parts, scales = [], []
     for x in (q, k, v):
@@ -90,8 +90,8 @@ def flash3(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Run:
 
     def run() -> Tensor:
         out = torch.ops._vllm_fa3_C.fwd(
-            *parts, None, None, None, None, None, None, None, None, used, None, None, None, None, None, None, None, None,
-            *scales, D**-0.5, True, -1, -1, 0.0, True, None, 0, None, 0, None, 1, 0, None,
+            *parts, *[None] * 8, used, *[None] * 8, *scales, D**-0.5, True, -1, -1, 0.0, True, None, 0, None, 0,
+            None, 1, 0, None,
         )  # fmt: skip
         return out[0].transpose(1, 2)
 

@@ -3,8 +3,9 @@
     python benchmarks/linear_w8a8.py            # measure; needs an NVIDIA GPU
     python benchmarks/linear_w8a8.py --plot     # draw what was measured last
 
-Writes benchmarks/results/linear_w8a8.json and linear_w8a8.png. Every result is first compared with float64. Peers: cuBLAS in
-bfloat16, PyTorch's `_scaled_mm` after our quantization, and vLLM's CUTLASS kernels after vLLM's own, if vLLM is installed.
+Writes benchmarks/results/linear_w8a8.json and linear_w8a8.png. Every result is first compared with float64. Peers:
+cuBLAS in bfloat16, PyTorch's `_scaled_mm` after our quantization, and vLLM's CUTLASS kernels after vLLM's own, if vLLM
+is installed.
 The floor is the larger of two times: to read the weight at 4.57 TB/s, and to do the operations at 1.43 P/s.
 """
 
@@ -30,7 +31,8 @@ from canopyq.ops.cuda import eight_bits
 from canopyq.scheme import Recipe
 from canopyq.tensor import quantize
 
-SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (14336, 4096), (4096, 28672), (8192, 8192), (8192, 28672)]  # fmt: skip
+SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (14336, 4096), (4096, 28672), (8192, 8192),
+          (8192, 28672)]  # fmt: skip
 ROWS = (1, 4, 16, 32, 64, 128, 256, 1024, 4096)
 READ_BYTES_PER_US, OPERATIONS_PER_US = 4.57e6, 1.43e9
 RESULTS = Path(__file__).parent / "results" / "linear_w8a8.json"

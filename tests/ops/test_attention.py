@@ -1,4 +1,4 @@
-"""Attention on codes: the kernel held to float64 on a GPU; that every variant compiles, and what is refused, anywhere."""
+"""Attention on codes: the kernel held to float64 on a GPU; that variants compile, and what is refused, anywhere."""
 
 from __future__ import annotations
 

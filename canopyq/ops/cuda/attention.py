@@ -161,9 +161,7 @@ def _check(query, key_codes, key_scale, key_offset, value_codes, value_scale, va
     if reason := refuse(format, head_dim, query.dtype, "channel", GROUP, query.device):
         raise CanopyError(f"attention on codes cannot run: {reason}")
     if tokens > MOST_TOKENS:
-        raise CanopyError(
-            f"attention on codes is for at most {MOST_TOKENS} new tokens, got {tokens}; dequantize instead"
-        )
+        raise CanopyError(f"attention on codes is for at most {MOST_TOKENS} new tokens, got {tokens}; dequantize")
     if not (kv_heads and heads % kv_heads == 0 and heads // kv_heads <= 128):
         raise CanopyError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
     if capacity % BLOCK:

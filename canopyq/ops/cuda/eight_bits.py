@@ -84,7 +84,7 @@ def _rows(x: Tensor, format: str, source: int, other: Tensor | None, epsilon: fl
     shape = {0: None, 1: x.shape[1:], 2: x.shape}[source]
     if other is not None and (other.shape != shape or other.dtype != x.dtype or other.device != x.device):
         raise CanopyError(
-            f"beside rows {x.dtype} {tuple(x.shape)} on {x.device} belongs {tuple(shape)} of the same dtype and device, "
+            f"beside rows {x.dtype} {tuple(x.shape)} on {x.device} belongs {tuple(shape)} of the same dtype, there, "
             f"got {other.dtype} {tuple(other.shape)} on {other.device}"
         )
     m, k = x.shape
@@ -168,7 +168,7 @@ def multiply_codes(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Ten
         raise CanopyError(f"the kernel takes up to 64 rows and columns in multiples of 16 up to 65536, got {m} and {k}")
     if x_scale.numel() != m or x_scale.dtype != torch.float32 or weight_scale.numel() != n:
         raise CanopyError(
-            f"{m} rows and {n} features need as many scales, got {x_scale.numel()}, {weight_scale.numel()}"
+            f"{m} rows and {n} features need as many scales, got {x_scale.numel()} {weight_scale.numel()}"
         )
     if weight_scale.dtype not in KINDS or dtype not in KINDS:
         raise CanopyError(f"scales and results are 16- or 32-bit floats, not {weight_scale.dtype} and {dtype}")
