@@ -34,9 +34,15 @@ constexpr int WORD_CODES = 32 / BITS, HALF_WORD = WORD_CODES / 2, PER_BYTE = 8 /
 constexpr int AHEAD = 2;                                                   // buffers of one step; they divide STEPS
 constexpr int SCALE_BYTES = 4 * D * 2;                                     // key scale, offset, value scale, offset
 constexpr int Q_STRIDE = D + 8;                                            // padded against bank conflicts
-constexpr int RESIDENT = ROW_TILES == 1 && (D == 64 || BITS < 8) ? 3 : 2;  // CTAs a multiprocessor, without spilling
 constexpr float NEVER = -1e30f;                                            // below every score
 constexpr float MASKED = -1e38f;                                           // and that of a hidden token below this
+
+// CTAs to a multiprocessor, without spilling.
+#if __CUDA_ARCH__ >= 1000
+constexpr int RESIDENT = ROW_TILES == 1 && D == 64 ? 3 : 2;
+#else
+constexpr int RESIDENT = ROW_TILES == 1 && (D == 64 || BITS < 8) ? 3 : 2;
+#endif
 
 typedef u32 SharedAddress;
 
