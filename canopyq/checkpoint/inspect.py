@@ -13,7 +13,7 @@ from canopyq.errors import CanopyError
 from canopyq.memory import human
 
 KINDS = {"weight_packed": "codes", "weight": "codes", "weight_scale": "scales", "weight_zero_point": "zero points",
-         "weight_shape": "shapes"}  # fmt: skip
+         "weight_shape": "shapes", "input_scale": "scales", "input_zero_point": "zero points"}  # fmt: skip
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # vLLM computes these in one multiplication
 
 
@@ -149,7 +149,8 @@ def _quantized(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
 
 def _group(group: Group, shapes: list[tuple[int, int]], nbytes: int) -> GroupFound:
     weights = sum(int(n) * int(k) for n, k in shapes)
-    activations = None if group.activations is None else str(group.activations)
+    range_ = "static" if group.static else "dynamic"
+    activations = None if group.activations is None else f"{group.activations} {range_}"
     bits = 8 * nbytes / weights if weights else 0.0
     return GroupFound(group.name, group.format, str(group.weights), activations, len(shapes), weights, bits)
 

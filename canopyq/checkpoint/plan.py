@@ -129,6 +129,11 @@ def make_plan(source: Checkpoint, recipe: Recipe, shard_bytes: int = SHARD_BYTES
         raise CanopyError(f"{source.folder} is quantized already; start from the original checkpoint")
     if shard_bytes < 1:
         raise CanopyError(f"files of {shard_bytes} bytes hold nothing; use {SHARD_BYTES:,}")
+    if recipe.static:
+        raise CanopyError(
+            f"{recipe.name} needs its activations calibrated, which takes the whole model in memory: load it, use "
+            "quantize_(model, recipe, calibration=…) and save"
+        )
     disk_format(recipe.weights, recipe.activations)  # says at once what the format cannot hold
     model = meta_model(source)
     targets, kept = find_targets(model, recipe)

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from canopyq.checkpoint.config import Group, write_config
 from canopyq.checkpoint.files import CONFIG, INDEX, SINGLE, refuse_not_empty, whole_or_absent
-from canopyq.checkpoint.layout import FLOAT, INT, PACKED, SCALE_DTYPES, disk_format, to_disk
+from canopyq.checkpoint.layout import SCALE_DTYPES, disk_format, input_to_disk, to_disk
 from canopyq.checkpoint.load import load_as, tied
 from canopyq.checkpoint.skeleton import build, one_line, quiet
 from canopyq.embedding import QuantizedEmbedding
@@ -28,7 +28,7 @@ from canopyq.formats import IntFormat
 from canopyq.linear import QuantizedLinear
 from canopyq.memory import human
 from canopyq.mode import eval_mode
-from canopyq.scheme import Scheme
+from canopyq.scheme import Recipe, Scheme
 
 NOTE = "canopyq.json"  # what canopyq itself says of a checkpoint
 MOST_KL = 0.01  # nats per token between the model and its file: beyond that the file does not hold the model
@@ -127,7 +127,7 @@ def _groups(model: nn.Module) -> tuple[list[Group], list[str]]:
     if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "to_json_string"):
         raise CanopyError(f"save needs a transformers model, got {type(model).__name__}")
     shape = dict(build(_bare_config(model), torch.float32).named_modules(remove_duplicate=False))
-    kinds: dict[tuple, tuple[Scheme, Scheme | None, list[str]]] = {}
+    kinds: dict[tuple, tuple[QuantizedLinear, list[str]]] = {}
     ignore = []
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (QuantizedEmbedding, QuantizedExperts)):
@@ -138,22 +138,22 @@ def _groups(model: nn.Module) -> tuple[list[Group], list[str]]:
             weights, activations = module.scheme, module.activations
             if type(shape.get(name)) is not nn.Linear:
                 raise CanopyError(f"{name} was a {type(shape.get(name)).__name__}; only nn.Linear is written")
-            if module.input_scale is not None:
-                raise CanopyError(f"{name}: static activation ranges are not written yet; use dynamic ones")
             try:
                 disk_format(weights, activations)
             except CanopyError as error:
                 raise CanopyError(f"{name}: {error}") from None
-            key = (weights.format, weights.granularity, weights.symmetric, activations)
-            kinds.setdefault(key, (weights, activations, []))[2].append(name)
+            key = (weights.format, weights.granularity, weights.symmetric, activations, module.input_scale is None)
+            kinds.setdefault(key, (module, []))[1].append(name)
         elif isinstance(module, nn.Linear):
             ignore.append(name)
     if not kinds:
         raise CanopyError("the model is not quantized; call cq.quantize_(model, recipe) first, or use save_pretrained")
-    return [
-        Group(f"group_{i}", tuple(names), weights, activations, disk_format(weights, activations))
-        for i, (weights, activations, names) in enumerate(kinds.values())
-    ], ignore
+    return [_group(f"group_{i}", names, layer) for i, (layer, names) in enumerate(kinds.values())], ignore
+
+
+def _group(name: str, layers: list[str], like: QuantizedLinear) -> Group:
+    format = disk_format(like.scheme, like.activations)
+    return Group(name, tuple(layers), like.scheme, like.activations, format, like.input_scale is not None)
 
 
 def _bare_config(model: nn.Module):
@@ -205,8 +205,7 @@ def _config(model: nn.Module, plain: dict[str, Tensor], groups: list[Group], ign
     if config.tie_word_embeddings is False:
         content["tie_word_embeddings"] = False  # said aloud: its default differs from model to model
     if len(groups) == 1:
-        first = groups[0]
-        groups = [Group(first.name, ("Linear",), first.weights, first.activations, first.format)]
+        groups = [replace(groups[0], targets=("Linear",))]
     content["quantization_config"] = write_config(groups, ignore)
     return content
 
@@ -225,6 +224,8 @@ def _tensors(
         found = {}
         if isinstance(module, QuantizedLinear):
             found |= to_disk(module.quantized_weight, scales, formats[name])
+            if module.input_scale is not None:
+                found |= input_to_disk(module.input_scale, module.input_zero_point, scales)
         own = [*module._parameters, *module._buffers]
         found |= {leaf: _cast(plain[prefix + leaf], dtype) for leaf in own if prefix + leaf in plain}
         if found:
@@ -299,14 +300,26 @@ def _note(recipe: str, found: Check | None) -> dict:
 
 
 def _word(group: Group) -> str:
-    """The name that a recipe of these weights has, such as ``w4a16-g128-asym``; the scheme in words if none."""
-    weights = group.weights
-    kinds = (weights.granularity.kind, getattr(group.activations, "granularity", weights.granularity).kind)
-    if kinds == ("channel", "token") and weights.symmetric and group.activations.symmetric and group.format != PACKED:
-        return {INT: "w8a8", FLOAT: "fp8"}[group.format]
-    if not isinstance(weights.format, IntFormat) or group.activations is not None:
-        return str(weights) + (f" with {group.activations} activations" if group.activations else "")
-    return f"w{weights.format.bits}a16-{weights.granularity}" + ("" if weights.symmetric else "-asym")
+    """The name of the recipe that gives such layers, such as ``w4a16-g128-asym``; the schemes in words if none does."""
+    weights, inputs = group.weights, group.activations
+    asymmetric = not (weights if inputs is None else inputs).symmetric
+    tail = ("-static" if group.static else "") + ("-asym" if asymmetric else "")
+    bits = 16 if inputs is None else inputs.format.bits
+    name = f"w{weights.format.bits}a{bits}" if isinstance(weights.format, IntFormat) else "fp8"
+    if name != "fp8" and (weights.format.bits, str(weights.granularity)) != (8, "channel"):
+        name += f"-{weights.granularity}"
+    try:
+        meant = Recipe.parse(name + tail)
+    except CanopyError:
+        meant = None
+    if meant is not None and _alike(meant.weights, weights) and _alike(meant.activations, inputs):
+        return meant.name
+    return str(weights) + (f" with {inputs} activations" if inputs is not None else "")
+
+
+def _alike(one: Scheme | None, other: Scheme | None) -> bool:
+    parts = (None if x is None else (x.format, x.granularity, x.symmetric) for x in (one, other))
+    return next(parts) == next(parts)
 
 
 @torch.inference_mode()
