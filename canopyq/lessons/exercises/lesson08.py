@@ -44,7 +44,8 @@ SMOOTH_SCALES = Exercise(
 Write `smooth_scales(x, w, alpha)`: SmoothQuant's scale for each input feature of a layer.
 
 - `x` are inputs, (tokens, features), and `w` is the weight, (outputs, features).
-- A feature's scale is the largest magnitude that its inputs have, to the power of `alpha`, divided by the largest magnitude
+- A feature's scale is the largest magnitude that its inputs have, to the power of `alpha`, divided by the largest
+  magnitude
   of its weights, to the power of `1 - alpha`.
 - Return shape (features,). Inputs will be *divided* by it and the columns of `w` multiplied.
 """,
@@ -59,13 +60,15 @@ Write `smooth_scales(x, w, alpha)`: SmoothQuant's scale for each input feature o
     mistakes=(
         _smooth(
             "exponents swapped",
-            "The inputs got `1 - alpha` and the weights `alpha`. A larger alpha should move *more* of the inputs' range: "
+            "The inputs got `1 - alpha` and the weights `alpha`. A larger alpha should move *more* of the inputs' "
+            "range: "
             "it belongs to the inputs.",
             (_RESULT, "loud ** (1 - alpha) / heavy**alpha"),
         ),
         _smooth(
             "scale upside down",
-            "Your scales are one over the right ones. Inputs are divided by them, so a loud feature needs a *large* one.",
+            "Your scales are one over the right ones. Inputs are divided by them, so a loud feature needs a *large* "
+            "one.",
             (_RESULT, "heavy ** (1 - alpha) / loud**alpha"),
         ),
         _smooth(
@@ -161,7 +164,8 @@ Write `best_end(x, ends, bits)`: of several places where a symmetric range may e
 error.
 
 - `ends` is a tensor of candidates; return the best of them, as it stands there.
-- The scale is `end / ((2**bits - 1) / 2)`. Round, clamp to the codes from `-(2**(bits-1))` to `2**(bits-1) - 1`, and come back.
+- The scale is `end / ((2**bits - 1) / 2)`. Round, clamp to the codes from `-(2**(bits-1))` to `2**(bits-1) - 1`, and
+  come back.
 - All values of `x` count: those that are clamped, and those that are only rounded.
 """,
     function="best_end",
@@ -169,7 +173,8 @@ error.
     solution=END,
     hints=(
         "Write what one `end` does to `x` first. Then do it for all of them and compare.",
-        "For one end: `codes * scale` is what comes back, and its mean squared error is one number. Collect these numbers.",
+        "For one end: `codes * scale` is what comes back, and its mean squared error is one number. Collect these "
+        "numbers.",
         "`torch.stack(errors).argmin()` is the *place* of the smallest error; `ends[…]` is the end there.",
     ),
     mistakes=(
@@ -187,7 +192,8 @@ error.
         ),
         _end(
             "absolute error",
-            "You compare mean *absolute* errors. Squaring makes one large error count for more than many small ones; the "
+            "You compare mean *absolute* errors. Squaring makes one large error count for more than many small ones; "
+            "the "
             "task asks for squares.",
             (_ERROR, "(codes * scale - x).abs().mean()"),
         ),
@@ -213,7 +219,8 @@ error.
         ),
         _end(
             "scale upside down",
-            "Your scale is one over the right one, so hardly anything fits. It is the width of a step: end over half the "
+            "Your scale is one over the right one, so hardly anything fits. It is the width of a step: end over half "
+            "the "
             "steps.",
             ("end / ((2**bits - 1) / 2)", "((2**bits - 1) / 2) / end"),
         ),
