@@ -112,7 +112,7 @@ def quantize_(
 
 
 def _parse(model: nn.Module, recipe: str | Recipe) -> Recipe:
-    recipe = Recipe.parse(recipe)
+    recipe = Recipe.of_weights(recipe)
     if not isinstance(model, nn.Module):
         raise CanopyError(f"quantize_ needs a torch module, got {type(model).__name__}; load the model first")
     return recipe

@@ -10,6 +10,7 @@ import torch
 from canopyq.errors import CanopyError, unknown
 from canopyq.formats import BlockFormat, FloatFormat, Format, IntFormat, TableFormat, get_format
 from canopyq.granularity import Granularity
+from canopyq.kv_codes import CACHE_FORMATS
 from canopyq.observers import check_observer
 
 
@@ -88,7 +89,7 @@ class Recipe:
 
     Args:
         name: what reports call it.
-        weights: the scheme of every linear weight (out_features, in_features).
+        weights: the scheme of every linear weight (out_features, in_features); None for a recipe of the cache alone.
         embeddings: whether embeddings are quantized too, in the scheme of the weights.
         activations: the scheme of what goes into those layers (…, in_features), or None to leave it as it is. Ranges
             are taken from each input as it comes (dynamic), unless ``static``.
@@ -100,11 +101,12 @@ class Recipe:
             weight with the embedding.
 
     Raises:
-        CanopyError: if ``weights`` is no `Scheme`, or for ``static`` without activations that have one scale in all.
+        CanopyError: if ``weights`` is no `Scheme`, for ``static`` without activations that have one scale in all, or
+            for an unknown cache.
     """
 
     name: str
-    weights: Scheme
+    weights: Scheme | None
     ignore: tuple[str, ...] = ("lm_head",)
     embeddings: bool = False
     activations: Scheme | None = None
@@ -112,7 +114,9 @@ class Recipe:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weights, Scheme):
+        if self.cache is not None and self.cache not in CACHE_FORMATS:
+            raise unknown("KV cache", self.cache, CACHE_FORMATS)
+        if not isinstance(self.weights, Scheme) and (self.weights is not None or self.cache is None):
             raise CanopyError(f"a recipe's weights are a Scheme, got {self.weights!r}; use Scheme({self.weights!r})")
         if self.static and (self.activations is None or str(self.activations.granularity) != "tensor"):
             raise CanopyError(
@@ -138,6 +142,9 @@ class Recipe:
         range, or with ``-static`` all by one that is calibrated for the least squared error. Here ``-asym`` gives the
         inputs the zero point, and the weights have none. ``fp8`` and ``fp8-static`` are the same with both in E4M3.
 
+        ``+kv8``, ``+kv4``, ``+kv2`` and ``+kv-fp8`` say which KV cache belongs to the recipe; without the plus they are
+        recipes of the cache alone.
+
         Raises:
             CanopyError: for a name that does not exist, with the nearest ones that do.
         """
@@ -159,15 +166,33 @@ class Recipe:
         elif text in ("fp8", "fp8-static"):
             scheme = Scheme("fp8", "channel", scale_dtype=torch.bfloat16)
             activations = _inputs("fp8", static=text == "fp8-static")
+        elif text in CACHE_FORMATS:
+            scheme, extras = None, [text, *extras]
         else:
-            raise unknown("recipe", spec, RECIPES, more=", any w2…w8a16 or w2…w8a2…a8 with -tensor, "
+            raise unknown("recipe", spec, (*RECIPES, *CACHE_FORMATS), more=", any w2…w8a16 or w2…w8a2…a8 with -tensor, "
                           "-channel or -g<size>, -static for calibrated inputs, and -asym")  # fmt: skip
+        known = ("head", "embed", *CACHE_FORMATS) if scheme else (text,)
         for extra in extras:
-            if extra not in ("head", "embed"):
-                raise unknown(f"addition to {text}", f"+{extra}", ("+head", "+embed"))
+            if extra not in known:
+                raise unknown(f"addition to {text}", f"+{extra}", [f"+{name}" for name in known])
+        caches = [extra for extra in extras if extra in CACHE_FORMATS]
+        if len(caches) > 1:
+            raise CanopyError(f"{spec} names {len(caches)} caches; a model has one: keep +{caches[0]}")
         ignore = () if "head" in extras else ("lm_head",)
-        static = "-static" in text
-        return cls("+".join([text, *extras]), scheme, ignore, "embed" in extras, activations, static)
+        name = "+".join([text, *extras] if scheme else extras)
+        cache = caches[0] if caches else None
+        return cls(name, scheme, ignore, "embed" in extras, activations, "-static" in text, cache)
+
+    @classmethod
+    def of_weights(cls, spec: str | Recipe) -> Recipe:
+        """`parse`, for what only quantizes weights: refuses a recipe of the cache alone."""
+        recipe = cls.parse(spec)
+        if recipe.weights is None:
+            raise CanopyError(
+                f"{recipe.name} leaves the weights as they are: model.generate(…, past_key_values="
+                f"cq.QuantizedCache(model.config, {recipe.cache!r}))"
+            )
+        return recipe
 
 
 def _inputs(format: str, *, static: bool, symmetric: bool = True) -> Scheme:

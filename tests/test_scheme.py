@@ -170,6 +170,46 @@ def test_a_static_range_is_one_for_all_tokens(inputs: Scheme | None) -> None:
         Recipe("mine", Scheme("int8"), activations=inputs, static=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "weights", "cache"),
+    [
+        ("w4a16-g128+kv4", "int4 g128 symmetric", "kv4"),
+        ("w8a8+head+kv-fp8", "int8 channel symmetric", "kv-fp8"),
+        ("nf4+kv2+embed", "nf4 g64", "kv2"),
+        ("KV8", "None", "kv8"),
+        ("kv-fp8", "None", "kv-fp8"),
+    ],
+)
+def test_recipes_with_a_cache(name: str, weights: str, cache: str) -> None:
+    recipe = Recipe.parse(name)
+    assert (recipe.name, str(recipe.weights), recipe.cache) == (name.lower(), weights, cache)
+    assert Recipe.parse("w4a16").cache is None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("w4a16+kv3", r"unknown addition to w4a16 '\+kv3'; did you mean '\+kv8'"),
+        ("w4a16+kv4+kv8", r"names 2 caches; a model has one: keep \+kv4"),
+        ("kv4+head", r"unknown addition to kv4 '\+head'"),
+        ("kv4+kv8", r"unknown addition to kv4 '\+kv8'"),
+    ],
+)
+def test_caches_that_do_not_exist_or_fit(name: str, message: str) -> None:
+    with pytest.raises(CanopyError, match=message):
+        Recipe.parse(name)
+
+
+def test_a_recipe_of_the_cache_alone_quantizes_no_weights() -> None:
+    assert Recipe.of_weights("w4a16+kv4").cache == "kv4"
+    with pytest.raises(
+        CanopyError, match=r"kv4 leaves the weights as they are: .*QuantizedCache\(model.config, 'kv4'\)"
+    ):
+        Recipe.of_weights("kv4")
+    with pytest.raises(CanopyError, match="unknown KV cache 'kv5'"):
+        Recipe("mine", Scheme("int4"), cache="kv5")
+
+
 def test_a_recipe_holds_a_scheme() -> None:
     with pytest.raises(CanopyError, match=r"are a Scheme, got 'int4'; use Scheme\('int4'\)"):
         Recipe("mine", "int4")  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from canopyq.cli.advise import advise
+from canopyq.cli.chat import chat
 from canopyq.cli.doctor import doctor
 from canopyq.cli.evaluate import evaluate
 from canopyq.cli.explain import explain
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(doctor)
 app.command()(size)
 app.command("eval")(evaluate)
+app.command()(chat)
 app.command()(explain)
 app.command()(quantize)
 app.command()(inspect)
