@@ -33,7 +33,7 @@ from canopyq.tutor import SKILLS, files, loading
 from canopyq.tutor.questions import up_to
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["doctor", "size", "eval", "chat", "quantize", "advise"]
+COMMANDS = ["doctor", "size", "eval", "chat", "quantize", "explain", "inspect", "advise"]
 
 
 class Done(NamedTuple):

@@ -202,7 +202,7 @@ def _scheme(given: object, where: str, *, inputs: str | None = None) -> Scheme:
         raise CanopyError(f"{where} have strategy 'group' and group_size {size!r}; it has to be 1 or more")
     granularity = {"tensor": "tensor", "group": f"g{size}", "channel": "channel", "token": "token"}
     readable = {None: ("tensor", "group", "channel"), "dynamic": ("tensor", "group", "token"), "static": ("tensor",)}
-    if strategy not in readable[inputs]:
+    if not isinstance(strategy, str) or strategy not in readable[inputs]:
         raise CanopyError(f"strategy {strategy!r} of {where} is not read yet; {', '.join(readable[inputs])} are")
     name = "fp8_e4m3" if kind == "float" else f"int{bits}"
     return Scheme(name, granularity[strategy], symmetric)

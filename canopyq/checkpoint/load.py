@@ -64,7 +64,7 @@ def load_as(
     quantization = read_config(given)
     place = _device(device)
     config = read_model_config(checkpoint.folder, len(checkpoint.tensors))
-    model = build(config, _dtype(dtype, place, config), attention)
+    model = build(config, _dtype(dtype, place, config), attention, most=4 * checkpoint.nbytes)  # 2-bit codes at least
     targets = _targets(model, quantization)
     plain = _plain(model, targets, checkpoint)
     _check(model, targets, plain, checkpoint, strict)

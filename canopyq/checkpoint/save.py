@@ -16,16 +16,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from canopyq.checkpoint.config import Group, write_config
+from canopyq.checkpoint.config import Group, Quantization, write_config
 from canopyq.checkpoint.files import CONFIG, INDEX, SINGLE, refuse_not_empty, whole_or_absent
 from canopyq.checkpoint.layout import SCALE_DTYPES, disk_format, input_to_disk, to_disk
 from canopyq.checkpoint.load import load_as, tied
+from canopyq.checkpoint.readers import readers
 from canopyq.checkpoint.skeleton import build, one_line, quiet
 from canopyq.embedding import QuantizedEmbedding
 from canopyq.errors import CanopyError
 from canopyq.experts import QuantizedExperts
 from canopyq.formats import IntFormat
-from canopyq.linear import QuantizedLinear
+from canopyq.linear import QuantizedLinear, quantized_layers
 from canopyq.memory import human
 from canopyq.mode import eval_mode
 from canopyq.scheme import Recipe, Scheme
@@ -52,19 +53,24 @@ class Check:
 
 @dataclass(frozen=True)
 class Saved:
-    """What `save` wrote."""
+    """What `save` wrote.
+
+    Attributes:
+        readers: other tool -> whether it loads the checkpoint ("yes", "no: …", or how).
+    """
 
     folder: Path
     recipe: str
     nbytes: int
     dtype: torch.dtype
     check: Check | None
+    readers: dict[str, str]
 
     def __str__(self) -> str:
         text = f"{self.folder}: {self.recipe}, {human(self.nbytes)} of tensors"
         if self.check is not None:
             text += f"; read back, logits differ by at most {self.check.max_abs_difference:.2g}"
-        return text
+        return "\n".join([text, *(f"  {tool} will load it: {verdict}" for tool, verdict in self.readers.items())])
 
 
 def save(
@@ -116,7 +122,9 @@ def save(
             _write_json(work / NOTE, _note(recipe, found))
     except (OSError, SafetensorError) as error:
         raise CanopyError(f"{folder} could not be written ({one_line(error)}); nothing was left behind") from error
-    return Saved(folder, recipe, nbytes, getattr(torch, config["dtype"]), found)
+    shapes = {name: module.quantized_weight.shape for name, module in quantized_layers(model)}
+    tools = readers(Quantization(tuple(groups), tuple(ignore)), shapes)
+    return Saved(folder, recipe, nbytes, getattr(torch, config["dtype"]), found, tools)
 
 
 def _groups(model: nn.Module) -> tuple[list[Group], list[str]]:
@@ -335,7 +343,7 @@ def _compare(model: nn.Module, work: Path) -> Check:
     with eval_mode(model):
         before, after = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, loaded))
     p, q = F.log_softmax(before, -1), F.log_softmax(after, -1)
-    kl = max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
+    kl = max(float((p.exp() * (p - q)).sum(-1).mean()), 0.0)  # in this order NaN stays NaN
     found = Check(ids.numel(), float((before - after).abs().max()), kl)
     if not found.kl <= MOST_KL:
         raise CanopyError(
