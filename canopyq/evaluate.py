@@ -11,7 +11,6 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from canopyq.errors import CanopyError
 from canopyq.memory import bytes_held, human
+from canopyq.mode import eval_mode
 from canopyq.stats import Share, mcnemar
 from canopyq.track import track
 from canopyq.tutor.chat import encode
@@ -200,7 +200,7 @@ class _Examiner:
         """Each model's evaluation, and its KL divergence from the kept predictions or else from the first model's."""
         self._check(models, kept)
         tallies = [_Tally(model, len(self.questions)) for model in models]
-        with _eval_mode(models):
+        with eval_mode(*models):
             for number, batch in enumerate(track(self.batches, "evaluating")):
                 ids, real, graded = self._pad(batch)
                 reference = kept.log_probs[number] if kept else None
@@ -274,19 +274,6 @@ class _Tally:
         return Evaluation(
             bytes_held(self.model), perplexity, self.tokens, tuple(self.right), questions, tuple(self.kept)
         )
-
-
-@contextmanager
-def _eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
-    """No dropout; afterwards every module is in the mode that it was in."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:

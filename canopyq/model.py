@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from canopyq.batches import read_batches
 from canopyq.embedding import QuantizedEmbedding
 from canopyq.errors import CanopyError
 from canopyq.experts import QuantizedExpert, QuantizedExperts
@@ -46,7 +47,8 @@ def quantize_(
     model: nn.Module,
     recipe: str | Recipe,
     *,
-    calibration: Iterable[Tensor] | None = None,
+    calibration: Any = None,
+    tokenizer=None,
     strict: bool = False,
 ) -> Report:
     """Replace the linear layers of ``model`` by quantized ones, in place.
@@ -59,19 +61,22 @@ def quantize_(
     Args:
         model: any torch module; GPT-2's Conv1D and transformers' fused experts are known beside nn.Linear.
         recipe: a name such as ``"w4a16-g128"``, or a `Recipe`.
-        calibration: batches of token ids (B, T), on which each layer's output error is measured for the report.
+        calibration: data on which each layer's output error is measured for the report: batches of token ids (B, T),
+            what a tokenizer returns, or texts; see `batches.read_batches`.
+        tokenizer: of the model, for texts.
         strict: refuse a layer that would have to run on the slow reference, and any matrix that would be kept for its
             type, instead of only saying so.
 
     Raises:
         CanopyError: for an unknown recipe, a model without linear layers to quantize or that is quantized already, a
-            layer that the recipe's groups do not fit, NaN or infinite weights, and what ``strict`` refuses. The message
-            names the layer.
+            layer that the recipe's groups do not fit, NaN or infinite weights, data that does not fit the model, and
+            what ``strict`` refuses. The message names the layer.
     """
     recipe = _parse(model, recipe)
     if recipe.static:
         raise CanopyError(f"{recipe.name} has static activations, whose ranges have to be calibrated first")
     targets, kept = find_targets(model, recipe)
+    batches = None if calibration is None else read_batches(calibration, model, tokenizer)
     if strict:
         for name, reason in kept.items():
             if "only plain" in reason:
@@ -85,7 +90,7 @@ def quantize_(
     if strict:
         for name, layer in layers.items():
             require_fast(name, layer)
-    errors = output_errors(model, targets, layers, calibration) if calibration is not None else {}
+    errors = {} if batches is None else output_errors(model, targets, layers, batches)
     reports = [_report(target, weights[target.name], errors.get(target.name)) for target in targets]
     _replace(model, targets, layers)
     return Report(recipe.name, tuple(reports), kept, bytes_before, bytes_held(model))

@@ -27,6 +27,7 @@ from canopyq.experts import QuantizedExperts
 from canopyq.formats import IntFormat
 from canopyq.linear import QuantizedLinear
 from canopyq.memory import human
+from canopyq.mode import eval_mode
 from canopyq.scheme import Scheme
 
 NOTE = "canopyq.json"  # what canopyq itself says of a checkpoint
@@ -318,12 +319,8 @@ def _compare(model: nn.Module, work: Path) -> Check:
     ids = (
         torch.arange(TOKENS, device=parameter.device).mul(2654435761).remainder(model.config.vocab_size).reshape(2, -1)
     )
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         before, after = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, loaded))
-    finally:
-        model.train(training)
     p, q = F.log_softmax(before, -1), F.log_softmax(after, -1)
     kl = max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
     found = Check(ids.numel(), float((before - after).abs().max()), kl)
