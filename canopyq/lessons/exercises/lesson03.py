@@ -47,8 +47,8 @@ Write `quantized_linear(x, codes, scale, bias)`: the output of a linear layer wh
 
 - `x` has shape (tokens, in_features), `bias` has shape (out_features,). Both are ordinary floats.
 - `codes` has shape (out_features, in_features): signed whole numbers, unpacked already.
-- `scale` has shape (out_features, groups). Each row of `codes` is cut into `groups` runs of neighbours of equal length, and
-  each run has its scale, in order.
+- `scale` has shape (out_features, groups). Each row of `codes` is cut into `groups` runs of neighbours of equal length,
+  and each run has its scale, in order.
 - Return shape (tokens, out_features).
 """,
     function="quantized_linear",
@@ -62,8 +62,8 @@ Write `quantized_linear(x, codes, scale, bias)`: the output of a linear layer wh
     mistakes=(
         _forward(
             "scales in turns",
-            "`repeat` lays the whole row of scales down again and again: a b a b. A group is a run of neighbours, so it "
-            "has to be a a b b: `repeat_interleave`.",
+            "`repeat` lays the whole row of scales down again and again: a b a b. A group is a run of neighbours, so "
+            "it has to be a a b b: `repeat_interleave`.",
             (_SCALES, "scale.repeat(1, group_size)"),
         ),
         _forward(
@@ -91,7 +91,9 @@ Write `quantized_linear(x, codes, scale, bias)`: the output of a linear layer wh
             "You subtract 8 from the codes. Packed codes carry that offset; these are signed already, from -8 to 7.",
             (f"codes * {_SCALES}", f"(codes - 8.0) * {_SCALES}"),
         ),
-        _forward("bias forgotten", "The bias is missing: it is kept in full precision and added last.", (" + bias", "")),
+        _forward(
+            "bias forgotten", "The bias is missing: it stays in full precision and is added last.", (" + bias", "")
+        ),
         _forward(
             "bias scaled",
             "You multiply the bias by a scale. It was never quantized: add it as it is.",
@@ -123,12 +125,14 @@ MODEL_BYTES = Exercise(
     minutes=4,
     difficulty=2,
     task="""
-Write `model_bytes(linear, other, bits, group_size)`: the bytes of a model of which only the linear layers are quantized.
+Write `model_bytes(linear, other, bits, group_size)`: the bytes of a model of which only the linear layers are
+quantized.
 
-- `linear` is how many weights those layers have. Each is kept in `bits` bits, and every `group_size` of them share a scale of
-  16 bits.
+- `linear` is how many weights those layers have. Each is kept in `bits` bits, and every `group_size` of them share a
+  scale of 16 bits.
 - `other` is how many parameters are left as they are: embedding, head and norms, in BF16.
-- The result is a float. With 6.48 billion linear weights and 0.26 billion others, `bits=4` and `group_size=128` give 3.87 GB.
+- The result is a float. With 6.48 billion linear weights and 0.26 billion others, `bits=4` and `group_size=128` give
+  3.87 GB.
 """,
     function="model_bytes",
     stub=BYTES_STUB,
