@@ -21,11 +21,12 @@ from .explore_bits import BitsView
 from .explore_clip import ClipView
 from .explore_float import FloatView
 from .explore_groups import GroupsView
+from .explore_outlier import OutlierView
 from .look import card, heading, section, table
 from .shown import Shown
 from .text import inline
 
-__all__ = ["Explorer", "answers", "bits", "clip", "float_bits", "groups"]
+__all__ = ["Explorer", "answers", "bits", "clip", "float_bits", "groups", "outlier"]
 
 
 class Explorer(Shown):
@@ -114,3 +115,9 @@ def answers(
     original and its answers to ``questions``."""
     view = AnswersView(questions, runs)
     return Explorer("answers", title, view.controls(), view.draw, view.rows)
+
+
+def outlier(x: torch.Tensor, title: str = "One value grows, the others pay") -> Explorer:
+    """One large value beside ordinary ones: the step, how many codes are left to the others, their error."""
+    view = OutlierView(x)
+    return Explorer("outlier", title, view.controls(), view.draw, view.rows)
