@@ -11,7 +11,6 @@ from rich.table import Table
 import canopyq as cq
 from canopyq.cli.calibrated import quantize_tutor
 from canopyq.cli.shown import JsonFlag, check_device, console, print_json
-from canopyq.memory import human
 from canopyq.scheme import Recipe
 
 
@@ -39,10 +38,7 @@ def explain(
         ]
         print_json({"layers": layers})
         return
-    for first, layers in found.groups():
-        count = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
-        held = human(sum(layer.nbytes for layer in layers))
-        title = f"{count} like {first.name}: {first.shape[0]}x{first.shape[1]} {first.scheme}, {held} on {first.device}"
+    for title, first in found.groups().items():
         table = Table("kernel", "runs for", "or why not", title=escape(title), title_justify="left")
         for kernel, rows in first.runs.items():
             table.add_row(escape(kernel), escape(rows), "", style="bold green")
