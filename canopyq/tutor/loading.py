@@ -103,6 +103,7 @@ def load_folder(
         ) from error
 
 
+<<<<<<< HEAD
 def load_other(folder: Path, dtype: torch.dtype | str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in any folder, on the CPU, and its tokenizer.
 
@@ -116,6 +117,20 @@ def load_other(folder: Path, dtype: torch.dtype | str | None = None) -> tuple[Pr
     except Exception as error:
         cure = "name a folder of a causal language model with its tokenizer"
         raise CanopyError(f"{folder} cannot be loaded ({_one_line(error)}); {cure}") from error
+=======
+def load_other(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Any causal language model in a folder, in float32 on the CPU, and its tokenizer.
+
+    Raises:
+        CanopyError: if transformers cannot read it without running code from the folder.
+    """
+    try:
+        return _read(folder, None, None, offline=True)
+    except CanopyError:
+        raise
+    except Exception as error:
+        raise CanopyError(f"{folder} cannot be loaded as a model with a tokenizer ({_one_line(error)})") from error
+>>>>>>> main
 
 
 def _read(
