@@ -122,6 +122,8 @@ class _Work:
             raise CanopyError(f"{target.name}: {error}") from None
         if hessian is None and self.method.needs_data:
             said = [*said, "no data reached it: rounded to nearest"]
+        if hessian is not None and inputs.tokens < len(hessian):
+            said = [*said, f"only {inputs.tokens} tokens for {len(hessian)} inputs: give more data"]
         error = None if hessian is None else _output_error(target.weight, weight, hessian)
         self.done[target.name] = Rounded(weight, sqnr_db(target.weight, weight), error, (*notes, *said))
         if write:

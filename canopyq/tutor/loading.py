@@ -103,21 +103,6 @@ def load_folder(
         ) from error
 
 
-<<<<<<< HEAD
-def load_other(folder: Path, dtype: torch.dtype | str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in any folder, on the CPU, and its tokenizer.
-
-    Raises:
-        CanopyError: if transformers cannot read it, with its reason in one line.
-    """
-    try:
-        return _read(folder, dtype, "cpu", offline=True)
-    except CanopyError:
-        raise
-    except Exception as error:
-        cure = "name a folder of a causal language model with its tokenizer"
-        raise CanopyError(f"{folder} cannot be loaded ({_one_line(error)}); {cure}") from error
-=======
 def load_other(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Any causal language model in a folder, in float32 on the CPU, and its tokenizer.
 
@@ -130,7 +115,6 @@ def load_other(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise
     except Exception as error:
         raise CanopyError(f"{folder} cannot be loaded as a model with a tokenizer ({_one_line(error)})") from error
->>>>>>> main
 
 
 def _read(
