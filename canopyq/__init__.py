@@ -20,18 +20,22 @@ __version__ = "0.1.0"
 
 # What needs transformers, matplotlib or ipywidgets loads on first use, so that `import canopyq` stays quick.
 _LATER = {
+    "QuantizedCache": "canopyq.kv_cache",
+    "advise": "canopyq.advisor",
     "compare": "canopyq.evaluate",
+    "fast_generate": "canopyq.generate",
+    "fuse_attention": "canopyq.fused_attention",
     "examine": "canopyq.evaluate",
     "inspect": "canopyq.checkpoint.inspect",
     "load": "canopyq.checkpoint.load",
     "save": "canopyq.checkpoint.save",
 }
-_MODULES = ("lessons", "tutor")
+_MODULES = ("advisor", "lessons", "tutor")
 
 __all__ = [
-    "FORMATS", "RECIPES", "CanopyError", "Granularity", "Plan", "QuantizedLinear", "QuantizedTensor",
-    "Recipe", "Report", "Scheme", "compare", "examine", "explain", "get_format", "inspect", "lessons", "load", "plan",
-    "quantize", "quantize_", "save", "tutor",
+    "FORMATS", "RECIPES", "CanopyError", "Granularity", "Plan", "QuantizedCache", "QuantizedLinear", "QuantizedTensor",
+    "Recipe", "Report", "Scheme", "advise", "advisor", "compare", "examine", "explain", "fast_generate",
+    "fuse_attention", "get_format", "inspect", "lessons", "load", "plan", "quantize", "quantize_", "save", "tutor",
 ]  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def pack_unchecked(codes: Tensor, bits: int, offset: int) -> Tensor:
     if padded != n:
         unsigned = torch.nn.functional.pad(unsigned, (0, padded - n))
     if 8 % bits == 0:
-        packed = _pack_bytes(unsigned, bits).flatten().view(torch.int32).reshape(*lead, -1)
+        packed = pack_bytes(unsigned, bits).flatten().view(torch.int32).reshape(*lead, -1)
     else:
         packed = _pack_stream(unsigned.reshape(*lead, -1, 32), bits).reshape(*lead, -1)
     return packed[..., :words].contiguous()
@@ -64,13 +64,43 @@ def unpack(words: Tensor, bits: int, n: int, *, signed: bool = True) -> Tensor:
     if words.shape[-1] != -(-n * bits // 32):
         raise CanopyError(f"{n} codes of {bits} bits take {-(-n * bits // 32)} words, got {words.shape[-1]}")
     if 8 % bits == 0:
-        codes = _unpack_bytes(words.clone(memory_format=torch.contiguous_format).view(torch.uint8), bits)
+        codes = unpack_bytes(words.clone(memory_format=torch.contiguous_format).view(torch.uint8), bits)
     else:
         *lead, count = words.shape
         words = torch.nn.functional.pad(words, (0, -count % bits))
         codes = _unpack_stream(words.reshape(*lead, -1, bits), bits).reshape(*lead, -1)
     codes = codes[..., :n]
     return (codes.view(torch.int8) - 2 ** (bits - 1)) if signed else codes.contiguous()
+
+
+def pack_bytes(unsigned: Tensor, bits: int) -> Tensor:
+    """Codes whose width divides a byte, 8 / bits to a byte, the first in the lowest bits.
+
+    Args:
+        unsigned: uint8 (…, n), n a multiple of 8 / bits; nothing is checked.
+
+    Returns:
+        uint8 (…, n · bits / 8).
+    """
+    while bits < 8:
+        unsigned = unsigned[..., 0::2] | (unsigned[..., 1::2] << bits)
+        bits *= 2
+    return unsigned.contiguous()
+
+
+def unpack_bytes(data: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack_bytes`: uint8 (…, n). ``data`` is contiguous; 8 bits come back as they are.
+
+    Halving fields until each has a byte of its own is several times faster than one shift per code: a byte becomes a
+    16-bit word, and its upper half moves up into the word's second byte.
+    """
+    width = 8
+    while width > bits:
+        width //= 2
+        word = data.to(torch.int16)
+        word = (word << (8 - width)).bitwise_or_(word).bitwise_and_(0x0101 * (2**width - 1))
+        data = word.view(torch.uint8)
+    return data
 
 
 def _check(codes: Tensor, bits: int, signed: bool) -> None:
@@ -92,39 +122,25 @@ def _what(x: object) -> str:
     return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _pack_bytes(unsigned: Tensor, bits: int) -> Tensor:
-    """Widths that divide a byte: fold neighbours together, 8/bits to a byte, the first lowest."""
-    while bits < 8:
-        unsigned = unsigned[..., 0::2] | (unsigned[..., 1::2] << bits)
-        bits *= 2
-    return unsigned.contiguous()
-
-
-def _unpack_bytes(data: Tensor, bits: int) -> Tensor:
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)
-    return ((data.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
-
-
 def _pack_stream(blocks: Tensor, bits: int) -> Tensor:
     """Other widths: 32 codes fill exactly ``bits`` words, and a code may straddle two of them."""
-    blocks = blocks.long()
-    words = [0] * bits
+    codes = blocks.movedim(-1, 0).to(torch.int32)  # one after the other in memory: many times as fast as in place
+    words = codes.new_zeros(bits, *codes.shape[1:])
     for i in range(32):
         word, shift = divmod(i * bits, 32)
-        words[word] = words[word] | (blocks[..., i] << shift)
+        words[word] |= codes[i] << shift
         if shift + bits > 32:
-            words[word + 1] = words[word + 1] | (blocks[..., i] >> (32 - shift))
-    packed = torch.stack(words, dim=-1) & 0xFFFFFFFF
-    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+            words[word + 1] |= codes[i] >> (32 - shift)
+    return words.movedim(0, -1)
 
 
 def _unpack_stream(words: Tensor, bits: int) -> Tensor:
-    words = words.long() & 0xFFFFFFFF
-    codes = []
+    columns = words.movedim(-1, 0).contiguous()
+    codes = torch.empty(*words.shape[:-1], 32, dtype=torch.uint8, device=words.device)
     for i in range(32):
         word, shift = divmod(i * bits, 32)
-        code = words[..., word] >> shift
+        code = columns[word] >> shift
         if shift + bits > 32:
-            code = code | (words[..., word + 1] << (32 - shift))
-        codes.append(code & (2**bits - 1))
-    return torch.stack(codes, dim=-1).to(torch.uint8)
+            code = (code & (2 ** (32 - shift) - 1)) | (columns[word + 1] << (32 - shift))
+        codes[..., i] = code & (2**bits - 1)
+    return codes

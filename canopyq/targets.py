@@ -54,13 +54,12 @@ def find_targets(model: nn.Module, recipe: Recipe) -> tuple[list[Target], dict[s
             raise CanopyError(f"{label} has no weights yet; call the model once, so that they take their shape")
         if recipe.ignores(name):
             kept[label] = "named in the recipe's ignore list"
-        elif type(module) is nn.Linear or _is_conv1d(module):  # a subclass may do something else with its weight
+        elif (linear := linear_kind(module)) in ("linear", "conv1d"):
             if not name:
                 raise CanopyError(f"a bare {kind} has no place to be replaced in; use QuantizedLinear.from_linear")
-            linear = type(module) is nn.Linear
-            weight = module.weight if linear else module.weight.t()
-            targets.append(Target(name, module, "linear" if linear else "conv1d", weight, recipe.weights))
-        elif is_experts(module):
+            weight = module.weight if linear == "linear" else module.weight.t()
+            targets.append(Target(name, module, linear, weight, recipe.weights))
+        elif linear == "expert":
             found = expert_weights(module).items()
             targets += [Target(f"{name}.{part}", module, "expert", weight, recipe.weights) for part, weight in found]
         elif type(module) is nn.Embedding and recipe.embeddings and name:
@@ -76,5 +75,10 @@ def find_targets(model: nn.Module, recipe: Recipe) -> tuple[list[Target], dict[s
     return targets, kept
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    return (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
+def linear_kind(module: nn.Module) -> str | None:
+    """``"linear"``, ``"conv1d"`` or ``"expert"`` for what is quantized as linear layers, None for everything else."""
+    if type(module) is nn.Linear:  # a subclass may do something else with its weight
+        return "linear"
+    if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return "conv1d"
+    return "expert" if is_experts(module) else None

@@ -201,7 +201,8 @@ def test_explain_says_what_runs_and_why_not() -> None:
         assert 8 * layer.nbytes / (layer.shape[0] * layer.shape[1]) <= 4.3
     text = str(found)
     assert "runs    packed int4" in text and "refused int8 by int8" in text
-    assert text.count("q_proj") == 1 and "and 3 more" in text  # q and o of both layers are alike
+    assert text.startswith("model.layers.0.self_attn.q_proj and 13 more: 128x128, 64x128, 256x128, 128x256, int4 g128")
+    assert text.count("packed int4, bfloat16") == 1, "layers that run alike share a paragraph"
 
 
 @pytest.mark.parametrize("recipe", ["w8a8", "fp8"])
@@ -215,3 +216,58 @@ def test_activations_are_quantized_per_token(recipe: str) -> None:
     expected = cq.quantize(x, scheme.activations).dequantize() @ cq.quantize(weight, scheme.weights).dequantize().t()
     got = model.model.layers[0].mlp.gate_proj(x)
     assert float((got - expected).norm() / expected.norm()) < 1e-5
+
+
+class Plain(nn.Linear):
+    """An expert's projection in full precision, where `QuantizedExperts` expects a quantized one."""
+
+
+def watched(model: nn.Module) -> tuple[nn.Module, dict[str, list[torch.Tensor]]]:
+    """The model with a layer of its own for every projection of every expert, and a list of what each layer gets."""
+    from canopyq.experts import QuantizedExpert, expert_weights, is_experts
+
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if is_experts(module):
+            layers = []
+            for weight in expert_weights(module).values():
+                layers.append(Plain(weight.shape[1], weight.shape[0], bias=False))
+                layers[-1].weight.data.copy_(weight)
+            made = [QuantizedExpert(*layers[i : i + 3]) for i in range(0, len(layers), 3)]
+            model.set_submodule(name, QuantizedExperts(made, module.act_fn))
+    inputs: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            module.register_forward_pre_hook(
+                lambda module, given, name=name: inputs.setdefault(name, []).append(given[0].flatten(0, -2))
+            )
+    return model, inputs
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_calibration_block_by_block_sees_what_the_whole_model_sees(name: str) -> None:
+    from canopyq.calibration import calibrate
+
+    model = make(name)
+    whole, inputs = watched(model)
+    batches = [TOKENS, TOKENS[:1, :7] + 40]
+    for batch in batches:
+        whole(batch)
+    found = calibrate(model, batches, hessian=True)
+    inputs.pop("lm_head")
+    assert found.by_blocks and set(found) == set(inputs) and len(found) >= 8
+    for layer, seen in inputs.items():
+        rows, statistics = torch.cat(seen).double(), found[layer]
+        assert statistics.tokens == len(rows)
+        torch.testing.assert_close(statistics.lo.double(), rows.amin(0), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(statistics.hi.double(), rows.amax(0), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(statistics.hessian.double(), rows.t() @ rows / len(rows), rtol=1e-3, atol=1e-4)
+
+
+def test_experts_that_no_token_reaches_are_named() -> None:
+    from canopyq.calibration import calibrate
+
+    found = calibrate(make("mixtral"), [TOKENS[:2, :1]])  # two tokens with two experts each, of four
+    assert found.unseen and all(".experts." in name for name in found.unseen)
+    assert set(found.unseen.values()) == {"the router sent no token to it"} and "not calibrated: " in str(found)

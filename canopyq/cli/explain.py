@@ -10,7 +10,6 @@ from rich.table import Table
 
 import canopyq as cq
 from canopyq.cli.shown import JsonFlag, check_device, console, print_json
-from canopyq.memory import human
 from canopyq.scheme import Recipe
 
 
@@ -23,7 +22,7 @@ def explain(
     """Say which kernel runs each quantized layer on this machine, and why each other one does not."""
     check_device(device)
     if model == "tutor":
-        parsed = Recipe.parse(recipe)
+        parsed = Recipe.of_weights(recipe)
         loaded, _ = cq.tutor.load()
         cq.quantize_(loaded, parsed)
         loaded.to(device)
@@ -38,10 +37,7 @@ def explain(
         ]
         print_json({"layers": layers})
         return
-    for first, layers in found.groups():
-        count = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
-        held = human(sum(layer.nbytes for layer in layers))
-        title = f"{count} like {first.name}: {first.shape[0]}x{first.shape[1]} {first.scheme}, {held} on {first.device}"
+    for title, first in found.groups().items():
         table = Table("kernel", "runs for", "or why not", title=escape(title), title_justify="left")
         for kernel, rows in first.runs.items():
             table.add_row(escape(kernel), escape(rows), "", style="bold green")

@@ -42,11 +42,17 @@ Held = Mapping[str, Tensor]  # a weight's tensors in some layout, by name
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to hold a weight: ``restore`` is the exact inverse of ``arrange``, so one copy is enough."""
+    """A way to hold a weight: ``restore`` is the exact inverse of ``arrange``, so one copy is enough.
+
+    Attributes:
+        part: (held, problem, start, stop) -> rows start to stop of a held weight, in the same memory, or None if they
+            cannot be had so. In a layout without it, no weight is a part of another.
+    """
 
     name: str
     arrange: Callable[[QuantizedTensor], dict[str, Tensor]]
     restore: Callable[[Held, Problem], QuantizedTensor]
+    part: Callable[[Held, Problem, int, int], dict[str, Tensor] | None] | None = None
 
 
 @dataclass(frozen=True)

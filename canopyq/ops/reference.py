@@ -32,7 +32,14 @@ def restore(held: Held, problem: Problem) -> QuantizedTensor:
     )
 
 
-PLAIN = Layout("as in the checkpoint", arrange, restore)
+def part(held: Held, problem: Problem, start: int, stop: int) -> dict[str, Tensor] | None:
+    """Rows of a weight whose tensors all have a row for each of its rows."""
+    if any(len(tensor) != problem.n for tensor in held.values()):
+        return None
+    return {name: tensor[start:stop] for name, tensor in held.items()}
+
+
+PLAIN = Layout("as in the checkpoint", arrange, restore, part)
 
 
 def linear(x: Tensor, held: Held, problem: Problem) -> Tensor:

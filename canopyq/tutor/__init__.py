@@ -5,9 +5,10 @@ ask(model, tokenizer, "What is 17 + 25?")
 questions(200)
 """
 
+from canopyq.tutor.calibration import calibration
 from canopyq.tutor.chat import ask, encode
 from canopyq.tutor.loading import load, path
 from canopyq.tutor.questions import Question, questions
 from canopyq.tutor.skills import SKILLS, Skill
 
-__all__ = ["SKILLS", "Question", "Skill", "ask", "encode", "load", "path", "questions"]
+__all__ = ["SKILLS", "Question", "Skill", "ask", "calibration", "encode", "load", "path", "questions"]

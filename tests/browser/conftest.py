@@ -42,7 +42,8 @@ def address(workplace: Path) -> Iterator[str]:
     source = ROOT / "notebooks"
     hidden = shutil.ignore_patterns(".*", "__pycache__")
     shutil.copytree(source, folder, ignore=hidden) if source.is_dir() else folder.mkdir()
-    write_demo(folder / "demo.ipynb")
+    for name in ("demo.ipynb", "restart.ipynb", "widgets.ipynb"):  # tests that write into it share no copy
+        write_demo(folder / name)
     with lab_server(workplace, folder) as url:
         yield url
 

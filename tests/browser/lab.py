@@ -32,6 +32,8 @@ SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "defer"},
 }
 RUN_TIMEOUT = 180_000  # ms for all cells of a notebook
+CONTROLS = ".noUi-target, .widget-toggle-buttons"
+DRAWN = "[...at.querySelectorAll('.canopyq-line, img')].map(part => part.src || part.innerHTML).join()"
 
 
 def find_browser() -> str | None:
@@ -185,6 +187,52 @@ class LabPage:
         """The letter that is chosen now, or nothing."""
         labels = self.quiz(name).locator(".canopyq-choices button.mod-active").all_inner_texts()
         return labels[0].strip()[0] if labels else ""
+
+    def controls(self) -> list[tuple[int, int]]:
+        """Every slider and every row of buttons of the explorers: (which explorer, which of its controls)."""
+        explorers = self.page.locator(".canopyq-explore").all()
+        return [(i, j) for i, explorer in enumerate(explorers) for j in range(explorer.locator(CONTROLS).count())]
+
+    def move(self, place: tuple[int, int]) -> None:
+        """Move a slider by one step, or press a button that is not chosen, and wait until something else is shown."""
+        explorer = self.page.locator(".canopyq-explore").nth(place[0])
+        control = explorer.locator(CONTROLS).nth(place[1])
+        control.scroll_into_view_if_needed()
+        before = explorer.evaluate(f"at => {DRAWN}")
+        if (handle := control.locator(".noUi-handle")).count():
+            handle = handle.first
+            at_end = float(handle.get_attribute("aria-valuenow")) >= float(handle.get_attribute("aria-valuemax"))
+            handle.focus()
+            handle.press("ArrowLeft" if at_end else "ArrowRight")
+        else:
+            control.locator("button:not(.mod-active)").last.click()
+        self.page.wait_for_function(
+            f"([at, before]) => {DRAWN} !== before", arg=[explorer.element_handle(), before], timeout=20_000
+        )
+
+    def exercises(self) -> list[str]:
+        """The ids of all exercises in the notebook, in order."""
+        classes = [box.get_attribute("class") or "" for box in self.page.locator(".canopyq-exercise").all()]
+        return [re.search(r"canopyq-exercise-([\w-]+)", names).group(1) for names in classes]
+
+    def exercise(self, name: str) -> Locator:
+        return self.page.locator(f".canopyq-exercise-{name}")
+
+    def attempt(self, name: str, source: str, function: str) -> str:
+        """Write an answer in place of the exercise's stub, run the cell; returns what the check says."""
+        cell = self.page.locator(".jp-CodeCell", has_text=re.compile(rf'{name}"\)\.check\(')).last
+        cell.locator(".cm-content").click()
+        self.page.keyboard.press("Control+a")
+        self.page.keyboard.insert_text(f'{source.strip()}\n\n\nlessons.exercise("{name}").check({function})')
+        number = cell.locator(".jp-InputPrompt").inner_text()
+        self.page.keyboard.press("Control+Enter")
+        self.page.wait_for_function(
+            """([cell, number]) => { const now = cell.querySelector('.jp-InputPrompt').innerText;
+                return /\\d/.test(now) && now !== number; }""",
+            arg=[cell.element_handle(), number],
+            timeout=60_000,
+        )
+        return " ".join(cell.locator(".canopyq-box").first.inner_text().split())
 
     def photograph(self, label: str, what: Locator | None = None) -> None:
         """Keep a picture of the page or of one element, if a folder for pictures is set."""

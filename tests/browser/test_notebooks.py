@@ -1,12 +1,17 @@
-"""Every notebook as a reader meets it: run it in JupyterLab, answer its quizzes, ask for a hint, come back later."""
+"""The course as a new learner walks it: every notebook is run in JupyterLab, every choice of every quiz made, every
+exercise answered with a classic mistake and then with its solution, every control moved."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+from canopyq.lessons import exercises
 from canopyq.lessons.quiz import load
 from canopyq.lessons.text import plain
-from tests.browser.lab import ROOT
+from tests.browser.lab import PROGRESS, ROOT, LabPage
 
 NOTEBOOKS = ["demo.ipynb", *sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))]
 
@@ -14,33 +19,57 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebook_in_the_browser(name: str, open_notebook) -> None:
+def test_walk_through_a_notebook(name: str, open_notebook, workplace: Path) -> None:
     lab = open_notebook(name)
     lab.run_all()
     assert lab.errors() == []
-    quizzes = lab.quizzes()
+    for quiz in lab.quizzes():
+        answer_every_choice(lab, quiz)
+    for control in lab.controls():
+        lab.move(control)
+    done = lab.exercises()
+    for exercise in done:
+        ask_for_a_hint(lab, exercise)
+        solve(lab, exercise)
+    assert lab.errors() == []
+    kept = json.loads((workplace / PROGRESS).read_text()) if done else {"exercises": {}}
+    assert [exercise for exercise in done if not kept["exercises"][exercise]["passed"]] == []
 
-    for quiz_id in quizzes:
-        question = load(quiz_id)
-        for choice in sorted(question.choices, key=lambda c: c.correct):  # the wrong ones first
-            said = lab.answer(quiz_id, choice.letter)
-            assert said.startswith("Right." if choice.correct else "Not this one.")
-            assert plain(choice.reason) in said
-        lab.photograph(f"quiz-{quiz_id}", lab.quiz(quiz_id))
 
-    for number, card in enumerate(lab.page.locator(".canopyq-exercise").all(), 1):
-        card.scroll_into_view_if_needed()
-        card.locator(".canopyq-hint").first.click()
-        card.locator(".canopyq-hints .canopyq-note").wait_for()
-        assert "Hint 1." in card.locator(".canopyq-hints").inner_text()
-        assert card.locator(".canopyq-solution").inner_text().strip() == ""
-        lab.photograph(f"exercise-{number}", card)
-
-    if not quizzes:
-        return
+def test_answers_are_back_after_a_restart(open_notebook) -> None:
+    lab = open_notebook("restart.ipynb")
+    lab.run_all()
+    for quiz in lab.quizzes():
+        lab.answer(quiz, load(quiz).right.letter)
     lab.restart_and_run()
     assert lab.errors() == []
-    for quiz_id in quizzes:
-        question = load(quiz_id)
-        assert lab.chosen(quiz_id) == question.right.letter
-        assert plain(question.right.reason) in lab.feedback(quiz_id)
+    for quiz in lab.quizzes():
+        assert lab.chosen(quiz) == load(quiz).right.letter
+        assert plain(load(quiz).right.reason) in lab.feedback(quiz)
+
+
+def answer_every_choice(lab: LabPage, quiz: str) -> None:
+    for choice in sorted(load(quiz).choices, key=lambda c: c.correct):  # the wrong ones first
+        said = lab.answer(quiz, choice.letter)
+        assert said.startswith("Right." if choice.correct else "Not this one.")
+        assert plain(choice.reason) in said
+    lab.photograph(f"quiz-{quiz}", lab.quiz(quiz))
+
+
+def ask_for_a_hint(lab: LabPage, exercise: str) -> None:
+    card = lab.exercise(exercise)
+    card.scroll_into_view_if_needed()
+    card.locator(".canopyq-hint").first.click()
+    card.locator(".canopyq-hints .canopyq-note").wait_for()
+    assert "Hint 1." in card.locator(".canopyq-hints").inner_text()
+    assert card.locator(".canopyq-solution").inner_text().strip() == ""
+    lab.photograph(f"exercise-{exercise}", card)
+
+
+def solve(lab: LabPage, name: str) -> None:
+    """The reader's own cell, once with a classic mistake and once with the solution."""
+    exercise = exercises.load(name)
+    if exercise.mistakes:
+        said = lab.attempt(name, exercise.mistakes[0].source, exercise.function)
+        assert plain(exercise.mistakes[0].name) in said
+    assert lab.attempt(name, exercise.solution, exercise.function).startswith("Passed")

@@ -21,7 +21,7 @@ def demo(chromium, address: str, workplace: Path) -> Iterator[LabPage]:
     context = chromium.new_context(viewport={"width": 1280, "height": 1000})
     context.set_default_timeout(20_000)
     folder = os.environ.get("CANOPYQ_SCREENSHOTS")
-    lab = LabPage(context.new_page(), address, "demo.ipynb", Path(folder) if folder else None)
+    lab = LabPage(context.new_page(), address, "widgets.ipynb", Path(folder) if folder else None)
     lab.run_all()
     for i, output in enumerate(lab.page.locator(".jp-CodeCell .jp-Cell-outputWrapper").all()):
         if output.bounding_box() and output.bounding_box()["height"] > 10:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canopyq.ops.cuda.fragments import arrange, restore
+from canopyq.ops.cuda.fragments import arrange, part, restore
 from canopyq.ops.kernel import Problem
 from canopyq.scheme import Scheme
 from canopyq.tensor import QuantizedTensor, quantize
@@ -66,3 +66,20 @@ def test_restore_is_the_exact_inverse(bits: int, granularity: str, symmetric: bo
 def test_memory(name: str, granularity: str, most: float) -> None:
     held = arrange(weight_of(name, granularity, True, 256, 1024))
     assert 8 * sum(part.untyped_storage().nbytes() for part in held.values()) / (256 * 1024) <= most
+
+
+def test_a_part_is_what_its_rows_alone_would_be() -> None:
+    weight = weight_of("int4", "g64", False, 200, 256)
+    held, problem = arrange(weight), Problem.of(weight)
+    for start, stop in ((0, 64), (64, 200), (128, 192), (0, 200)):
+        rows = arrange(weight_of_rows(weight, start, stop))
+        found = part(held, problem, start, stop)
+        for name, tensor in rows.items():
+            assert found[name].data_ptr() == held[name][start // 64 :].data_ptr() and torch.equal(found[name], tensor)
+    assert part(held, problem, 32, 200) is None and part(held, problem, 0, 100) is None
+
+
+def weight_of_rows(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
+    shape = torch.Size([stop - start, weight.shape[1]])
+    parts = (weight.data[start:stop], weight.scale[start:stop], weight.zero_point[start:stop])
+    return QuantizedTensor(*parts, weight.scheme, shape, weight.dtype)

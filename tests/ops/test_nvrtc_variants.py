@@ -41,7 +41,7 @@ def check(found: dict[str, nvrtc.Compiled]) -> None:
 
 
 def table(kernel: str, matters: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """One tile of the table for each combination of the constants at these places; the others hardly change the code."""
+    """One tile of the table for each combination of the constants at these places; others hardly change the code."""
     found = [tuple(row["tile"]) for row in tiles._measured() if row["kernel"] == kernel]
     return list({tuple(tile[i] for i in matters): tile for tile in found}.values())
 

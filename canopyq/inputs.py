@@ -1,0 +1,109 @@
+"""What calibration remembers of a linear layer's inputs: ranges, counts and sums, never the inputs themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from canopyq.errors import CanopyError
+from canopyq.histogram import Histogram
+
+
+@dataclass
+class InputStatistics:
+    """The inputs x (…, K) of one layer, over all real tokens of the calibration data.
+
+    Attributes:
+        tokens: how many there were.
+        lo, hi: smallest and largest value of each input feature, float32 (K,).
+        mean_abs: mean |x| of each input feature, float32 (K,).
+        ranges: smallest and largest value of each sample, in the order of the data, float32 (samples, 2).
+        histogram: counts of all values.
+        hessian: Σ x xᵀ / tokens, float32 (K, K), or None. Half the second derivative of the mean squared output error
+            with respect to one row of the weight (Frantar et al. 2022, "GPTQ", section 3).
+    """
+
+    tokens: int
+    lo: Tensor
+    hi: Tensor
+    mean_abs: Tensor
+    ranges: Tensor
+    histogram: Histogram = field(repr=False)
+    hessian: Tensor | None = field(default=None, repr=False)
+
+    @classmethod
+    def empty(cls, features: int, device: torch.device, *, hessian: bool = False) -> InputStatistics:
+        """Of no token yet."""
+        infinite = torch.full((features,), torch.inf, device=device)
+        zeros = torch.zeros(features, device=device)
+        square = torch.zeros(features, features, device=device) if hessian else None
+        return cls(0, infinite, -infinite, zeros, torch.empty(0, 2), Histogram(device), square)
+
+    def add(self, seen: Seen) -> None:
+        """Take the inputs of one more batch into account."""
+        if not seen.tokens:
+            return
+        share = seen.tokens / (self.tokens + seen.tokens)
+        self.lo, self.hi = torch.minimum(self.lo, seen.lo), torch.maximum(self.hi, seen.hi)
+        self.mean_abs = self.mean_abs.lerp(seen.mean_abs, share)
+        if self.hessian is not None:
+            self.hessian.lerp_(seen.second_moment(), share)
+        self.ranges = torch.cat([self.ranges, seen.ranges])
+        self.histogram.add(seen.rows)
+        self.tokens += seen.tokens
+
+    def running(self) -> Tensor:
+        """The range of the first 1, 2, 3 … samples together, (samples, 2)."""
+        return torch.stack([self.ranges[:, 0].cummin(0).values, self.ranges[:, 1].cummax(0).values], dim=1)
+
+    def growth(self) -> float:
+        """By how much the second half of the samples widened the range that the first half had, as a share."""
+        running = self.running()
+        if len(running) < 2:
+            return float("inf")
+        half, whole = (float(end[1] - end[0]) for end in (running[(len(running) - 1) // 2], running[-1]))
+        return whole / half - 1 if half else 0.0 if not whole else float("inf")
+
+
+class Seen:
+    """The inputs of one batch, reduced. Layers that share an input share this too.
+
+    Args:
+        x: (…, K), as the layer gets it.
+        sample: for each row of x, the number of the sample that it comes from; −1 for padding, which is left out.
+        samples: in the batch.
+
+    Raises:
+        CanopyError: for NaN or infinite inputs.
+    """
+
+    def __init__(self, x: Tensor, sample: Tensor, samples: int) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if bool((sample < 0).any()):
+            rows, sample = rows[sample >= 0], sample[sample >= 0]
+        self.rows, self.tokens = rows, len(rows)
+        if not self.tokens:
+            return
+        self.lo, self.hi = torch.aminmax(rows, dim=0)
+        if not bool((self.lo.isfinite() & self.hi.isfinite()).all()):
+            nans = int(rows.isnan().sum())
+            infinite = int(rows.isinf().sum())
+            raise CanopyError(
+                f"its inputs hold {nans} NaN and {infinite} infinite values on the calibration data; look "
+                "for the layer before it that makes them, or use float32"
+            )
+        self.mean_abs = rows.abs().mean(dim=0)
+        least, most = torch.aminmax(rows, dim=1)
+        infinite = torch.full((samples,), torch.inf, device=rows.device)
+        low = infinite.scatter_reduce(0, sample, least, "amin")
+        high = (-infinite).scatter_reduce(0, sample, most, "amax")
+        self.ranges = torch.stack([low, high], dim=1)[low <= high].cpu()
+        self._second_moment: Tensor | None = None
+
+    def second_moment(self) -> Tensor:
+        """Mean of x xᵀ, (K, K)."""
+        if self._second_moment is None:
+            self._second_moment = self.rows.t() @ self.rows / self.tokens
+        return self._second_moment
