@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 # What needs transformers, matplotlib or ipywidgets loads on first use, so that `import canopyq` stays quick.
 _LATER = {
     "QuantizedCache": "canopyq.kv_cache",
+    "advise": "canopyq.advisor",
     "compare": "canopyq.evaluate",
     "fast_generate": "canopyq.generate",
     "examine": "canopyq.evaluate",
@@ -28,12 +29,12 @@ _LATER = {
     "load": "canopyq.checkpoint.load",
     "save": "canopyq.checkpoint.save",
 }
-_MODULES = ("lessons", "tutor")
+_MODULES = ("advisor", "lessons", "tutor")
 
 __all__ = [
     "FORMATS", "RECIPES", "CanopyError", "Granularity", "Plan", "QuantizedCache", "QuantizedLinear", "QuantizedTensor",
-    "Recipe", "Report", "Scheme", "compare", "examine", "explain", "fast_generate", "get_format", "inspect", "lessons",
-    "load", "plan", "quantize", "quantize_", "save", "tutor",
+    "Recipe", "Report", "Scheme", "advise", "advisor", "compare", "examine", "explain", "fast_generate", "get_format",
+    "inspect", "lessons", "load", "plan", "quantize", "quantize_", "save", "tutor",
 ]  # fmt: skip
 
 

@@ -26,6 +26,7 @@ def scale_and_zero_point(
     symmetric: bool = True,
     restricted: bool = False,
     scale_dtype: torch.dtype | None = None,
+    check: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The scale (and zero point) that lays the range [lo, hi] over a format's codes.
 
@@ -36,9 +37,14 @@ def scale_and_zero_point(
             by 127.5 (half the codes), restricted by 127.
         scale_dtype: the scale is rounded to this dtype before anything is divided by it, so that codes fit the scale
             that is really stored. Default: lo's dtype (float32 for integers).
+        check: refuse NaN and scales that do not fit. Without it nothing waits for a GPU, and a row with NaN gets a NaN
+            scale.
 
     Returns:
         scale (``scale_dtype``) and zero_point (int8, or None when symmetric). An all-zero row gets scale 1.
+
+    Raises:
+        CanopyError: for what ``check`` refuses, and a zero point for a format that has none.
     """
     fmt = get_format(format)
     dtype = scale_dtype or (lo.dtype if lo.dtype in FLOATS else torch.float32)
@@ -49,19 +55,19 @@ def scale_and_zero_point(
     if symmetric:
         absmax = torch.maximum(-lo, hi)
         span = (fmt.qmax - fmt.qmin) / 2 if isinstance(fmt, IntFormat) and not restricted else fmt.largest
-        return _stored(absmax / lo.new_tensor(span), dtype), None
+        return _stored(absmax / lo.new_tensor(span), dtype, check), None
     if not isinstance(fmt, IntFormat):
         raise CanopyError(f"{fmt.name} is a signed float grid and has no zero point; use symmetric=True")
     steps = lo.new_tensor(fmt.qmax - fmt.qmin)
-    scale = _stored(hi / steps - lo / steps, dtype)
+    scale = _stored(hi / steps - lo / steps, dtype, check)
     zero_point = (fmt.qmin - lo / scale.to(lo.dtype)).round().clamp(fmt.qmin, fmt.qmax)
     return scale, zero_point.to(torch.int8)
 
 
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _stored(scale: Tensor, dtype: torch.dtype, check: bool) -> Tensor:
     """``scale`` as it will be kept: rounded to ``dtype``, never zero, never infinite."""
     info = torch.finfo(dtype)
-    if not bool((scale <= info.max).all()):  # so put, it catches NaN too
+    if check and not bool((scale <= info.max).all()):  # so put, it catches NaN too
         cure = "bring the values into its range" if dtype == torch.float32 else "use scale_dtype=torch.float32"
         raise CanopyError(f"a scale of {scale.max().item():.3g} does not fit in {dtype}; {cure}")
     stored = scale.to(dtype)

@@ -99,6 +99,8 @@ def _pad(rows: list[Tensor]) -> Batch:
 
 
 def _from_ids(item: object) -> Batch:
+    if isinstance(item, Batch):
+        return item
     mask = None
     if isinstance(item, Mapping):
         item, mask = item.get("input_ids"), item.get("attention_mask")

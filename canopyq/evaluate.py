@@ -4,20 +4,26 @@ All figures come from one teacher-forced pass: the right answer is fed in, and a
 the next token. Perplexity and KL divergence are over all tokens of the chats. An answer counts as right if the most
 likely token is the right one at every position of it, its end included: for these models that is the same as greedy
 generation reproducing the answer, without the decoding loop.
+
+With a KV cache the chats are fed in passes of a block, 64 tokens. Each token then sees exactly what it would see if the
+model wrote the chat token by token: the newest block as it is, and all before through the cache. That is harder than in
+use, where a prompt is read in one pass and only the answer goes through the cache.
 """
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canopyq.errors import CanopyError
+from canopyq.kv_codes import BLOCK
 from canopyq.memory import bytes_held, human
 from canopyq.mode import eval_mode
 from canopyq.stats import Share, mcnemar
@@ -25,6 +31,7 @@ from canopyq.track import track
 from canopyq.tutor.chat import encode
 from canopyq.tutor.questions import Question
 
+CacheMaker = Callable[[Any], Any]  # from a model's config to a transformers cache
 BATCH_TOKENS = 8192  # padded tokens a batch, or fewer where the vocabulary is large: one logit takes 4 bytes
 BATCH_LOGITS = 2**27
 
@@ -39,6 +46,7 @@ class Evaluation:
         right: for each question, whether its answer was right.
         questions: the questions, in the same order.
         log_probs: the predictions, if they were kept (see `examine`).
+        cache_bytes: storage behind the KV cache after the longest chat, a token; None where none was asked for.
     """
 
     bytes: int
@@ -47,6 +55,7 @@ class Evaluation:
     right: tuple[bool, ...]
     questions: tuple[Question, ...] = field(repr=False)
     log_probs: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
+    cache_bytes: float | None = None
 
     @property
     def accuracy(self) -> Share:
@@ -64,6 +73,7 @@ class Evaluation:
         """Plain numbers, for JSON."""
         return {
             "bytes": self.bytes,
+            "cache_bytes_per_token": self.cache_bytes,
             "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
             "tokens": self.tokens,
             "accuracy": self.accuracy.to_dict(),
@@ -72,6 +82,8 @@ class Evaluation:
 
     def __str__(self) -> str:
         lines = [f"{human(self.bytes)} in memory, perplexity {self.perplexity:.4f}, right {self.accuracy}"]
+        if self.cache_bytes is not None:
+            lines.append(f"  KV cache of {human(self.cache_bytes)} a token")
         lines += [f"  {skill:<12} {share}" for skill, share in self.skills.items()]
         return "\n".join(lines)
 
@@ -123,6 +135,8 @@ class Comparison:
         """Name, reference, model; of the skills, those whose share of right answers changed."""
         a, b = self.reference, self.model
         yield "in memory", human(a.bytes), human(b.bytes)
+        if b.cache_bytes is not None:
+            yield "KV cache, a token", human(a.cache_bytes) if a.cache_bytes else "", human(b.cache_bytes)
         yield "perplexity", f"{a.perplexity:.4f}", f"{b.perplexity:.4f}"
         yield "KL, nats per token", "0", f"{self.kl:.2g}"
         yield "right answers", str(a.accuracy), str(b.accuracy)
@@ -141,18 +155,30 @@ class Comparison:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
-def examine(model: nn.Module, tokenizer, questions: Sequence[Question], *, keep: bool = False) -> Evaluation:
+def examine(
+    model: nn.Module,
+    tokenizer,
+    questions: Sequence[Question],
+    *,
+    keep: bool = False,
+    cache: str | CacheMaker | None = None,
+) -> Evaluation:
     """Examine one model. See `compare` for the arguments and errors.
 
     With ``keep`` the result holds the model's predictions (4 bytes a token and vocabulary entry), so that it can stand
     for the model as the reference of many comparisons.
     """
-    [(evaluation, _)] = _Examiner(tokenizer, questions).run([model], keep=keep)
+    [(evaluation, _)] = _Examiner(tokenizer, questions).run([(model, cache)], keep=keep)
     return evaluation
 
 
 def compare(
-    reference: nn.Module | Evaluation, model: nn.Module, tokenizer, questions: Sequence[Question]
+    reference: nn.Module | Evaluation,
+    model: nn.Module,
+    tokenizer,
+    questions: Sequence[Question],
+    *,
+    cache: str | CacheMaker | None = None,
 ) -> Comparison:
     """Examine a model and the one that it came from, side by side.
 
@@ -162,6 +188,8 @@ def compare(
         model: another one with the same vocabulary.
         tokenizer: of both.
         questions: e.g. ``cq.tutor.questions(200)``.
+        cache: the KV cache that the model reads through, the reference does not: ``"kv4"``, or a function from its
+            config to a transformers cache.
 
     Raises:
         CanopyError: for no questions, a question longer than the model's context, differing vocabularies, logits that
@@ -169,9 +197,9 @@ def compare(
     """
     examiner = _Examiner(tokenizer, questions)
     if isinstance(reference, Evaluation):
-        [(evaluation, kl)] = examiner.run([model], reference)
+        [(evaluation, kl)] = examiner.run([(model, cache)], reference)
         return Comparison(replace(reference, log_probs=()), evaluation, kl)
-    (before, _), (after, kl) = examiner.run([reference, model])
+    (before, _), (after, kl) = examiner.run([(reference, None), (model, cache)])
     return Comparison(before, after, kl)
 
 
@@ -195,11 +223,17 @@ class _Examiner:
 
     @torch.inference_mode()
     def run(
-        self, models: Sequence[nn.Module], kept: Evaluation | None = None, *, keep: bool = False
+        self,
+        examined: Sequence[tuple[nn.Module, str | CacheMaker | None]],
+        kept: Evaluation | None = None,
+        *,
+        keep: bool = False,
     ) -> list[tuple[Evaluation, float]]:
-        """Each model's evaluation, and its KL divergence from the kept predictions or else from the first model's."""
+        """The evaluation of each model with its cache, and its KL divergence from the kept predictions or else from
+        the first one's."""
+        models = [model for model, _ in examined]
         self._check(models, kept)
-        tallies = [_Tally(model, len(self.questions)) for model in models]
+        tallies = [_Tally(model, _maker(cache), len(self.questions)) for model, cache in examined]
         with eval_mode(*models):
             for number, batch in enumerate(track(self.batches, "evaluating")):
                 ids, real, graded = self._pad(batch)
@@ -210,6 +244,9 @@ class _Examiner:
                         reference = log_probs
                     else:
                         tally.kl += _kl_sum(reference, log_probs)
+            if any(tally.make_cache for tally in tallies):  # beside it: what the others' takes
+                for tally in tallies:
+                    tally.cache_bytes = tally.cache_bytes or _full_cache_bytes(tally.model)
         return [(tally.evaluation(self.questions), tally.kl / tally.tokens) for tally in tallies]
 
     def _check(self, models: Sequence[nn.Module], kept: Evaluation | None) -> None:
@@ -248,15 +285,19 @@ class _Examiner:
 class _Tally:
     """What one model has shown so far, batch after batch."""
 
-    def __init__(self, model: nn.Module, questions: int) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, make_cache: CacheMaker | None, questions: int) -> None:
+        self.model, self.make_cache = model, make_cache
         self.right = [False] * questions
         self.loss, self.kl, self.tokens = 0.0, 0.0, 0
         self.kept: list[Tensor] = []
+        self.cache_bytes: float | None = None
 
     def add(self, batch: list[int], ids: Tensor, real: Tensor, graded: Tensor, keep: bool) -> Tensor:
         """Score a batch; its log-probabilities (tokens, vocabulary), without those of padding."""
-        log_probs = _log_probs(self.model, ids)
+        cache = self.make_cache(self.model.config) if self.make_cache else None
+        log_probs = _log_probs(self.model, ids, cache)
+        if hasattr(cache, "nbytes"):
+            self.cache_bytes = cache.nbytes / ids.numel()  # the last batch is of the longest chats
         target, real, graded = (x[:, 1:].to(log_probs.device) for x in (ids, real, graded))
         wrong = ((log_probs.argmax(-1) != target) & graded).any(dim=1).tolist()
         for i, any_wrong in zip(batch, wrong, strict=True):
@@ -271,19 +312,46 @@ class _Tally:
     def evaluation(self, questions: tuple[Question, ...]) -> Evaluation:
         loss = self.loss / self.tokens
         perplexity = math.exp(loss) if loss < 700 else math.inf  # a float ends at e^709
-        return Evaluation(
-            bytes_held(self.model), perplexity, self.tokens, tuple(self.right), questions, tuple(self.kept)
-        )
+        right, kept = tuple(self.right), tuple(self.kept)
+        return Evaluation(bytes_held(self.model), perplexity, self.tokens, right, questions, kept, self.cache_bytes)
 
 
-def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:
+def _maker(cache: str | CacheMaker | None) -> CacheMaker | None:
+    if cache is None or callable(cache):
+        return cache
+    from canopyq.kv_cache import QuantizedCache
+
+    return lambda config: QuantizedCache(config, cache)
+
+
+def _log_probs(model: nn.Module, ids: Tensor, cache: Any = None) -> Tensor:
     """Next-token log-probabilities (B, T − 1, vocabulary), float32."""
-    device = next(model.parameters()).device
-    logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].float()
-    log_probs = F.log_softmax(logits, dim=-1)
+    ids = ids.to(next(model.parameters()).device)
+    if cache is None:
+        logits = model(input_ids=ids, use_cache=False).logits
+    else:
+        parts, tokens = [], 0
+        while tokens < ids.shape[1]:
+            new = ids[:, tokens : tokens + getattr(cache, "room", BLOCK)]
+            parts.append(model(input_ids=new, past_key_values=cache, use_cache=True).logits)
+            tokens += new.shape[1]
+        logits = torch.cat(parts, 1)
+    log_probs = F.log_softmax(logits[:, :-1].float(), dim=-1)
     if not bool(log_probs.isfinite().all()):
         raise CanopyError("the model's logits are not finite; look for NaN or infinite weights or scales")
     return log_probs
+
+
+def _full_cache_bytes(model: nn.Module) -> int:
+    """Storage that a token takes in transformers' own cache, in the dtype that the model computes in."""
+    from transformers import DynamicCache
+
+    from canopyq.kv_cache import cache_nbytes
+
+    cache = DynamicCache(config=model.config)
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    model(input_ids=token, past_key_values=cache, use_cache=True)
+    return cache_nbytes(cache)
 
 
 def _kl_sum(reference: Tensor, model: Tensor) -> float:

@@ -82,7 +82,7 @@ def explain(model: nn.Module) -> Explanation:
         LayerExplained(
             name,
             (layer.out_features, layer.in_features),
-            str(layer.scheme) + (f", input {layer.activations}" if layer.activations else ""),
+            str(layer.scheme) + (f", input {layer.input_words}" if layer.activations else ""),
             sum(tensor.nbytes for tensor in layer.held.values()),
             str(layer.problem.device),
             tuple(select.verdicts(layer.problem)),

@@ -234,9 +234,8 @@ class QuantizedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage behind everything held, counted once. Read, not computed."""
-        storages = {s.data_ptr(): s.nbytes() for layer in self.layers for s in map(_storage, layer.tensors)}
-        return sum(storages.values())
+        """Bytes of storage behind everything held. Read, not computed."""
+        return cache_nbytes(self)
 
     @property
     def room(self) -> int:
@@ -309,6 +308,16 @@ class QuantizedCache(Cache):
             )
 
 
+def cache_nbytes(cache: Cache) -> int:
+    """Bytes of storage behind a `QuantizedCache` or transformers' DynamicCache, each storage counted once."""
+    storages = {}
+    for layer in cache.layers:
+        for x in layer.tensors if isinstance(layer, QuantizedLayer) else (layer.keys, layer.values):
+            if x is not None and x.numel():
+                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
 def _joined(quantized: QuantizedStates | None, newest: Tensor) -> Tensor:
     """All tokens (B, H, T, D) in the dtype of the newest."""
     if quantized is None:
@@ -333,7 +342,3 @@ def _sliding_windows(config: PreTrainedConfig) -> list[int | None]:
     return [
         o["sliding_window"] if kind == "sliding_attention" else None for kind, o in zip(types, options, strict=True)
     ]
-
-
-def _storage(x: Tensor) -> torch.UntypedStorage:
-    return x.untyped_storage()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from canopyq import affine
 from canopyq.errors import CanopyError
-from canopyq.ops import reference, select
+from canopyq.ops import activations, reference, select
 from canopyq.ops.kernel import Layout, Problem
 from canopyq.scheme import Scheme
 from canopyq.tensor import QuantizedTensor, quantize
@@ -81,6 +81,13 @@ class QuantizedLinear(nn.Module):
         """The weight as a `QuantizedTensor`; as long as no kernel wants another layout, it shares memory."""
         return self.layout.restore(self.held, self.problem)
 
+    @property
+    def input_words(self) -> str:
+        """How the input is quantized, for people; empty if it stays as it is."""
+        if self.activations is None:
+            return ""
+        return f"{self.activations} {'dynamic' if self.input_scale is None else 'static'}"
+
     def hold(self, tensors: dict[str, Tensor], layout: Layout) -> None:
         """Take the weight from these tensors, which lie in ``layout``, and let go of the old ones."""
         self._hold(tensors)
@@ -119,24 +126,17 @@ class QuantizedLinear(nn.Module):
         if self.activations is None and exact:  # the kernels round to less, and have no backward pass
             return nn.functional.linear(x, self.quantized_weight.dequantize(x.dtype))
         kernel = select.pick(self._kernels, len(x))
-        if self.activations is None:
-            return kernel.run(x, self.held, problem)
-        codes = self._quantize_input(x)
-        return kernel.run(codes if kernel.takes_codes else codes.dequantize(x.dtype), self.held, problem)
+        if self.activations is not None:
+            x = self._quantize_input(x, codes=kernel.takes_codes)
+        return kernel.run(x, self.held, problem)
 
-    def _quantize_input(self, x: Tensor) -> QuantizedTensor:
+    def _quantize_input(self, x: Tensor, *, codes: bool) -> QuantizedTensor | Tensor:
+        """The input's codes, or what they stand for."""
+        if not codes:
+            return activations.rounded(x, self.activations, self.input_scale, self.input_zero_point)
         if self.input_scale is None:
-            return quantize(x, self.activations)
-        zero_point = None if self.input_zero_point is None else self.input_zero_point.reshape(-1, 1)
-        codes = affine.quantize(
-            x.detach().float().reshape(1, -1),
-            self.input_scale.float().reshape(-1, 1),
-            zero_point,
-            self.activations.format,
-            restricted=self.activations.restricted,
-        )
-        scale, zero = self.input_scale, self.input_zero_point
-        return QuantizedTensor(codes.reshape(x.shape), scale, zero, self.activations, x.shape, x.dtype)
+            return activations.dynamic(x, self.activations)
+        return activations.fixed(x, self.activations, self.input_scale, self.input_zero_point)
 
     def _hold(self, tensors: dict[str, Tensor]) -> None:
         for name in self.weight_names:
@@ -178,7 +178,7 @@ class QuantizedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
-        inputs = f", input {self.activations}" if self.activations else ""
+        inputs = f", input {self.input_words}" if self.activations else ""
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}{inputs}"
 
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from canopyq.errors import CanopyError, unknown
 from canopyq.formats import BlockFormat, Format, IntFormat, TableFormat, get_format
+from canopyq.kv_codes import BLOCK, GROUP, get_cache_format
+from canopyq.scheme import Recipe
+from canopyq.tensor import part_bytes
 
 
 @dataclass(frozen=True)
@@ -38,17 +45,60 @@ class ModelShape:
         norms = (2 * self.layers + 1) * self.hidden
         return self.linear_parameters + biases + norms + self.vocab * self.hidden * (1 if self.tied else 2)
 
+    def linears(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Name and (out_features, in_features) of every linear layer inside the blocks."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = {"q": (q, self.hidden), "k": (kv, self.hidden), "v": (kv, self.hidden), "o": (self.hidden, q)}
+        wide = (self.ffn, self.hidden)
+        mlp = {"gate": wide, "up": wide, "down": (self.hidden, self.ffn)}
+        for i in range(self.layers):
+            for part, matrices in (("self_attn", attention), ("mlp", mlp)):
+                for name, shape in matrices.items():
+                    yield f"model.layers.{i}.{part}.{name}_proj", shape
+
+    @classmethod
+    def of(cls, config: Any) -> ModelShape:
+        """The shape that a transformers config of a Llama-like model describes.
+
+        Raises:
+            CanopyError: for a config that lacks one of the sizes, or has experts.
+        """
+        names = {"hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+                 "ffn": "intermediate_size", "vocab": "vocab_size"}  # fmt: skip
+        sizes = {field: getattr(config, name, None) for field, name in names.items()}
+        if lacking := [names[field] for field, size in sizes.items() if not isinstance(size, int)]:
+            raise CanopyError(f"the config has no {lacking[0]}: it is not of a Llama-like model, whose bytes are known")
+        if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+            raise CanopyError("a model with experts has other layers than a Llama-like one; its bytes are not counted")
+        heads = sizes["heads"]
+        kind = getattr(config, "model_type", "")
+        return cls(
+            **sizes,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or sizes["hidden"] // heads,
+            tied=bool(getattr(config, "tie_word_embeddings", False)),
+            qkv_bias=bool(getattr(config, "attention_bias", False)) or kind == "qwen2",
+        )
+
 
 # From each model's published config.json.
 MODEL_SHAPES: dict[str, ModelShape] = {
+    "tutor": ModelShape(256, 8, 4, 2, 64, 1024, 1280, tied=True),
     "qwen2.5-0.5b": ModelShape(896, 24, 14, 2, 64, 4864, 151936, tied=True, qkv_bias=True),
     "llama-3.2-1b": ModelShape(2048, 16, 32, 8, 64, 8192, 128256, tied=True),
+    "qwen2.5-1.5b": ModelShape(1536, 28, 12, 2, 128, 8960, 151936, tied=True, qkv_bias=True),
+    "qwen2.5-3b": ModelShape(2048, 36, 16, 2, 128, 11008, 151936, tied=True, qkv_bias=True),
     "llama-3.2-3b": ModelShape(3072, 28, 24, 8, 128, 8192, 128256, tied=True),
     "llama-2-7b": ModelShape(4096, 32, 32, 32, 128, 11008, 32000),
     "mistral-7b": ModelShape(4096, 32, 32, 8, 128, 14336, 32000),
+    "qwen2.5-7b": ModelShape(3584, 28, 28, 4, 128, 18944, 152064, qkv_bias=True),
     "llama-3.1-8b": ModelShape(4096, 32, 32, 8, 128, 14336, 128256),
     "llama-2-13b": ModelShape(5120, 40, 40, 40, 128, 13824, 32000),
+    "qwen2.5-14b": ModelShape(5120, 48, 40, 8, 128, 13824, 152064, qkv_bias=True),
+    "qwen2.5-32b": ModelShape(5120, 64, 40, 8, 128, 27648, 152064, qkv_bias=True),
+    "llama-2-70b": ModelShape(8192, 80, 64, 8, 128, 28672, 32000),
     "llama-3.1-70b": ModelShape(8192, 80, 64, 8, 128, 28672, 128256),
+    "qwen2.5-72b": ModelShape(8192, 80, 64, 8, 128, 29568, 152064, qkv_bias=True),
 }
 
 
@@ -121,6 +171,72 @@ def weight_bytes(
         raise CanopyError(f"group size {group_size} holds no value; use 32, 64 or 128")
     groups = parameters / group_size
     return WeightBytes(codes, groups * scale_bits / 8, 0.0 if symmetric else groups * fmt.bits / 8)
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """Where the bytes of a quantized model go; ``plain`` is what stays in 16 bits: embedding, head, norms, biases."""
+
+    codes: int
+    scales: int
+    zero_points: int
+    plain: int
+
+    @property
+    def total(self) -> int:
+        return self.codes + self.scales + self.zero_points + self.plain
+
+
+@cache
+def model_bytes(shape: ModelShape, recipe: Recipe | None = None) -> ModelBytes:
+    """What a bfloat16 model of this shape holds once it is quantized by a recipe; None leaves it as it is.
+
+    It is what `bytes_held` reads from such a model, the few bytes of rotary frequencies aside.
+
+    Raises:
+        CanopyError: if the recipe's groups do not fit a layer.
+    """
+    matrices = list(shape.linears())
+    table = (shape.vocab, shape.hidden)
+    plain = 2 * (shape.parameters - shape.linear_parameters)
+    if recipe is None:
+        return ModelBytes(0, 0, 0, plain + 2 * shape.linear_parameters)
+    if not recipe.ignores("lm_head"):
+        matrices.append(("lm_head", table))
+        plain -= 0 if shape.tied else 2 * shape.vocab * shape.hidden
+    if recipe.embeddings:
+        matrices.append(("model.embed_tokens", table))
+        plain -= 2 * shape.vocab * shape.hidden
+        if shape.tied and recipe.ignores("lm_head"):
+            plain += 2 * shape.vocab * shape.hidden  # the head keeps what it shared
+    held = {"data": 0, "scale": 0, "zero_point": 0, "tensor_scale": 0}
+    for name, (n, k) in matrices:
+        if recipe.ignores(name):
+            plain += 2 * n * k
+            continue
+        for part, count in part_bytes(torch.Size((n, k)), recipe.weights, torch.bfloat16).items():
+            held[part] += count
+    return ModelBytes(held["data"], held["scale"] + held["tensor_scale"], held["zero_point"], plain)
+
+
+def cache_bytes(shape: ModelShape, tokens: int, batch: int = 1, format: str | None = None) -> int:
+    """Bytes of a KV cache that holds ``tokens`` of each of ``batch`` sequences, in 16 bits or in a cache format.
+
+    It is what `QuantizedCache.nbytes` reads: the tokens whose block is full are codes, the others wait in 16 bits.
+    Integers have a scale and an offset of 16 bits each, FP8 a scale alone: for keys by channel and block, for values by
+    token and group of channels.
+
+    Raises:
+        CanopyError: for a format that does not exist.
+    """
+    heads, dim = shape.layers * shape.kv_heads * batch, shape.head_dim
+    if format is None:
+        return heads * 2 * tokens * dim * 2
+    codes = get_cache_format(format)
+    blocks, waiting = divmod(tokens, BLOCK)
+    scales = blocks * dim + blocks * BLOCK * (dim // min(GROUP, dim))
+    kept = 2 * blocks * BLOCK * dim * codes.bits // 8 + scales * (2 if codes.is_float else 4)
+    return heads * (kept + 2 * waiting * dim * 2)
 
 
 def tensors_held(model: nn.Module) -> dict[str, Tensor]:

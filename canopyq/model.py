@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from canopyq.batches import read_batches
+from canopyq.calibration import Calibration, calibrate
 from canopyq.embedding import QuantizedEmbedding
 from canopyq.errors import CanopyError
 from canopyq.experts import QuantizedExpert, QuantizedExperts
@@ -17,6 +18,7 @@ from canopyq.memory import bytes_held
 from canopyq.output_error import output_errors
 from canopyq.report import LayerReport, Plan, Report, sqnr_db
 from canopyq.scheme import Recipe
+from canopyq.static_range import static_scale
 from canopyq.targets import Target, find_targets
 from canopyq.tensor import QuantizedTensor, quantize, quantized_bytes
 from canopyq.track import track
@@ -39,6 +41,8 @@ def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
     before = _bytes(model)
     removed = sum(layers[name][1] for name in _not_tied_to_what_stays(targets, model))
     added = sum(after for _, _, after in layers.values())
+    if recipe.static:  # a scale, and perhaps a zero point, for what goes into each layer
+        added += (2 if recipe.activations.symmetric else 3) * sum(target.kind != "embedding" for target in targets)
     return Plan(recipe.name, layers, kept, before, before - removed + added, before + added)
 
 
@@ -61,43 +65,54 @@ def quantize_(
     Args:
         model: any torch module; GPT-2's Conv1D and transformers' fused experts are known beside nn.Linear.
         recipe: a name such as ``"w4a16-g128"``, or a `Recipe`.
-        calibration: data on which each layer's output error is measured for the report: batches of token ids (B, T),
-            what a tokenizer returns, or texts; see `batches.read_batches`.
+        calibration: data from which static activations take their ranges, and on which each layer's output error is
+            measured for the report: batches of token ids (B, T), what a tokenizer returns, or texts (see
+            `batches.read_batches`). Or the `Calibration` that `calibrate` made of such data; then no error is measured.
         tokenizer: of the model, for texts.
         strict: refuse a layer that would have to run on the slow reference, and any matrix that would be kept for its
             type, instead of only saying so.
 
     Raises:
         CanopyError: for an unknown recipe, a model without linear layers to quantize or that is quantized already, a
-            layer that the recipe's groups do not fit, NaN or infinite weights, data that does not fit the model, and
-            what ``strict`` refuses. The message names the layer.
+            layer that the recipe's groups do not fit, NaN or infinite weights, data that does not fit the model,
+            static activations without data or for a layer that no token reached, and what ``strict`` refuses. The
+            message names the layer.
     """
     recipe = _parse(model, recipe)
-    if recipe.static:
-        raise CanopyError(f"{recipe.name} has static activations, whose ranges have to be calibrated first")
     targets, kept = find_targets(model, recipe)
-    batches = None if calibration is None else read_batches(calibration, model, tokenizer)
+    seen = calibration if isinstance(calibration, Calibration) else None
+    batches = None if calibration is None or seen is not None else read_batches(calibration, model, tokenizer)
     if strict:
         for name, reason in kept.items():
             if "only plain" in reason:
                 raise CanopyError(f"strict: {name} would be kept as it is, {reason}")
+    inputs: dict[str, tuple[Tensor, Tensor | None]] = {}
+    if recipe.static:
+        watched = [target for target in targets if target.kind != "embedding"]
+        if seen is None and batches is not None:
+            seen = calibrate(model, batches, layers=[target.name for target in watched])
+        inputs = {target.name: _input_scale(target, seen, recipe) for target in watched}
     bytes_before = bytes_held(model)
     weights: dict[str, QuantizedTensor] = {}
     for target in track(targets, f"quantizing to {recipe.name}", len(targets)):
         with _naming(target.name):
             weights[target.name] = quantize(target.weight, target.scheme)
-    layers = {target.name: _layer(target, weights[target.name], recipe) for target in targets}
+    layers = {
+        target.name: _layer(target, weights[target.name], recipe, inputs.get(target.name, (None, None)))
+        for target in targets
+    }
     if strict:
         for name, layer in layers.items():
             require_fast(name, layer)
     errors = {} if batches is None else output_errors(model, targets, layers, batches)
     reports = [_report(target, weights[target.name], errors.get(target.name)) for target in targets]
     _replace(model, targets, layers)
-    return Report(recipe.name, tuple(reports), kept, bytes_before, bytes_held(model))
+    notes = tuple(seen.notes()) if recipe.static else ()
+    return Report(recipe.name, tuple(reports), kept, bytes_before, bytes_held(model), notes)
 
 
 def _parse(model: nn.Module, recipe: str | Recipe) -> Recipe:
-    recipe = Recipe.parse(recipe)
+    recipe = Recipe.of_weights(recipe)
     if not isinstance(model, nn.Module):
         raise CanopyError(f"quantize_ needs a torch module, got {type(model).__name__}; load the model first")
     return recipe
@@ -117,11 +132,37 @@ class _naming:
             raise CanopyError(f"{self.name}: {error}") from None
 
 
-def _layer(target: Target, weight: QuantizedTensor, recipe: Recipe) -> QuantizedLinear:
+def _input_scale(target: Target, seen: Calibration | None, recipe: Recipe) -> tuple[Tensor, Tensor | None]:
+    """The fixed scale and zero point of what goes into a layer."""
+    if seen is None:
+        raise CanopyError(
+            f"{recipe.name} fixes the range of activations beforehand and needs calibration data for it: texts with a "
+            "tokenizer, or batches of token ids such as cq.tutor.calibration(tokenizer)"
+        )
+    if target.name not in seen:
+        reason = seen.unseen.get(target.name, "it was not calibrated")
+        raise CanopyError(
+            f"{target.name} has no input range: {reason}; give more data, keep it by the recipe's ignore list, or use "
+            "dynamic activations"
+        )
+    if len(seen[target.name].lo) != target.weight.shape[1]:
+        raise CanopyError(
+            f"{target.name} takes {target.weight.shape[1]} features and was calibrated with {len(seen[target.name].lo)}"
+            "; calibrate this model"
+        )
+    with _naming(target.name):
+        scale, zero_point = static_scale(seen[target.name], recipe.activations)
+    device = target.weight.device
+    return scale.to(device), None if zero_point is None else zero_point.to(device)
+
+
+def _layer(
+    target: Target, weight: QuantizedTensor, recipe: Recipe, inputs: tuple[Tensor | None, Tensor | None]
+) -> QuantizedLinear:
     if target.kind == "embedding":
         return QuantizedEmbedding(weight, target.module.padding_idx).train(target.module.training)
     bias = None if target.kind == "expert" else target.module.bias
-    return QuantizedLinear(weight, bias, recipe.activations).train(target.module.training)
+    return QuantizedLinear(weight, bias, recipe.activations, *inputs).train(target.module.training)
 
 
 def _report(target: Target, weight: QuantizedTensor, error: float | None) -> LayerReport:

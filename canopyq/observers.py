@@ -2,6 +2,8 @@
 
 Every observer takes rows (R, n) that each share a scale and returns ``lo, hi``, both (R, 1) in the rows' dtype. The
 wider the range the coarser the step; the narrower, the more is clipped. They differ in how they settle that.
+
+With ``counts`` (R, n) a row holds each value once, in ascending order, and says how often it occurred: a histogram.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from canopyq.track import track
 Range = tuple[Tensor, Tensor]
 
 
-def minmax(rows: Tensor, fmt: Format, *, symmetric: bool = True, restricted: bool = False) -> Range:
+def minmax(
+    rows: Tensor, fmt: Format, *, symmetric: bool = True, restricted: bool = False, counts: Tensor | None = None
+) -> Range:
     """Everything fits: lo and hi are the smallest and the largest value. Nothing clips; one outlier sets the step."""
     if symmetric:
         absmax = torch.linalg.vector_norm(rows, ord=float("inf"), dim=1, keepdim=True)
@@ -28,7 +32,13 @@ def minmax(rows: Tensor, fmt: Format, *, symmetric: bool = True, restricted: boo
 
 
 def percentile(
-    rows: Tensor, fmt: Format, *, symmetric: bool = True, restricted: bool = False, keep: float = 0.999
+    rows: Tensor,
+    fmt: Format,
+    *,
+    symmetric: bool = True,
+    restricted: bool = False,
+    counts: Tensor | None = None,
+    keep: float = 0.999,
 ) -> Range:
     """The range that holds the share ``keep`` of the values; the rest, the farthest out, is clipped.
 
@@ -37,11 +47,16 @@ def percentile(
     """
     if not 0 < keep <= 1:
         raise CanopyError(f"percentile keep={keep} is not a share of the values; use e.g. 0.999")
-    n = rows.shape[1]
 
     def ranked(values: Tensor, share: float) -> Tensor:
-        rank = min(max(-int(-share * n // 1), 1), n)  # ceil, without float surprises beyond one rank
-        return values.kthvalue(rank, dim=1, keepdim=True).values
+        if counts is None:
+            n = rows.shape[1]
+            rank = min(max(-int(-share * n // 1), 1), n)  # ceil, without float surprises beyond one rank
+            return values.kthvalue(rank, dim=1, keepdim=True).values
+        values, order = values.sort(dim=1)
+        running = counts.gather(1, order).cumsum(1)
+        rank = (running[:, -1:].double() * share).ceil().long().clamp(min=1)
+        return values.gather(1, torch.searchsorted(running, rank))
 
     if symmetric:
         absmax = ranked(rows.abs(), keep)
@@ -56,6 +71,7 @@ def mse(
     *,
     symmetric: bool = True,
     restricted: bool = False,
+    counts: Tensor | None = None,
     candidates: int = 40,
     smallest: float = 0.3,
 ) -> Range:
@@ -71,7 +87,8 @@ def mse(
             lo * shrink, hi * shrink, fmt, symmetric=symmetric, restricted=restricted
         )
         restored = affine.fake_quantize(rows, scale, zero_point, fmt, restricted=restricted)
-        error = (restored - rows).square_().sum(dim=1, keepdim=True)
+        error = (restored - rows).square_()
+        error = (error if counts is None else error * counts).sum(dim=1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         best_lo, best_hi = torch.where(better, lo * shrink, best_lo), torch.where(better, hi * shrink, best_hi)
@@ -84,6 +101,7 @@ def entropy(
     *,
     symmetric: bool = True,
     restricted: bool = False,
+    counts: Tensor | None = None,
     bins: int = 2048,
     candidates: int = 64,
     smallest: float = 0.1,
@@ -96,9 +114,10 @@ def entropy(
     """
     if not isinstance(fmt, IntFormat):
         raise CanopyError(f"entropy ranges count evenly spaced levels, which {fmt.name} has not; use observer='mse'")
-    if rows.shape[1] < 512:
+    values = rows.shape[1] if counts is None else int(counts.sum(1).min())
+    if values < 512:
         raise CanopyError(
-            f"entropy needs at least 512 values per scale for a histogram, got {rows.shape[1]}; "
+            f"entropy needs at least 512 values per scale for a histogram, got {values}; "
             "use observer='mse', or a coarser granularity"
         )
     levels = 2**fmt.bits - (restricted and symmetric)
@@ -107,11 +126,14 @@ def entropy(
     unit = torch.maximum(-lo, hi)  # bins are laid out in units of absmax, where no width over- or underflows
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
     left, right = lo / unit, hi / unit
-    width = (right - left).clamp(min=torch.finfo(rows.dtype).tiny)
-    index = ((rows / unit - left) / width * bins).long().clamp_(0, bins - 1)
-    count = torch.zeros(len(rows), bins, dtype=torch.long, device=rows.device)  # float32 stops counting at 2^24
-    count = count.scatter_add_(1, index, torch.ones_like(index)).float()
-    centre = left + width * (torch.arange(bins, device=rows.device) + 0.5) / bins
+    if counts is None:
+        width = (right - left).clamp(min=torch.finfo(rows.dtype).tiny)
+        index = ((rows / unit - left) / width * bins).long().clamp_(0, bins - 1)
+        count = torch.zeros(len(rows), bins, dtype=torch.long, device=rows.device)  # float32 stops counting at 2^24
+        count = count.scatter_add_(1, index, torch.ones_like(index)).float()
+        centre = left + width * (torch.arange(bins, device=rows.device) + 0.5) / bins
+    else:
+        count, centre = counts.float(), rows / unit
 
     best_shrink, best = torch.ones_like(lo), torch.full((len(rows), 1), float("inf"), device=rows.device)
     shrinks = torch.linspace(1.0, smallest, candidates).tolist()
@@ -151,8 +173,23 @@ OBSERVERS: dict[str, Callable[..., Range]] = {
 }
 
 
+OF_SAMPLES = ("average",)  # these need to know which sample a value comes from: see `static_range`
+
+
+def check_observer(name: str) -> None:
+    """Raise `CanopyError` with the nearest names for an observer that does not exist."""
+    if name not in OF_SAMPLES:
+        get_observer(name)
+
+
 def get_observer(name: str) -> Callable[..., Range]:
-    """The observer called ``name``. Raises `CanopyError` with the nearest names for one that does not exist."""
+    """The observer called ``name``, for the rows of a tensor.
+
+    Raises:
+        CanopyError: with the nearest names for one that does not exist, and for one of samples.
+    """
+    if name in OF_SAMPLES:
+        raise CanopyError(f"observer {name!r} is for static activations, which come in samples; use 'minmax' or 'mse'")
     try:
         return OBSERVERS[name]
     except (KeyError, TypeError):

@@ -79,6 +79,7 @@ class Report(_Text):
         layers: the quantized layers, in the model's order.
         kept: module name -> why its weight stayed as it is. Nothing that holds a weight is left out of both lists.
         bytes_before, bytes_after: storage behind the whole model's parameters and buffers.
+        notes: what to know of the calibration data.
     """
 
     recipe: str
@@ -86,6 +87,7 @@ class Report(_Text):
     kept: dict[str, str]
     bytes_before: int
     bytes_after: int
+    notes: tuple[str, ...] = ()
 
     @property
     def worst(self) -> list[LayerReport]:
@@ -102,7 +104,7 @@ class Report(_Text):
         for x in self.worst[:3]:
             error = "" if x.output_error is None else f", output off by {100 * x.output_error:.2g} %"
             lines.append(f"  noisiest: {x.name} {x.shape[0]}x{x.shape[1]}, SQNR {x.sqnr_db:.1f} dB{error}")
-        return "\n".join(lines + kept_lines(self.kept))
+        return "\n".join(lines + [f"  {note}" for note in self.notes] + kept_lines(self.kept))
 
 
 def kept_lines(kept: dict[str, str]) -> list[str]:

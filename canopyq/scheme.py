@@ -10,7 +10,8 @@ import torch
 from canopyq.errors import CanopyError, unknown
 from canopyq.formats import BlockFormat, FloatFormat, Format, IntFormat, TableFormat, get_format
 from canopyq.granularity import Granularity
-from canopyq.observers import get_observer
+from canopyq.kv_codes import CACHE_FORMATS
+from canopyq.observers import check_observer
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Scheme:
             (MXFP4) or 16 (NVFP4), 64 for NF4, the whole tensor otherwise.
         symmetric: scale only, or scale and zero point (integers only).
         restricted: symmetric integers without their lowest code (±127 for INT8).
-        observer: ``"minmax"``, ``"percentile"``, ``"mse"`` or ``"entropy"``.
+        observer: ``"minmax"``, ``"percentile"``, ``"mse"`` or ``"entropy"``; for static activations ``"average"`` too.
         scale_dtype: dtype in which scales are kept. None takes the tensor's own if that is 16 or 32 bits wide, else
             float32. MXFP4 and NVFP4 bring their own, and a plain cast has no scales.
 
@@ -50,7 +51,7 @@ class Scheme:
 
     def _check(self) -> None:
         fmt = self.format
-        get_observer(self.observer)
+        check_observer(self.observer)
         if self.restricted and not (isinstance(fmt, IntFormat) and self.symmetric):
             raise CanopyError(f"restricted range is a choice of symmetric integers; {self} has none to make")
         if not self.symmetric and not isinstance(fmt, IntFormat):
@@ -88,22 +89,24 @@ class Recipe:
 
     Args:
         name: what reports call it.
-        weights: the scheme of every linear weight (out_features, in_features).
+        weights: the scheme of every linear weight (out_features, in_features); None for a recipe of the cache alone.
         embeddings: whether embeddings are quantized too, in the scheme of the weights.
         activations: the scheme of what goes into those layers (…, in_features), or None to leave it as it is. Ranges
             are taken from each input as it comes (dynamic), unless ``static``.
-        static: the activations' ranges are fixed beforehand, from calibration data.
+        static: the activations' ranges are fixed beforehand, from calibration data, by the observer of their scheme:
+            one for all tokens.
         cache: the KV cache that belongs to it, such as ``"kv4"``, or None. The weights do not depend on it.
         ignore: modules that stay as they are, by name or by any dotted part of it: ``"lm_head"``, ``"layers.0"``,
             ``"mlp.down_proj"``. The output head does by default: it is the most sensitive layer, and often shares its
             weight with the embedding.
 
     Raises:
-        CanopyError: if ``weights`` is no `Scheme`.
+        CanopyError: if ``weights`` is no `Scheme`, for ``static`` without activations that have one scale in all, or
+            for an unknown cache.
     """
 
     name: str
-    weights: Scheme
+    weights: Scheme | None
     ignore: tuple[str, ...] = ("lm_head",)
     embeddings: bool = False
     activations: Scheme | None = None
@@ -111,8 +114,14 @@ class Recipe:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weights, Scheme):
+        if self.cache is not None and self.cache not in CACHE_FORMATS:
+            raise unknown("KV cache", self.cache, CACHE_FORMATS)
+        if not isinstance(self.weights, Scheme) and (self.weights is not None or self.cache is None):
             raise CanopyError(f"a recipe's weights are a Scheme, got {self.weights!r}; use Scheme({self.weights!r})")
+        if self.static and (self.activations is None or str(self.activations.granularity) != "tensor"):
+            raise CanopyError(
+                f"static activations have one scale for all tokens; {self.activations or 'no activations'} have not"
+            )
         object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
 
     def ignores(self, module: str) -> bool:
@@ -126,9 +135,15 @@ class Recipe:
         Names read as the field writes them: ``w4a16-g128`` is 4-bit integer weights with a scale per 128 of them and
         16-bit activations. Weights may have 2 to 8 bits; then ``-tensor``, ``-channel`` or ``-g<size>`` (``w8a16``
         alone is per channel, ``w4a16`` alone g128), and ``-asym`` for a zero point. ``nf4``, ``mxfp4``, ``nvfp4`` stand
-        for weights in those formats; ``w8a8`` and ``fp8`` for 8-bit weights per channel and 8-bit inputs per token, in
-        integers or E4M3. Scales are kept in bfloat16, except where a format brings its own. ``+head`` and ``+embed``
-        quantize the output head and the embedding too.
+        for weights in those formats. Scales are kept in bfloat16, except where a format brings its own. ``+head`` and
+        ``+embed`` quantize the output head and the embedding too.
+
+        ``w8a8`` quantizes the inputs as well: to as many bits as follow the ``a`` (2 to 8), each token by its own
+        range, or with ``-static`` all by one that is calibrated for the least squared error. Here ``-asym`` gives the
+        inputs the zero point, and the weights have none. ``fp8`` and ``fp8-static`` are the same with both in E4M3.
+
+        ``+kv8``, ``+kv4``, ``+kv2`` and ``+kv-fp8`` say which KV cache belongs to the recipe; without the plus they are
+        recipes of the cache alone.
 
         Raises:
             CanopyError: for a name that does not exist, with the nearest ones that do.
@@ -143,17 +158,50 @@ class Recipe:
             scheme = Scheme(f"int{bits}", granularity, symmetric=not asym, scale_dtype=torch.bfloat16)
         elif text in ("nf4", "mxfp4", "nvfp4"):
             scheme = Scheme(text, scale_dtype=torch.bfloat16 if text == "nf4" else None)
-        elif text in ("w8a8", "fp8"):
-            name = {"w8a8": "int8", "fp8": "fp8"}[text]
-            scheme, activations = Scheme(name, "channel", scale_dtype=torch.bfloat16), Scheme(name, "token")
+        elif match := re.fullmatch(r"w([2-8])a([2-8])(?:-(tensor|channel|g\d+))?(-static)?(-asym)?", text):
+            bits, input_bits, granularity, static, asym = match.groups()
+            granularity = granularity or ("channel" if bits == "8" else "g128")
+            scheme = Scheme(f"int{bits}", granularity, scale_dtype=torch.bfloat16)
+            activations = _inputs(f"int{input_bits}", static=bool(static), symmetric=not asym)
+        elif text in ("fp8", "fp8-static"):
+            scheme = Scheme("fp8", "channel", scale_dtype=torch.bfloat16)
+            activations = _inputs("fp8", static=text == "fp8-static")
+        elif text in CACHE_FORMATS:
+            scheme, extras = None, [text, *extras]
         else:
-            raise unknown("recipe", spec, RECIPES, more=", any w2…w8a16 with -tensor, -channel or -g<size> and -asym")
+            raise unknown("recipe", spec, (*RECIPES, *CACHE_FORMATS), more=", any w2…w8a16 or w2…w8a2…a8 with -tensor, "
+                          "-channel or -g<size>, -static for calibrated inputs, and -asym")  # fmt: skip
+        known = ("head", "embed", *CACHE_FORMATS) if scheme else (text,)
         for extra in extras:
-            if extra not in ("head", "embed"):
-                raise unknown(f"addition to {text}", f"+{extra}", ("+head", "+embed"))
+            if extra not in known:
+                raise unknown(f"addition to {text}", f"+{extra}", [f"+{name}" for name in known])
+        caches = [extra for extra in extras if extra in CACHE_FORMATS]
+        if len(caches) > 1:
+            raise CanopyError(f"{spec} names {len(caches)} caches; a model has one: keep +{caches[0]}")
         ignore = () if "head" in extras else ("lm_head",)
-        return cls("+".join([text, *extras]), scheme, ignore, "embed" in extras, activations)
+        name = "+".join([text, *extras] if scheme else extras)
+        cache = caches[0] if caches else None
+        return cls(name, scheme, ignore, "embed" in extras, activations, "-static" in text, cache)
+
+    @classmethod
+    def of_weights(cls, spec: str | Recipe) -> Recipe:
+        """`parse`, for what only quantizes weights: refuses a recipe of the cache alone."""
+        recipe = cls.parse(spec)
+        if recipe.weights is None:
+            raise CanopyError(
+                f"{recipe.name} leaves the weights as they are: model.generate(…, past_key_values="
+                f"cq.QuantizedCache(model.config, {recipe.cache!r}))"
+            )
+        return recipe
+
+
+def _inputs(format: str, *, static: bool, symmetric: bool = True) -> Scheme:
+    """A scheme for activations. A static scale is stored, so it is rounded as those of weights are."""
+    if not static:
+        return Scheme(format, "token", symmetric)
+    return Scheme(format, "tensor", symmetric, observer="mse", scale_dtype=torch.bfloat16)
 
 
 RECIPES = ("w8a16", "w8a16-g128", "w4a16-channel", "w4a16-g128", "w4a16-g128-asym", "w4a16-g64", "w4a16-g32",
-           "w3a16-g128", "w2a16-g32", "nf4", "mxfp4", "nvfp4", "w8a8", "fp8")  # fmt: skip
+           "w3a16-g128", "w2a16-g32", "nf4", "mxfp4", "nvfp4", "w8a8", "w8a8-static", "w8a8-asym", "w4a8-g128",
+           "w4a4-g128", "fp8", "fp8-static")  # fmt: skip

@@ -156,18 +156,27 @@ def quantized_bytes(shape: torch.Size, scheme: Scheme, dtype: torch.dtype) -> in
     Raises:
         CanopyError: if the scheme does not fit the shape.
     """
+    return sum(part_bytes(shape, scheme, dtype).values())
+
+
+def part_bytes(shape: torch.Size, scheme: Scheme, dtype: torch.dtype) -> dict[str, int]:
+    """The bytes that each of ``quantize(x, scheme).parts`` will hold, by name.
+
+    Raises:
+        CanopyError: if the scheme does not fit the shape.
+    """
     fmt, count = scheme.format, shape.numel()
     if scheme.is_plain_cast:
-        return count * fmt.bits // 8
+        return {"data": count * fmt.bits // 8}
     _check_fit(shape, scheme)
     columns = shape[-1]
-    codes = count // columns * 4 * -(-columns * fmt.bits // 32) if _is_packed(fmt) else count
+    parts = {"data": count // columns * 4 * -(-columns * fmt.bits // 32) if _is_packed(fmt) else count}
     scales = torch.Size(scheme.granularity.scale_shape(shape)).numel()
     if isinstance(fmt, BlockFormat):
-        return codes + scales + (4 if fmt.has_tensor_scale else 0)
+        return parts | {"scale": scales} | ({"tensor_scale": 4} if fmt.has_tensor_scale else {})
     narrow = dtype in (torch.float16, torch.bfloat16)
     kept = scheme.scale_dtype or (dtype if narrow else torch.float32)
-    return codes + scales * kept.itemsize + (0 if scheme.symmetric else scales)
+    return parts | {"scale": scales * kept.itemsize} | ({} if scheme.symmetric else {"zero_point": scales})
 
 
 def _check_input(x: Tensor) -> None:

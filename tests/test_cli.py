@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -33,7 +33,7 @@ from canopyq.tutor import SKILLS, files, loading
 from canopyq.tutor.questions import up_to
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["doctor", "size", "eval", "quantize"]
+COMMANDS = ["doctor", "size", "eval", "chat", "quantize", "explain", "inspect", "advise"]
 
 
 class Done(NamedTuple):
@@ -320,6 +320,16 @@ def test_eval_reads_well(canopyq) -> None:
     assert any(len(line) > 80 for line in done.out.splitlines()), "a line was broken, so that grep would miss it"
 
 
+@pytest.mark.parametrize("recipe", ["kv4", "w4a16-g128+kv4"])
+def test_eval_through_a_cache(recipe: str, canopyq) -> None:
+    found = reading(canopyq("eval", "tutor", "--recipe", recipe, "--questions", "17", "--json").out)
+    assert found["cache"] == "kv4"
+    before, after = (found[side]["cache_bytes_per_token"] for side in ("reference", "model"))
+    assert before == 2 * 8 * 2 * 64 * 4 and after < before
+    assert (found["model"]["bytes"] < found["reference"]["bytes"]) is (recipe != "kv4")
+    assert found.get("recipe") == (None if recipe == "kv4" else recipe)
+
+
 def test_eval_asks_other_questions_with_another_seed(canopyq) -> None:
     first, again, other = (
         reading(canopyq("eval", "--questions", "3", "--seed", seed, "--json").out)["perplexity"] for seed in "001"
@@ -348,6 +358,7 @@ def test_progress_goes_to_stderr(canopyq, monkeypatch) -> None:
         (["--recipe", "int4"], ["unknown recipe 'int4'"]),
         (["--recipe", ""], ["unknown recipe ''"]),
         (["--recipe", "w4a16-g0"], ["a group of 0 values"]),
+        (["--recipe", "w4a16+kv44"], ["unknown addition to w4a16 '+kv44'; did you mean '+kv4'"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -714,3 +725,86 @@ def test_explain_names_the_kernels_and_the_refusals(canopyq) -> None:
 def test_explain_refuses_in_one_line(canopyq, arguments: tuple[str, ...], words: str) -> None:
     done = canopyq("explain", "tutor", *arguments)
     assert done.code == 2 and words in done.err and done.err.count("\n") == 1
+
+
+# advise ---------------------------------------------------------------------------------------------------------------
+
+
+def test_advise_names_recipe_bytes_and_source(canopyq) -> None:
+    done = canopyq("advise", "--model", "7B", "--memory", "8GB", "--context", "16k", "--priority", "accuracy")
+    assert done.code == 0 and done.err == ""
+    assert "mistral-7b" in done.out and "16,384 tokens" in done.out and "recipe   w" in done.out
+    assert "the tutor model" in done.out, "whose quality it is"
+
+
+def test_advise_in_json_adds_up(canopyq) -> None:
+    done = canopyq("advise", "--model", "llama-3.1-8b", "--memory", "8GiB", "--gpu", "h100", "--batch", "2", "--json")
+    found = json.loads(done.out)
+    assert found["needs"]["capability"] == 9.0 and found["needs"]["batch"] == 2
+    sizes = found["bytes"]
+    assert sum(sizes.values()) == 2 * sizes["total"] <= 2 * 8 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "70B", "--memory", "8GB"], "more memory"),
+        (["--model", "7B", "--memory", "lots"], "no amount of memory"),
+        (["--model", "7B", "--priority", "cheap"], "unknown priority 'cheap'"),
+        (["--model", "7B", "--measurements", "/nowhere.json"], "cannot be read"),
+    ],
+)
+def test_advise_says_in_one_line_what_is_wrong(canopyq, words: list[str], message: str) -> None:
+    assert message in failure(canopyq("advise", *words))
+
+
+# chat -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def say(canopyq, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """`canopyq chat …` with lines from a pipe."""
+
+    def call(lines: Sequence[str], *arguments: str) -> Done:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        return canopyq("chat", *arguments)
+
+    return call
+
+
+def test_chat_remembers_shows_bytes_and_ends_with_the_input(say) -> None:
+    done = say(["My locker code is 4821.", "", "What is my locker code?"], "--recipe", "w4a16-g128+kv4")
+    assert done.code == 0 and done.err == ""
+    lines = done.out.splitlines()
+    assert lines[0] == "tutor, w4a16-g128+kv4: 5.38 MB of weights, up to 2,048 tokens; /new, /quit"
+    assert "tutor> 4821." in lines and "you> What is my locker code?" in lines
+    caches = [line.split() for line in lines if line.startswith("cache")]
+    assert len(caches) == 2 and caches[1][4:] == ["kv4,", "29", "of", "2,048", "tokens"]
+    assert sum(line.startswith("weights") and "5.38 MB" in line for line in lines) == 2
+
+
+def test_chat_starts_anew_and_knows_its_words(say) -> None:
+    done = say(["My locker code is 4821.", "/new", "What is 17 + 25?", "/help", "/quit", "What is 1 + 1?"])
+    assert done.code == 0
+    assert "a new chat: the cache is empty" in done.out and "there is no /help" in done.out
+    assert "tutor> 42." in done.out and "tutor> 2." not in done.out
+    assert "not quantized" in done.out
+
+
+def test_chat_says_when_the_context_is_full(say) -> None:
+    question = "Sort these numbers: " + ", ".join(str(i) for i in range(500, 0, -1))
+    done = say([question, "What is 17 + 25?"], "--recipe", "kv8")
+    assert done.code == 0
+    assert "and the model takes 2048; start a new chat: type /new" in done.out and "tutor> 42." in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["llama"], "unknown model 'llama'; chat with 'tutor'"),
+        (["--recipe", "kv44"], "unknown recipe 'kv44'; did you mean 'kv4'"),
+        ([".", "--recipe", "w4a16"], "is quantized already"),
+    ],
+)
+def test_chat_of_what_cannot_be(arguments: list[str], message: str, say) -> None:
+    assert message in failure(say(["Hello"], *arguments))

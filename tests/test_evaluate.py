@@ -282,9 +282,9 @@ def test_large_vocabularies_get_small_batches(tokenizer, asked, monkeypatch) -> 
     shapes: list[tuple[int, int]] = []
     real = evaluate._log_probs
 
-    def spy(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    def spy(model: nn.Module, ids: torch.Tensor, cache: object) -> torch.Tensor:
         shapes.append(tuple(ids.shape))
-        return real(model, ids)
+        return real(model, ids, cache)
 
     monkeypatch.setattr(evaluate, "_log_probs", spy)
     monkeypatch.setattr(evaluate, "BATCH_LOGITS", 100 * len(tokenizer))
@@ -298,11 +298,11 @@ def test_comparing_keeps_no_predictions_of_models(tokenizer, asked, monkeypatch)
     alive: list[int] = []
     real = evaluate._log_probs
 
-    def spy(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    def spy(model: nn.Module, ids: torch.Tensor, cache: object) -> torch.Tensor:
         import gc
 
         alive.append(sum(x.numel() for x in gc.get_objects() if type(x) is torch.Tensor and x.shape[-1:] == (1279,)))
-        return real(model, ids)
+        return real(model, ids, cache)
 
     monkeypatch.setattr(evaluate, "_log_probs", spy)
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", 600)
@@ -343,6 +343,44 @@ def test_half_precision_models(dtype: torch.dtype, tokenizer, asked) -> None:
     model = tiny()
     result = compare(model, copy.deepcopy(model).to(dtype), tokenizer, asked[:17])
     assert result.model.bytes < 0.51 * result.reference.bytes and 0 < result.kl < 1e-4
+
+
+# Through a KV cache ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def token_by_token(model: nn.Module, ids: list[int], cache) -> torch.Tensor:
+    """Log-probabilities (1, T, vocabulary) of a model that reads one token at a time."""
+    rows = [model(input_ids=torch.tensor([[i]]), past_key_values=cache, use_cache=True).logits for i in ids]
+    return F.log_softmax(torch.cat(rows, 1).double(), dim=-1)
+
+
+def test_a_cache_is_read_as_if_the_chat_were_written_token_by_token(tutor, tokenizer) -> None:
+    [question] = cq.tutor.questions(1, skill="recall", fillers=5)
+    ids, _ = written(tokenizer, question)
+    assert len(ids) > 128
+    result = compare(tutor, tutor, tokenizer, [question], cache="kv2")
+    with torch.no_grad():
+        plain = F.log_softmax(tutor(input_ids=torch.tensor([ids])).logits.double(), dim=-1)
+    slow = token_by_token(tutor, ids, cq.QuantizedCache(tutor.config, "kv2"))
+    expected = F.kl_div(slow[0, :-1], plain[0, :-1], log_target=True, reduction="sum") / (len(ids) - 1)
+    assert result.kl == pytest.approx(float(expected), rel=1e-3)
+    assert result.kl > 1e-5
+
+
+def test_damage_and_bytes_of_caches(tutor, tokenizer, kept: Evaluation, asked) -> None:
+    caches = {"kv8": "kv8", "kv4": "kv4", "kv2": "kv2", "token": lambda c: cq.QuantizedCache(c, "kv2", keys="token")}
+    found = {name: compare(kept, tutor, tokenizer, asked, cache=cache) for name, cache in caches.items()}
+    assert 0 < found["kv8"].kl < found["kv4"].kl / 10 < found["kv2"].kl / 100
+    assert found["kv2"].kl < found["token"].kl
+    assert found["kv8"].model.right == kept.right
+    sizes = [found[name].model.cache_bytes for name in ("kv8", "kv4", "kv2")]
+    assert sizes == sorted(sizes, reverse=True)
+    both = compare(tutor, tutor, tokenizer, asked[:17], cache="kv4")
+    assert both.reference.cache_bytes == 2 * 8 * 2 * 64 * 4 > 2 * both.model.cache_bytes
+    assert "KV cache, a token" in str(both) and "8.19 kB" in str(both)
+    assert both.to_dict()["model"]["cache_bytes_per_token"] == both.model.cache_bytes
+    assert kept.cache_bytes is None and "KV cache" not in str(kept)
 
 
 # How it reads ---------------------------------------------------------------------------------------------------------

@@ -12,14 +12,19 @@ from canopyq.memory import (
     ModelShape,
     WeightBytes,
     bytes_held,
+    cache_bytes,
     human,
+    model_bytes,
     parameter_count,
     tensors_held,
     weight_bytes,
 )
+from canopyq.model import plan, quantize_
+from canopyq.scheme import Recipe
 from canopyq.tensor import quantize
 
 PUBLISHED = {
+    "tutor": 8_196_352,
     "qwen2.5-0.5b": 494_032_768,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
@@ -28,6 +33,13 @@ PUBLISHED = {
     "llama-3.1-8b": 8_030_261_248,
     "llama-2-13b": 13_015_864_320,
     "llama-3.1-70b": 70_553_706_496,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "llama-2-70b": 68_976_648_192,
 }
 
 
@@ -189,3 +201,75 @@ def test_meta_tensors_hold_nothing() -> None:
 )  # fmt: skip
 def test_sizes_for_people(count: float, text: str) -> None:
     assert human(count) == text
+
+
+# Whole models ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "recipe",
+    [None, "w8a16", "w4a16-g32-asym", "w3a16-channel", "w4a16-tensor", "fp8", "nvfp4", "w4a16-g32+head",
+     "w4a16-g32+embed", "w8a16+head+embed"],
+)  # fmt: skip
+def test_model_bytes_are_what_a_quantized_model_holds(recipe: str | None, tied: bool) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         intermediate_size=96, vocab_size=100, tie_word_embeddings=tied)  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    shape = ModelShape.of(config)
+    assert shape == ModelShape(64, 2, 4, 2, 16, 96, 100, tied=tied)
+    parsed = None if recipe is None else Recipe.parse(recipe)
+    if parsed is not None:
+        quantize_(model, parsed)
+    rotary = sum(buffer.nbytes for name, buffer in model.named_buffers() if "inv_freq" in name)
+    assert model_bytes(shape, parsed).total == bytes_held(model) - rotary
+
+
+def test_model_bytes_are_what_a_plan_of_7b_finds() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    rotary = sum(buffer.nbytes for name, buffer in model.named_buffers() if "inv_freq" in name)
+    recipe = Recipe.parse("w4a16-g128")
+    found = model_bytes(MODEL_SHAPES["llama-2-7b"], recipe)
+    assert found.total == plan(model, recipe).bytes_after - rotary
+    assert found.codes == MODEL_SHAPES["llama-2-7b"].linear_parameters // 2 and found.zero_points == 0
+
+
+def test_a_group_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(CanopyError, match="group size 512 does not fit"):
+        model_bytes(MODEL_SHAPES["tutor"], Recipe.parse("w4a16-g512"))
+
+
+# The KV cache ---------------------------------------------------------------------------------------------------------
+
+
+def test_cache_of_llama_2_7b_by_hand() -> None:
+    shape = MODEL_SHAPES["llama-2-7b"]
+    per_token = 2 * 32 * 32 * 128 * 2
+    assert cache_bytes(shape, 1) == per_token == 524_288
+    assert cache_bytes(shape, 4096, 3) == 3 * 4096 * per_token
+    assert cache_bytes(MODEL_SHAPES["mistral-7b"], 4096) == cache_bytes(shape, 4096) // 4
+    assert cache_bytes(shape, 4096, 1, "kv4") == 4096 * per_token * 4.5 / 16
+    with pytest.raises(CanopyError, match="unknown KV cache 'kv3'"):
+        cache_bytes(shape, 64, 1, "kv3")
+
+
+@pytest.mark.parametrize("format", ["kv8", "kv4", "kv2", "kv-fp8"])
+@pytest.mark.parametrize(("head_dim", "tokens"), [(64, 200), (128, 128), (32, 63), (16, 64)])
+def test_cache_bytes_are_what_a_cache_holds(format: str, head_dim: int, tokens: int) -> None:
+    from transformers import LlamaConfig
+
+    from canopyq.kv_cache import QuantizedCache
+
+    config = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         head_dim=head_dim, intermediate_size=96, vocab_size=100)  # fmt: skip
+    cache = QuantizedCache(config, format)
+    for layer in range(2):
+        keys, values = torch.randn(2, 3, 2, tokens, head_dim, generator=torch.Generator().manual_seed(layer)).bfloat16()
+        cache.update(keys, values, layer)
+    assert cache.nbytes == cache_bytes(ModelShape.of(config), tokens, 3, format)

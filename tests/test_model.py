@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from canopyq.calibration import Calibration, calibrate
 from canopyq.errors import CanopyError
-from canopyq.linear import QuantizedLinear
+from canopyq.linear import QuantizedLinear, quantized_layers
 from canopyq.memory import bytes_held
-from canopyq.model import quantize_
+from canopyq.model import plan, quantize_
 from canopyq.report import sqnr_db
 from canopyq.scheme import RECIPES, Recipe, Scheme
+from canopyq.static_range import static_scale
 from canopyq.tensor import quantize
 
 
@@ -54,6 +57,11 @@ def assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
 TOKENS = torch.arange(24).reshape(2, 12)
 
 
+def data_for(recipe: str) -> list[Tensor] | None:
+    """Calibration data, if the recipe needs it."""
+    return [TOKENS] if Recipe.parse(recipe).static else None
+
+
 # What it does ---------------------------------------------------------------------------------------------------------
 
 
@@ -61,7 +69,7 @@ TOKENS = torch.arange(24).reshape(2, 12)
 def test_every_recipe_quantizes_a_llama(recipe: str) -> None:
     model, original = llama(), llama()
     weights = {name: m.weight for name, m in original.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"}
-    report = quantize_(model, recipe)
+    report = quantize_(model, recipe, calibration=data_for(recipe))
     assert [layer.name for layer in report.layers] == list(weights) and len(weights) == 14
     for name, weight in weights.items():
         layer = model.get_submodule(name)
@@ -258,7 +266,7 @@ def test_a_bad_value_in_the_last_layer_leaves_all_as_it_was(recipe: str, bad: fl
         model[4].weight[127, 255] = bad
     before = state(model)
     with pytest.raises(CanopyError, match=r"^4: .*holds . NaN and . infinite values"):
-        quantize_(model, recipe)
+        quantize_(model, recipe, calibration=data_for(recipe))
     assert_untouched(model, before)
 
 
@@ -306,3 +314,99 @@ def test_a_second_time_is_refused() -> None:
 def test_what_cannot_be_quantized(model: object, recipe: str, message: str) -> None:
     with pytest.raises(CanopyError, match=message):
         quantize_(model, recipe)  # type: ignore[arg-type]
+
+
+# Activations ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("observer", ["minmax", "average", "percentile", "mse", "entropy"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_static_ranges_come_from_the_calibration(observer: str, symmetric: bool) -> None:
+    model, original = llama(), llama()
+    inputs = Scheme("int8", "tensor", symmetric, observer=observer, scale_dtype=torch.bfloat16)
+    recipe = Recipe("mine", Scheme("int8", "channel", scale_dtype=torch.bfloat16), activations=inputs, static=True)
+    planned = plan(model, recipe)
+    report = quantize_(model, recipe, calibration=[TOKENS, TOKENS + 30])
+    assert planned.bytes_after == report.bytes_after == bytes_held(model)
+    assert all(0 < layer.output_error < 0.6 for layer in report.layers)
+    assert "ranges" in str(report) and "4 samples" in str(report)
+    seen = calibrate(original, [TOKENS, TOKENS + 30])
+    for name, layer in quantized_layers(model):
+        scale, zero_point = static_scale(seen[name], inputs)
+        assert torch.equal(layer.input_scale, scale)
+        assert zero_point is layer.input_zero_point is None or torch.equal(layer.input_zero_point, zero_point)
+
+
+def test_a_calibration_serves_many_recipes() -> None:
+    seen = calibrate(llama(), [TOKENS])
+    for recipe in ("w8a8-static", "fp8-static", "w8a8-static-asym", "w4a8-g64-static", "w8a8"):
+        model = llama()
+        report = quantize_(model, recipe, calibration=seen)
+        assert all(layer.output_error is None for layer in report.layers)
+        assert bool(report.notes) == recipe.endswith(("static", "asym"))
+        assert model(TOKENS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("recipe", ["w8a8-static", "fp8-static"])
+def test_experts_have_ranges_of_their_own(recipe: str) -> None:
+    from tests.test_architectures import make
+
+    model = make("mixtral")
+    data = [torch.randint(3, 96, (4, 40), generator=torch.Generator().manual_seed(0))]
+    quantize_(model, recipe, calibration=data)
+    scales = {name: float(layer.input_scale) for name, layer in quantized_layers(model)}
+    downs = [scale for name, scale in scales.items() if ".experts." in name and "down_proj" in name]
+    assert len(downs) == 8 and len(set(downs)) > 4
+    assert model(data[0]).logits.isfinite().all()
+
+
+def test_the_reports_of_thin_data_say_so() -> None:
+    with pytest.warns(UserWarning, match="one sample"):
+        report = quantize_(llama(), "w8a8-static", calibration=[TOKENS[:1]])
+    assert "thin" in str(report)
+
+
+def nan_norm(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[3] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("recipe", "data", "spoil", "message"),
+    [
+        ("w8a8-static", None, None, "w8a8-static fixes the range of activations beforehand and needs calibration data"),
+        ("w8a8-static", [], None, "calibration data is empty"),
+        ("fp8-static", [TOKENS + 80], None, "token 103 is not in the model's vocabulary of 96"),
+        ("w8a8-static", [TOKENS], nan_norm, r"layers\.1\.self_attn\.q_proj: its inputs hold \d+ NaN"),
+        ("w8a8-static", Calibration(1, 1, True), None, "q_proj has no input range: it was not calibrated; give more"),
+        ("w8a8-static", ["text"], None, "tokenize the texts first, or pass the tokenizer"),
+    ],
+    ids=["no data", "empty", "another tokenizer", "NaN", "another model's", "no tokenizer"],
+)
+def test_static_activations_without_good_data_leave_all_as_it_was(
+    recipe: str, data: object, spoil: object, message: str
+) -> None:
+    model = llama()
+    if spoil is not None:
+        spoil(model)
+    before = state(model)
+    with pytest.raises(CanopyError, match=message):
+        quantize_(model, recipe, calibration=data)
+    assert_untouched(model, before)
+
+
+def test_statistics_of_another_shape_are_refused() -> None:
+    seen = calibrate(llama(), [TOKENS])
+    for name in list(seen):
+        seen[name] = dataclasses.replace(seen[name], lo=seen[name].lo[:-1])
+    with pytest.raises(CanopyError, match="takes 128 features and was calibrated with 127; calibrate this model"):
+        quantize_(llama(), "w8a8-static", calibration=seen)
+
+
+def test_a_layer_that_no_token_reaches_has_no_static_range() -> None:
+    model = llama()
+    model.spare = nn.Linear(128, 128)
+    before = state(model)
+    with pytest.raises(CanopyError, match="spare has no input range: the model never called it"):
+        quantize_(model, "w8a8-static", calibration=[TOKENS])
+    assert_untouched(model, before)

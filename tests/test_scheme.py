@@ -127,7 +127,10 @@ def test_recipes_keep_scales_in_bfloat16_unless_the_format_brings_its_own(name: 
     ("name", "message"),
     [
         ("w4a16-g12 8", "did you mean 'w4a16-g128'"),
-        ("w4a8", "unknown recipe 'w4a8'"),
+        ("w4a9", "unknown recipe 'w4a9'"),
+        ("w8a8-statik", "did you mean 'w8a8-static'"),
+        ("w8a8-asym-static", "unknown recipe 'w8a8-asym-static'; did you mean"),
+        ("fp8-asym", "unknown recipe 'fp8-asym'"),
         ("w9a16", "did you mean 'w8a16'"),
         ("w1a16", "unknown recipe 'w1a16'"),
         ("nf5", "did you mean 'nf4'"),
@@ -139,6 +142,72 @@ def test_recipes_keep_scales_in_bfloat16_unless_the_format_brings_its_own(name: 
 def test_unknown_recipes_suggest_the_nearest(name: object, message: str) -> None:
     with pytest.raises(CanopyError, match=message):
         Recipe.parse(name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "inputs", "static"),
+    [
+        ("w8a8", "int8 channel symmetric", "int8 token symmetric", False),
+        ("w8a8-asym", "int8 channel symmetric", "int8 token asymmetric", False),
+        ("w8a8-static", "int8 channel symmetric", "int8 tensor symmetric mse", True),
+        ("w8a8-static-asym", "int8 channel symmetric", "int8 tensor asymmetric mse", True),
+        ("w4a4", "int4 g128 symmetric", "int4 token symmetric", False),
+        ("w4a8-channel", "int4 channel symmetric", "int8 token symmetric", False),
+        ("w3a6-g64-static", "int3 g64 symmetric", "int6 tensor symmetric mse", True),
+        ("fp8", "fp8_e4m3 channel", "fp8_e4m3 token", False),
+        ("fp8-static", "fp8_e4m3 channel", "fp8_e4m3 tensor mse", True),
+    ],
+)
+def test_recipes_of_activations(name: str, weights: str, inputs: str, static: bool) -> None:
+    recipe = Recipe.parse(name)
+    assert (str(recipe.weights), str(recipe.activations), recipe.static) == (weights, inputs, static)
+    assert recipe.weights.scale_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("inputs", [None, Scheme("int8", "token"), Scheme("int8", "g32")], ids=str)
+def test_a_static_range_is_one_for_all_tokens(inputs: Scheme | None) -> None:
+    with pytest.raises(CanopyError, match="static activations have one scale for all tokens"):
+        Recipe("mine", Scheme("int8"), activations=inputs, static=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "cache"),
+    [
+        ("w4a16-g128+kv4", "int4 g128 symmetric", "kv4"),
+        ("w8a8+head+kv-fp8", "int8 channel symmetric", "kv-fp8"),
+        ("nf4+kv2+embed", "nf4 g64", "kv2"),
+        ("KV8", "None", "kv8"),
+        ("kv-fp8", "None", "kv-fp8"),
+    ],
+)
+def test_recipes_with_a_cache(name: str, weights: str, cache: str) -> None:
+    recipe = Recipe.parse(name)
+    assert (recipe.name, str(recipe.weights), recipe.cache) == (name.lower(), weights, cache)
+    assert Recipe.parse("w4a16").cache is None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("w4a16+kv3", r"unknown addition to w4a16 '\+kv3'; did you mean '\+kv8'"),
+        ("w4a16+kv4+kv8", r"names 2 caches; a model has one: keep \+kv4"),
+        ("kv4+head", r"unknown addition to kv4 '\+head'"),
+        ("kv4+kv8", r"unknown addition to kv4 '\+kv8'"),
+    ],
+)
+def test_caches_that_do_not_exist_or_fit(name: str, message: str) -> None:
+    with pytest.raises(CanopyError, match=message):
+        Recipe.parse(name)
+
+
+def test_a_recipe_of_the_cache_alone_quantizes_no_weights() -> None:
+    assert Recipe.of_weights("w4a16+kv4").cache == "kv4"
+    with pytest.raises(
+        CanopyError, match=r"kv4 leaves the weights as they are: .*QuantizedCache\(model.config, 'kv4'\)"
+    ):
+        Recipe.of_weights("kv4")
+    with pytest.raises(CanopyError, match="unknown KV cache 'kv5'"):
+        Recipe("mine", Scheme("int4"), cache="kv5")
 
 
 def test_a_recipe_holds_a_scheme() -> None:

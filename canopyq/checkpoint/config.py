@@ -31,8 +31,9 @@ class Group:
         name: such as ``"group_0"``.
         targets: which layers: names, ``re:`` patterns, class names.
         weights: how their weights are quantized.
-        activations: how what goes into them is, from each input's own range; None leaves it as it is.
+        activations: how what goes into them is; None leaves it as it is.
         format: one of `DISK_FORMATS`.
+        static: whether the range of the activations is fixed, in an ``input_scale``, or each input's own.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Group:
     weights: Scheme
     activations: Scheme | None
     format: str
+    static: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,9 @@ def quantization_config(recipe: Recipe, ignore: Sequence[str]) -> dict:
     Raises:
         CanopyError: for a recipe that the format cannot hold.
     """
-    if recipe.static:
-        raise CanopyError("static activation ranges are not written yet; use a recipe with dynamic ones")
     format = disk_format(recipe.weights, recipe.activations)
-    return write_config([Group("group_0", ("Linear",), recipe.weights, recipe.activations, format)], ignore)
+    group = Group("group_0", ("Linear",), recipe.weights, recipe.activations, format, recipe.static)
+    return write_config([group], ignore)
 
 
 def write_config(groups: Sequence[Group], ignore: Sequence[str]) -> dict:
@@ -89,7 +90,9 @@ def write_config(groups: Sequence[Group], ignore: Sequence[str]) -> dict:
         "config_groups": {
             group.name: {
                 "format": group.format,
-                "input_activations": None if group.activations is None else _arguments(group.activations, dynamic=True),
+                "input_activations": None
+                if group.activations is None
+                else _arguments(group.activations, dynamic=not group.static),
                 "output_activations": None,
                 "targets": list(group.targets),
                 "weights": _arguments(group.weights, dynamic=False),
@@ -164,23 +167,26 @@ def _group(name: str, given: object, default: object) -> Group:
     if not group.get("weights"):
         raise CanopyError(f"{name} quantizes no weights, which canopyq does not read yet")
     weights = _scheme(group["weights"], f"weights of {name}")
-    activations = None
-    if group.get("input_activations"):
-        activations = _scheme(group["input_activations"], f"input_activations of {name}", dynamic=True)
+    activations, static = None, False
+    if given_inputs := group.get("input_activations"):
+        where = f"input_activations of {name}"
+        static = _mapping(given_inputs, where).get("dynamic") in (None, False)
+        activations = _scheme(given_inputs, where, inputs="static" if static else "dynamic")
     fits = {PACKED: weights.format.name in ("int2", "int4", "int8"), INT: weights.format.name == "int8",
             FLOAT: weights.format.name == "fp8_e4m3"}  # fmt: skip
     if not fits[format]:
         disk_format(weights, activations)  # says why, for widths that no file holds safely
         raise CanopyError(f"format {format!r} of {name} does not hold {weights.format.name} weights")
-    return Group(name, _strings(group.get("targets"), f"targets of {name}"), weights, activations, format)
+    return Group(name, _strings(group.get("targets"), f"targets of {name}"), weights, activations, format, static)
 
 
-def _scheme(given: object, where: str, *, dynamic: bool = False) -> Scheme:
+def _scheme(given: object, where: str, *, inputs: str | None = None) -> Scheme:
+    """A scheme of weights, or of ``inputs`` that are ``"static"`` or ``"dynamic"``."""
     args = _mapping(given, where)
     _no_more(args, _ARGS, where)
-    if dynamic and args.get("dynamic") is not True:
-        raise CanopyError(f"{where} are static (input_scale), which canopyq does not read yet; use dynamic ones")
-    if not dynamic and args.get("dynamic"):
+    if inputs == "dynamic" and args["dynamic"] is not True:
+        raise CanopyError(f"{where} are dynamic {args['dynamic']!r}, which canopyq does not read yet")
+    if inputs is None and args.get("dynamic"):
         raise CanopyError(f"{where} are marked dynamic; weights have fixed scales")
     if args.get("actorder") not in (None, False, "weight", "static"):
         raise CanopyError(f"actorder {args['actorder']!r} of {where} needs a g_idx, which canopyq does not read")
@@ -194,11 +200,12 @@ def _scheme(given: object, where: str, *, dynamic: bool = False) -> Scheme:
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"
     if strategy == "group" and (type(size) is not int or size < 1):
         raise CanopyError(f"{where} have strategy 'group' and group_size {size!r}; it has to be 1 or more")
-    granularity = {"tensor": "tensor", "group": f"g{size}", "token" if dynamic else "channel": None}
-    if strategy not in granularity:
-        raise CanopyError(f"strategy {strategy!r} of {where} is not read yet; {', '.join(granularity)} are")
+    granularity = {"tensor": "tensor", "group": f"g{size}", "channel": "channel", "token": "token"}
+    readable = {None: ("tensor", "group", "channel"), "dynamic": ("tensor", "group", "token"), "static": ("tensor",)}
+    if not isinstance(strategy, str) or strategy not in readable[inputs]:
+        raise CanopyError(f"strategy {strategy!r} of {where} is not read yet; {', '.join(readable[inputs])} are")
     name = "fp8_e4m3" if kind == "float" else f"int{bits}"
-    return Scheme(name, granularity[strategy] or strategy, symmetric)
+    return Scheme(name, granularity[strategy], symmetric)
 
 
 def _mapping(given: object, what: str) -> Mapping:

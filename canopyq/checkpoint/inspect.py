@@ -6,15 +6,15 @@ import html
 from dataclasses import dataclass
 from pathlib import Path
 
-from canopyq.checkpoint.config import Group, Quantization, read_config
-from canopyq.checkpoint.files import Checkpoint, read_json
-from canopyq.checkpoint.layout import PACKED
+from canopyq.checkpoint.config import Group, read_config
+from canopyq.checkpoint.files import Checkpoint, TensorInfo, read_json
+from canopyq.checkpoint.layout import check
+from canopyq.checkpoint.readers import notes, readers
 from canopyq.errors import CanopyError
 from canopyq.memory import human
 
 KINDS = {"weight_packed": "codes", "weight": "codes", "weight_scale": "scales", "weight_zero_point": "zero points",
-         "weight_shape": "shapes"}  # fmt: skip
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # vLLM computes these in one multiplication
+         "weight_shape": "shapes", "input_scale": "scales", "input_zero_point": "zero points"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,23 +96,24 @@ def inspect(folder: str | Path) -> Inspection:
         except CanopyError as error:
             problem = f"no: {error}"
     sizes = dict.fromkeys(["codes", "scales", "zero points", "shapes", "unquantized"], 0)
-    quantized = _quantized(checkpoint)
-    held: dict[str, list[int]] = {}
+    quantized, shapeless = _quantized(checkpoint)
+    held: dict[str, dict[str, TensorInfo]] = {module: {} for module in quantized}
     for name, (_, info) in checkpoint.tensors.items():
         module, _, leaf = name.rpartition(".")
         kind = KINDS.get(leaf, "unquantized") if module in quantized else "unquantized"
         sizes[kind] += info.nbytes
         if kind != "unquantized":
-            held.setdefault(module, []).append(info.nbytes)
+            held[module][leaf] = info
     owners: dict[str, list[str]] = {group.name: [] for group in quantization.groups} if quantization else {}
-    for module in quantized:
-        if quantization and (group := quantization.group_of(module)):
+    for module, shape in quantized.items() if quantization else ():
+        if group := quantization.group_of(module):
             owners[group.name].append(module)
-        elif problem is None:
-            problem = f"no: {module} is quantized, and no group of the config names it"
+        problem = problem or _problem(module, group, shape, held[module])
+    if shapeless:
+        problem = problem or f"no: nothing says what shape {shapeless[0]} has"
     found = tuple(
         _group(group, [quantized[module] for module in owners[group.name]],
-               sum(sum(held[module]) for module in owners[group.name]))
+               sum(info.nbytes for module in owners[group.name] for info in held[module].values()))
         for group in (quantization.groups if quantization else ())
     )  # fmt: skip
     note = checkpoint.folder / "canopyq.json"
@@ -124,91 +125,48 @@ def inspect(folder: str | Path) -> Inspection:
         sizes,
         found,
         quantization.ignore if quantization else (),
-        {"canopyq": problem or "yes", **_others(quantization, quantized)},
-        _notes(quantization),
+        {"canopyq": problem or "yes", **(readers(quantization, quantized) if quantization else {})},
+        notes(quantization) if quantization else (),
         read_json(note) if note.is_file() else None,
     )
 
 
-def _quantized(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    """Module -> (N, K) of every weight that has scales."""
-    found = {}
+def _quantized(checkpoint: Checkpoint) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """Module -> (N, K) of every weight that has scales, and the modules whose weight has scales and no shape."""
+    found, shapeless = {}, []
     for name in checkpoint.tensors:
         if not name.endswith(".weight_scale"):
             continue
         module = name.removesuffix(".weight_scale")
+        shape: tuple[int, ...] = ()
         if f"{module}.weight_shape" in checkpoint.tensors:
             info = checkpoint.tensors[f"{module}.weight_shape"][1]
-            shape = tuple(checkpoint.read(f"{module}.weight_shape").tolist()) if info.shape == (2,) else ()
-        else:
-            shape = checkpoint.tensors[f"{module}.weight"][1].shape if f"{module}.weight" in checkpoint.tensors else ()
+            if (info.dtype, info.shape) == ("I64", (2,)):
+                shape = tuple(checkpoint.read(f"{module}.weight_shape").tolist())
+        elif f"{module}.weight" in checkpoint.tensors:
+            shape = checkpoint.tensors[f"{module}.weight"][1].shape
         if len(shape) == 2 and min(shape) > 0:
             found[module] = shape
-    return found
+        else:
+            shapeless.append(module)
+    return found, shapeless
+
+
+def _problem(module: str, group: Group | None, shape: tuple[int, int], held: dict[str, TensorInfo]) -> str | None:
+    """Why canopyq would refuse a weight, by its headers."""
+    if group is None:
+        return f"no: {module} is quantized, and no group of the config names it"
+    headers = {leaf: (info.torch_dtype, info.shape) for leaf, info in held.items()}
+    try:
+        check(headers, group.weights, shape, group.format, group.activations if group.static else None)
+    except CanopyError as error:
+        return f"no: {module}.{error}"
+    return None
 
 
 def _group(group: Group, shapes: list[tuple[int, int]], nbytes: int) -> GroupFound:
     weights = sum(int(n) * int(k) for n, k in shapes)
-    activations = None if group.activations is None else str(group.activations)
+    range_ = "static" if group.static else "dynamic"
+    activations = None if group.activations is None else f"{group.activations} {range_}"
     bits = 8 * nbytes / weights if weights else 0.0
     return GroupFound(group.name, group.format, str(group.weights), activations, len(shapes), weights, bits)
-
-
-def _others(quantization: Quantization | None, quantized: dict[str, tuple[int, int]]) -> dict[str, str]:
-    """What transformers (5.23, with compressed-tensors 0.20) and vLLM (by its source of August 2026) make of it."""
-    if quantization is None:
-        return {}
-    groups = quantization.groups
-    asymmetric = any(group.format == PACKED and not group.weights.symmetric for group in groups)
-    mixed = len({group.format for group in groups}) > 1
-    transformers = "yes, with the compressed-tensors package"
-    if asymmetric and mixed:
-        transformers = "no: zero points need dequantize=True, and that fails on several formats"
-    elif asymmetric:
-        transformers = "only with quantization_config=CompressedTensorsConfig(dequantize=True)"
-    reason = next((why for group in groups if (why := _vllm(group))), None) or _fused(quantization, quantized)
-    return {"transformers": transformers, "vLLM": "yes, by its source" if reason is None else f"no: {reason}"}
-
-
-def _vllm(group: Group) -> str | None:
-    weights, kind = group.weights, group.weights.granularity.kind
-    if group.format == PACKED and weights.format.bits not in (4, 8):
-        return f"{weights.format.bits}-bit weights have no kernel"
-    if group.format == PACKED and kind == "tensor":
-        return "packed weights need a scale per group or channel"
-    if group.format == PACKED and group.activations is not None:
-        return "4-bit weights with quantized activations run on few machines"
-    if group.format != PACKED and kind == "group":
-        return f"{group.format} weights need a scale per channel or tensor"
-    if group.format != PACKED and not weights.symmetric:
-        return "W8A8 needs symmetric weights"
-    return None
-
-
-def _fused(quantization: Quantization, quantized: dict[str, tuple[int, int]]) -> str | None:
-    modules: dict[tuple[str, tuple[str, ...]], set] = {}
-    for names in FUSED:
-        for module in quantized:
-            parent, _, leaf = module.rpartition(".")
-            if leaf in names:
-                modules.setdefault((parent, names), set()).update(
-                    quantization.group_of(f"{parent}.{name}") for name in names
-                )
-    for (parent, names), groups in modules.items():
-        if len(groups) > 1:
-            return f"{', '.join(names)} of {parent} are fused there and have to be quantized alike"
-    return None
-
-
-def _notes(quantization: Quantization | None) -> tuple[str, ...]:
-    if quantization is None:
-        return ()
-    notes = ["transformers turns all weights into dense 16-bit ones at the first forward; canopyq keeps them packed"]
-    if any(group.format == PACKED and not group.weights.symmetric for group in quantization.groups):
-        notes.append(
-            "transformers 5.23 with compressed-tensors 0.20 fails on packed zero points (size mismatch on "
-            "weight_zero_point) unless dequantize=True"
-        )
-    if len({group.format for group in quantization.groups}) > 1:
-        notes.append("transformers 5.23 fails with dequantize=True on groups of different formats")
-    return tuple(notes)

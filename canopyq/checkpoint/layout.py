@@ -9,7 +9,8 @@ For a weight (N, K) with G groups, by the format of its group in the config:
 | ``float-quantized`` | ``weight`` float8_e4m3fn (N, K), ``weight_scale`` |
 
 A scale is (N, G) for groups, (N, 1) per channel, (1,) per tensor. An asymmetric weight has ``weight_zero_point`` too:
-int8 in the shape of the scale, which ``pack-quantized`` packs along N, into (⌈N·bits/32⌉, G).
+int8 in the shape of the scale, which ``pack-quantized`` packs along N, into (⌈N·bits/32⌉, G). A layer whose inputs have
+a static range has ``input_scale`` (1,) beside them, and if that is asymmetric ``input_zero_point`` (1,) int8.
 """
 
 from __future__ import annotations
@@ -63,8 +64,11 @@ def disk_format(weights: Scheme, activations: Scheme | None = None) -> str:
     return PACKED
 
 
-def expected(scheme: Scheme, shape: tuple[int, int], format: str) -> dict[str, tuple[tuple[torch.dtype, ...], tuple]]:
-    """What a weight (N, K) is on disk: name after the module's -> the dtypes allowed, the shape."""
+def expected(
+    scheme: Scheme, shape: tuple[int, int], format: str, inputs: Scheme | None = None
+) -> dict[str, tuple[tuple[torch.dtype, ...], tuple]]:
+    """What a weight (N, K) is on disk, and the static range of the layer's ``inputs`` if it has one: name after the
+    module's -> the dtypes allowed, the shape."""
     n, k = shape
     bits = scheme.format.bits
     scale = scheme.granularity.scale_shape(shape)
@@ -79,7 +83,30 @@ def expected(scheme: Scheme, shape: tuple[int, int], format: str) -> dict[str, t
         tensors["weight_zero_point"] = (
             ((torch.int32,), (math.ceil(n * bits / 32), scale[1])) if packed else ((torch.int8,), scale)
         )
+    if inputs is not None:
+        tensors["input_scale"] = (SCALE_DTYPES, (1,))
+        if not inputs.symmetric:
+            tensors["input_zero_point"] = ((torch.int8,), (1,))
     return tensors
+
+
+def input_to_disk(scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors that are written for a static range; the scale in ``dtype`` where that changes nothing."""
+    tensors = {"input_scale": _exact(scale, dtype)}
+    return tensors if zero_point is None else tensors | {"input_zero_point": zero_point}
+
+
+def input_from_disk(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """The inverse of `input_to_disk`, from the tensors of a layer.
+
+    Raises:
+        CanopyError: for a scale that is not finite and positive, a zero point outside the codes.
+    """
+    _raise_bad_scale(tensors["input_scale"], "input_scale")
+    zero_point = tensors.get("input_zero_point")
+    if zero_point is not None:
+        _raise_bad_zero_point(zero_point, "input_zero_point", scheme)
+    return tensors["input_scale"], zero_point
 
 
 def to_disk(weight: QuantizedTensor, dtype: torch.dtype | None = None, format: str | None = None) -> dict[str, Tensor]:
@@ -99,10 +126,8 @@ def to_disk(weight: QuantizedTensor, dtype: torch.dtype | None = None, format: s
         raise CanopyError(f"weights in {weight.scheme} are stored as {natural}, not as {format}")
     if len(weight.shape) != 2:
         raise CanopyError(f"a checkpoint holds weights of (out_features, in_features), got {tuple(weight.shape)}")
-    bits, scale = weight.scheme.format.bits, weight.scale
-    if dtype is not None and torch.equal(scale.to(dtype).to(scale.dtype), scale):
-        scale = scale.to(dtype)
-    tensors = {"weight_scale": scale}
+    bits = weight.scheme.format.bits
+    tensors = {"weight_scale": _exact(weight.scale, dtype)}
     if format == PACKED:
         words = weight.data if weight.data.dtype == torch.int32 else packing.pack_unchecked(weight.data, bits, 128)
         tensors |= {"weight_packed": words, "weight_shape": torch.tensor(weight.shape, dtype=torch.int64)}
@@ -134,8 +159,7 @@ def from_disk(
     format = PACKED if "weight_packed" in tensors else FLOAT if isinstance(scheme.format, FloatFormat) else INT
     check({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, scheme, shape, format)
     bits, scale = scheme.format.bits, tensors["weight_scale"]
-    if not bool(((scale > 0) & scale.isfinite()).all()):
-        raise CanopyError("weight_scale holds values that are not finite and positive; write the file again")
+    _raise_bad_scale(scale, "weight_scale")
     if format == PACKED and tensors["weight_shape"].tolist() != list(shape):
         raise CanopyError(f"weight_shape says {tensors['weight_shape'].tolist()}, the model's config {list(shape)}")
     data = tensors["weight_packed" if format == PACKED else "weight"]
@@ -146,18 +170,38 @@ def from_disk(
     zero_point = tensors.get("weight_zero_point")
     if zero_point is not None and _packs_zero_point(scheme, format):
         zero_point = packing.unpack(zero_point.T, bits, shape[0]).T.contiguous()
-    elif (
-        zero_point is not None
-        and not scheme.format.qmin <= int(zero_point.min()) <= int(zero_point.max()) <= scheme.format.qmax
-    ):
-        raise CanopyError(f"weight_zero_point holds values outside the codes of {scheme.format.name}")
+    elif zero_point is not None:
+        _raise_bad_zero_point(zero_point, "weight_zero_point", scheme)
     scheme = replace(scheme, scale_dtype=scale.dtype)
     return QuantizedTensor(data, scale, zero_point, scheme, torch.Size(shape), dtype)
 
 
-def check(found: Mapping[str, tuple[torch.dtype, tuple]], scheme: Scheme, shape: tuple[int, int], format: str) -> None:
+def _exact(scale: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A scale in another dtype if that changes none of its values."""
+    if dtype is not None and torch.equal(scale.to(dtype).to(scale.dtype), scale):
+        return scale.to(dtype)
+    return scale
+
+
+def _raise_bad_scale(scale: Tensor, name: str) -> None:
+    if not bool(((scale > 0) & scale.isfinite()).all()):
+        raise CanopyError(f"{name} holds values that are not finite and positive; write the file again")
+
+
+def _raise_bad_zero_point(zero_point: Tensor, name: str, scheme: Scheme) -> None:
+    if not scheme.format.qmin <= int(zero_point.min()) <= int(zero_point.max()) <= scheme.format.qmax:
+        raise CanopyError(f"{name} holds values outside the codes of {scheme.format.name}")
+
+
+def check(
+    found: Mapping[str, tuple[torch.dtype, tuple]],
+    scheme: Scheme,
+    shape: tuple[int, int],
+    format: str,
+    inputs: Scheme | None = None,
+) -> None:
     """Raise `CanopyError` unless the tensors found, by dtype and shape, are those of `expected`."""
-    wanted = expected(scheme, shape, format)
+    wanted = expected(scheme, shape, format, inputs)
     if missing := sorted(wanted.keys() - found.keys()):
         raise CanopyError(f"{missing[0]} is missing; the checkpoint is incomplete")
     if extra := sorted(found.keys() - wanted.keys()):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from canopyq.checkpoint.config import Group, Quantization, read_config
 from canopyq.checkpoint.files import Checkpoint
-from canopyq.checkpoint.layout import check, from_disk
+from canopyq.checkpoint.layout import check, from_disk, input_from_disk
 from canopyq.checkpoint.skeleton import build, one_line, quiet, read_model_config
 from canopyq.errors import CanopyError, unknown
 from canopyq.linear import QuantizedLinear
@@ -64,7 +64,7 @@ def load_as(
     quantization = read_config(given)
     place = _device(device)
     config = read_model_config(checkpoint.folder, len(checkpoint.tensors))
-    model = build(config, _dtype(dtype, place, config), attention)
+    model = build(config, _dtype(dtype, place, config), attention, most=4 * checkpoint.nbytes)  # 2-bit codes at least
     targets = _targets(model, quantization)
     plain = _plain(model, targets, checkpoint)
     _check(model, targets, plain, checkpoint, strict)
@@ -154,7 +154,8 @@ def _check(model: nn.Module, targets: dict, plain: dict[str, Tensor], checkpoint
             extra.append(name)
     for name, (linear, group) in targets.items():
         try:
-            check(parts[name], group.weights, (linear.out_features, linear.in_features), group.format)
+            shape = (linear.out_features, linear.in_features)
+            check(parts[name], group.weights, shape, group.format, group.activations if group.static else None)
         except CanopyError as error:
             raise CanopyError(f"{name}.{error}") from None
     known = [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", *(model._keys_to_ignore_on_load_unexpected or ())]
@@ -181,11 +182,13 @@ def _fill(
     for name, (linear, group) in targets.items():
         tensors = {leaf: _own(read(f"{name}.{leaf}"), place) for leaf in suffixes[name]}
         try:
+            fixed = input_from_disk(tensors, group.activations) if group.static else (None, None)
             shape = (linear.out_features, linear.in_features)
-            weight = from_disk(tensors, group.weights, shape, linear.weight.dtype)
+            own = {leaf: tensor for leaf, tensor in tensors.items() if leaf.startswith("weight")}
+            weight = from_disk(own, group.weights, shape, linear.weight.dtype)
         except CanopyError as error:
             raise CanopyError(f"{name}: {error}") from None
-        model.set_submodule(name, QuantizedLinear(weight, linear.bias, group.activations).eval())
+        model.set_submodule(name, QuantizedLinear(weight, linear.bias, group.activations, *fixed).eval())
     _tie(model, plain)
     for name, buffer in list(model.named_buffers()):
         if buffer.device != place:

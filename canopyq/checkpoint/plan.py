@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from canopyq.checkpoint.config import quantization_config
+from canopyq.checkpoint.config import quantization_config, read_config
 from canopyq.checkpoint.files import Checkpoint
 from canopyq.checkpoint.header import TensorInfo
 from canopyq.checkpoint.layout import disk_format, expected
+from canopyq.checkpoint.readers import readers
 from canopyq.errors import CanopyError
 from canopyq.memory import human
 from canopyq.scheme import Recipe
@@ -109,8 +110,13 @@ class Plan:
             more = f" and {len(self.dropped) - 1} more" if len(self.dropped) > 1 else ""
             lines.append(f"  left out: {self.dropped[0]}{more} (the model computes it anew)")
         lines.append(f"  memory: at most {human(self.peak_bytes)} on top of what Python and torch take")
-        if not self.recipe.weights.symmetric:
-            lines.append("  note: transformers loads zero points only with CompressedTensorsConfig(dequantize=True)")
+        shapes = {step.module: step.info.shape for step in self.quantized}
+        for tool, verdict in readers(read_config(self.config), shapes).items():
+            lines.append(f"  {tool} will load it: {verdict}")
+        if self.recipe.cache is not None:
+            lines.append(
+                f"  note: no file holds a cache; canopyq eval and chat take it again by --recipe {self.recipe.cache}"
+            )
         return "\n".join(lines)
 
 
@@ -129,6 +135,11 @@ def make_plan(source: Checkpoint, recipe: Recipe, shard_bytes: int = SHARD_BYTES
         raise CanopyError(f"{source.folder} is quantized already; start from the original checkpoint")
     if shard_bytes < 1:
         raise CanopyError(f"files of {shard_bytes} bytes hold nothing; use {SHARD_BYTES:,}")
+    if recipe.static:
+        raise CanopyError(
+            f"{recipe.name} needs its activations calibrated, which takes the whole model in memory: load it, use "
+            "quantize_(model, recipe, calibration=…) and save"
+        )
     disk_format(recipe.weights, recipe.activations)  # says at once what the format cannot hold
     model = meta_model(source)
     targets, kept = find_targets(model, recipe)

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -16,19 +16,20 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from canopyq.checkpoint.config import Group, write_config
+from canopyq.checkpoint.config import Group, Quantization, write_config
 from canopyq.checkpoint.files import CONFIG, INDEX, SINGLE, refuse_not_empty, whole_or_absent
-from canopyq.checkpoint.layout import FLOAT, INT, PACKED, SCALE_DTYPES, disk_format, to_disk
+from canopyq.checkpoint.layout import SCALE_DTYPES, disk_format, input_to_disk, to_disk
 from canopyq.checkpoint.load import load_as, tied
+from canopyq.checkpoint.readers import readers
 from canopyq.checkpoint.skeleton import build, one_line, quiet
 from canopyq.embedding import QuantizedEmbedding
 from canopyq.errors import CanopyError
 from canopyq.experts import QuantizedExperts
 from canopyq.formats import IntFormat
-from canopyq.linear import QuantizedLinear
+from canopyq.linear import QuantizedLinear, quantized_layers
 from canopyq.memory import human
 from canopyq.mode import eval_mode
-from canopyq.scheme import Scheme
+from canopyq.scheme import Recipe, Scheme
 
 NOTE = "canopyq.json"  # what canopyq itself says of a checkpoint
 MOST_KL = 0.01  # nats per token between the model and its file: beyond that the file does not hold the model
@@ -52,19 +53,24 @@ class Check:
 
 @dataclass(frozen=True)
 class Saved:
-    """What `save` wrote."""
+    """What `save` wrote.
+
+    Attributes:
+        readers: other tool -> whether it loads the checkpoint ("yes", "no: …", or how).
+    """
 
     folder: Path
     recipe: str
     nbytes: int
     dtype: torch.dtype
     check: Check | None
+    readers: dict[str, str]
 
     def __str__(self) -> str:
         text = f"{self.folder}: {self.recipe}, {human(self.nbytes)} of tensors"
         if self.check is not None:
             text += f"; read back, logits differ by at most {self.check.max_abs_difference:.2g}"
-        return text
+        return "\n".join([text, *(f"  {tool} will load it: {verdict}" for tool, verdict in self.readers.items())])
 
 
 def save(
@@ -116,7 +122,9 @@ def save(
             _write_json(work / NOTE, _note(recipe, found))
     except (OSError, SafetensorError) as error:
         raise CanopyError(f"{folder} could not be written ({one_line(error)}); nothing was left behind") from error
-    return Saved(folder, recipe, nbytes, getattr(torch, config["dtype"]), found)
+    shapes = {name: module.quantized_weight.shape for name, module in quantized_layers(model)}
+    tools = readers(Quantization(tuple(groups), tuple(ignore)), shapes)
+    return Saved(folder, recipe, nbytes, getattr(torch, config["dtype"]), found, tools)
 
 
 def _groups(model: nn.Module) -> tuple[list[Group], list[str]]:
@@ -127,7 +135,7 @@ def _groups(model: nn.Module) -> tuple[list[Group], list[str]]:
     if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "to_json_string"):
         raise CanopyError(f"save needs a transformers model, got {type(model).__name__}")
     shape = dict(build(_bare_config(model), torch.float32).named_modules(remove_duplicate=False))
-    kinds: dict[tuple, tuple[Scheme, Scheme | None, list[str]]] = {}
+    kinds: dict[tuple, tuple[QuantizedLinear, list[str]]] = {}
     ignore = []
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (QuantizedEmbedding, QuantizedExperts)):
@@ -138,22 +146,22 @@ def _groups(model: nn.Module) -> tuple[list[Group], list[str]]:
             weights, activations = module.scheme, module.activations
             if type(shape.get(name)) is not nn.Linear:
                 raise CanopyError(f"{name} was a {type(shape.get(name)).__name__}; only nn.Linear is written")
-            if module.input_scale is not None:
-                raise CanopyError(f"{name}: static activation ranges are not written yet; use dynamic ones")
             try:
                 disk_format(weights, activations)
             except CanopyError as error:
                 raise CanopyError(f"{name}: {error}") from None
-            key = (weights.format, weights.granularity, weights.symmetric, activations)
-            kinds.setdefault(key, (weights, activations, []))[2].append(name)
+            key = (weights.format, weights.granularity, weights.symmetric, activations, module.input_scale is None)
+            kinds.setdefault(key, (module, []))[1].append(name)
         elif isinstance(module, nn.Linear):
             ignore.append(name)
     if not kinds:
         raise CanopyError("the model is not quantized; call cq.quantize_(model, recipe) first, or use save_pretrained")
-    return [
-        Group(f"group_{i}", tuple(names), weights, activations, disk_format(weights, activations))
-        for i, (weights, activations, names) in enumerate(kinds.values())
-    ], ignore
+    return [_group(f"group_{i}", names, layer) for i, (layer, names) in enumerate(kinds.values())], ignore
+
+
+def _group(name: str, layers: list[str], like: QuantizedLinear) -> Group:
+    format = disk_format(like.scheme, like.activations)
+    return Group(name, tuple(layers), like.scheme, like.activations, format, like.input_scale is not None)
 
 
 def _bare_config(model: nn.Module):
@@ -205,8 +213,7 @@ def _config(model: nn.Module, plain: dict[str, Tensor], groups: list[Group], ign
     if config.tie_word_embeddings is False:
         content["tie_word_embeddings"] = False  # said aloud: its default differs from model to model
     if len(groups) == 1:
-        first = groups[0]
-        groups = [Group(first.name, ("Linear",), first.weights, first.activations, first.format)]
+        groups = [replace(groups[0], targets=("Linear",))]
     content["quantization_config"] = write_config(groups, ignore)
     return content
 
@@ -225,6 +232,8 @@ def _tensors(
         found = {}
         if isinstance(module, QuantizedLinear):
             found |= to_disk(module.quantized_weight, scales, formats[name])
+            if module.input_scale is not None:
+                found |= input_to_disk(module.input_scale, module.input_zero_point, scales)
         own = [*module._parameters, *module._buffers]
         found |= {leaf: _cast(plain[prefix + leaf], dtype) for leaf in own if prefix + leaf in plain}
         if found:
@@ -299,14 +308,26 @@ def _note(recipe: str, found: Check | None) -> dict:
 
 
 def _word(group: Group) -> str:
-    """The name that a recipe of these weights has, such as ``w4a16-g128-asym``; the scheme in words if none."""
-    weights = group.weights
-    kinds = (weights.granularity.kind, getattr(group.activations, "granularity", weights.granularity).kind)
-    if kinds == ("channel", "token") and weights.symmetric and group.activations.symmetric and group.format != PACKED:
-        return {INT: "w8a8", FLOAT: "fp8"}[group.format]
-    if not isinstance(weights.format, IntFormat) or group.activations is not None:
-        return str(weights) + (f" with {group.activations} activations" if group.activations else "")
-    return f"w{weights.format.bits}a16-{weights.granularity}" + ("" if weights.symmetric else "-asym")
+    """The name of the recipe that gives such layers, such as ``w4a16-g128-asym``; the schemes in words if none does."""
+    weights, inputs = group.weights, group.activations
+    asymmetric = not (weights if inputs is None else inputs).symmetric
+    tail = ("-static" if group.static else "") + ("-asym" if asymmetric else "")
+    bits = 16 if inputs is None else inputs.format.bits
+    name = f"w{weights.format.bits}a{bits}" if isinstance(weights.format, IntFormat) else "fp8"
+    if name != "fp8" and (weights.format.bits, str(weights.granularity)) != (8, "channel"):
+        name += f"-{weights.granularity}"
+    try:
+        meant = Recipe.parse(name + tail)
+    except CanopyError:
+        meant = None
+    if meant is not None and _alike(meant.weights, weights) and _alike(meant.activations, inputs):
+        return meant.name
+    return str(weights) + (f" with {inputs} activations" if inputs is not None else "")
+
+
+def _alike(one: Scheme | None, other: Scheme | None) -> bool:
+    parts = (None if x is None else (x.format, x.granularity, x.symmetric) for x in (one, other))
+    return next(parts) == next(parts)
 
 
 @torch.inference_mode()
@@ -322,7 +343,7 @@ def _compare(model: nn.Module, work: Path) -> Check:
     with eval_mode(model):
         before, after = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, loaded))
     p, q = F.log_softmax(before, -1), F.log_softmax(after, -1)
-    kl = max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
+    kl = max(float((p.exp() * (p - q)).sum(-1).mean()), 0.0)  # in this order NaN stays NaN
     found = Check(ids.numel(), float((before - after).abs().max()), kl)
     if not found.kl <= MOST_KL:
         raise CanopyError(

@@ -20,6 +20,7 @@ from canopyq.errors import CanopyError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+COMPUTED = 2**24  # values that a buffer may have though no file holds them: rotary frequencies, causal masks
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -51,8 +52,14 @@ def read_model_config(folder: Path, tensors: int) -> PretrainedConfig:
     return config
 
 
-def build(config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
+def build(
+    config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None, *, most: int | None = None
+) -> PreTrainedModel:
     """The causal language model of a config, its parameters on the meta device.
+
+    Args:
+        most: values that the checkpoint can hold. A config whose model has a larger tensor is refused before memory is
+            taken for it.
 
     Raises:
         CanopyError: if transformers has no such model, or the config's numbers make no model.
@@ -60,11 +67,30 @@ def build(config: PretrainedConfig, dtype: torch.dtype, attention: str | None = 
     from transformers import AutoModelForCausalLM
 
     options = {} if attention is None else {"attn_implementation": attention}
+
+    def make() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options).eval()
+
     try:
+        if most is not None:
+            with quiet(), torch.device("meta"):
+                _refuse_larger(make(), most)
         with quiet(), _parameters_on_meta():
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options).eval()
+            return make()
+    except CanopyError:
+        raise
     except Exception as error:  # whatever the model classes raise
         raise CanopyError(f"config.json makes no model ({one_line(error)}); mend it") from error
+
+
+def _refuse_larger(model: nn.Module, most: int) -> None:
+    held = [(name, tensor, most) for name, tensor in model.named_parameters()]
+    held += [(name, tensor, most + COMPUTED) for name, tensor in model.named_buffers()]
+    for name, tensor, room in held:
+        if tensor.numel() > room:
+            raise CanopyError(
+                f"by config.json {name} has {tensor.numel():,} values, more than the files hold; download both again"
+            )
 
 
 @contextmanager

@@ -99,7 +99,7 @@ def prepare(
     """All that `quantize_checkpoint` does before it writes: what will be done, and whether it can be."""
     from canopyq import __version__
 
-    recipe = Recipe.parse(recipe)
+    recipe = Recipe.of_weights(recipe)
     refuse_not_empty(out)
     checkpoint = Checkpoint(Path(source))
     plan = make_plan(checkpoint, recipe, shard_bytes)

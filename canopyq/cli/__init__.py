@@ -6,6 +6,8 @@ import sys
 
 import typer
 
+from canopyq.cli.advise import advise
+from canopyq.cli.chat import chat
 from canopyq.cli.doctor import doctor
 from canopyq.cli.evaluate import evaluate
 from canopyq.cli.explain import explain
@@ -23,9 +25,11 @@ app = typer.Typer(
 app.command()(doctor)
 app.command()(size)
 app.command("eval")(evaluate)
+app.command()(chat)
 app.command()(explain)
 app.command()(quantize)
 app.command()(inspect)
+app.command()(advise)
 
 
 def main() -> None:

@@ -20,14 +20,17 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(help="'tutor', the model that ships with canopyq, or a checkpoint of it.")
     ] = "tutor",
-    recipe: Annotated[str | None, typer.Option(help="Quantize by this recipe and compare, e.g. w4a16-g128.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Quantize by this recipe and compare, e.g. w4a16-g128+kv4.")
+    ] = None,
     questions: Annotated[int, typer.Option(help="How many held-out questions.", min=1, max=MOST_QUESTIONS)] = 510,
     seed: Annotated[int, typer.Option(help="Which questions are drawn.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Examine the tutor on held-out questions; with --recipe, before and after quantizing.
 
-    A folder that `canopyq quantize` wrote is examined beside the original.
+    A folder that `canopyq quantize` wrote is examined beside the original; with it goes a recipe of the cache alone,
+    such as kv4.
     """
     from canopyq.evaluate import compare, examine
     from canopyq.tutor.loading import TUTOR, VARIABLE, source
@@ -38,22 +41,27 @@ def evaluate(
             f"unknown model {model!r}; only 'tutor' goes here, or the folder of a checkpoint of it, and another model "
             f"takes its place by {VARIABLE}=<folder or hub id> canopyq eval tutor"
         )
-    if saved and recipe is not None:
-        raise CanopyError(f"{model} is quantized already; leave --recipe out, or use canopyq eval tutor")
     parsed = None if recipe is None else Recipe.parse(recipe)
+    cache = None if parsed is None else parsed.cache
+    if saved and parsed is not None and parsed.weights is not None:
+        raise CanopyError(
+            f"{model} is quantized already; leave --recipe out or name a cache such as kv4, or use canopyq eval tutor"
+        )
     asked = cq.tutor.questions(questions, seed=seed)
     original, tokenizer = cq.tutor.load()
     if saved:
         quantized = cq.load(model, original.device, original.dtype)
-        result, report = compare(original, quantized, tokenizer, asked), None
+        result, report = compare(original, quantized, tokenizer, asked, cache=cache), None
     elif parsed is None:
         result, report = examine(original, tokenizer, asked), None
+    elif parsed.weights is None:
+        result, report = compare(original, original, tokenizer, asked, cache=cache), None
     else:
         quantized, _ = cq.tutor.load()
         report = cq.quantize_(quantized, parsed)
-        result = compare(original, quantized, tokenizer, asked)
+        result = compare(original, quantized, tokenizer, asked, cache=cache)
     if as_json:
-        print_json(_eval_json(model if saved else source(), original, asked, result, report))
+        print_json(_eval_json(model if saved else source(), original, asked, result, report, cache))
         return
     if report is not None:
         print_plain(report)
@@ -62,8 +70,9 @@ def evaluate(
     print_plain(result)
 
 
-def _eval_json(examined: str, original, asked: list, result, report) -> dict:
+def _eval_json(examined: str, original, asked: list, result, report, cache: str | None) -> dict:
     out = {"examined": examined, "dtype": str(original.dtype).removeprefix("torch."), "questions": len(asked)}
+    out |= {"cache": cache}
     if report is None:
         return out | result.to_dict()
     layers = [

@@ -23,7 +23,7 @@ def explain(
     """Say which kernel runs each quantized layer on this machine, and why each other one does not."""
     check_device(device)
     if model == "tutor":
-        parsed = Recipe.parse(recipe)
+        parsed = Recipe.of_weights(recipe)
         loaded, _ = cq.tutor.load()
         cq.quantize_(loaded, parsed)
         loaded.to(device)

@@ -17,11 +17,12 @@ from .explore_bits import BitsView
 from .explore_clip import ClipView
 from .explore_float import FloatView
 from .explore_groups import GroupsView
+from .explore_outlier import OutlierView
 from .look import card, heading, section, table
 from .shown import Shown
 from .text import inline
 
-__all__ = ["Explorer", "bits", "clip", "float_bits", "groups"]
+__all__ = ["Explorer", "bits", "clip", "float_bits", "groups", "outlier"]
 
 
 class Explorer(Shown):
@@ -99,3 +100,9 @@ def groups(x: torch.Tensor, title: str = "How many weights share a scale?") -> E
     """From one scale for all to one for eight neighbours: how closely they fit, what they cost, what they gain."""
     view = GroupsView(x)
     return Explorer("groups", title, view.controls(), view.draw, view.rows)
+
+
+def outlier(x: torch.Tensor, title: str = "One value grows, the others pay") -> Explorer:
+    """One large value beside ordinary ones: the step, how many codes are left to the others, their error."""
+    view = OutlierView(x)
+    return Explorer("outlier", title, view.controls(), view.draw, view.rows)

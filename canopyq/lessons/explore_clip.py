@@ -6,7 +6,7 @@ import torch
 from ipywidgets import FloatSlider, IntSlider, Widget
 from matplotlib.figure import Figure
 
-from canopyq.affine import dequantize, quantize, scale_and_zero_point
+from canopyq.saturation import Clipped, clipped
 
 from .canvas import BLUE, FAINT, GREEN, INK, RED, new_figure, numbers, styled
 from .look import box
@@ -20,7 +20,7 @@ class ClipView:
     def __init__(self, x: torch.Tensor) -> None:
         self.x = x.detach().float().flatten()
         self.absmax = self.x.abs().max()
-        self._known: dict[tuple[float, int], tuple[float, float]] = {}
+        self._known: dict[tuple[float, int], Clipped] = {}
 
     def controls(self) -> dict[str, Widget]:
         return {
@@ -28,36 +28,27 @@ class ClipView:
             "bits": IntSlider(4, 2, 8, description="bits"),
         }
 
-    def errors(self, share: float, bits: int) -> tuple[float, float]:
-        """Mean squared error of the values beyond the range, and of those inside."""
+    def at(self, share: float, bits: int) -> Clipped:
+        """What becomes of the values if the range ends at this share of absmax."""
         if (share, bits) not in self._known:
-            self._known[share, bits] = self._errors(share, bits)
+            self._known[share, bits] = clipped(self.x, self.absmax * share, f"int{bits}")
         return self._known[share, bits]
 
-    def _errors(self, share: float, bits: int) -> tuple[float, float]:
-        end = (self.absmax * share).reshape(1)
-        scale, _ = scale_and_zero_point(-end, end, f"int{bits}")
-        kept = dequantize(quantize(self.x, scale, None, f"int{bits}"), scale, None, f"int{bits}")
-        squared = (kept - self.x).square()
-        beyond = self.x.abs() > end
-        return (squared * beyond).mean().item(), (squared * ~beyond).mean().item()
-
     def draw(self, figure: Figure, clip: float, bits: int) -> str:
-        clipping, rounding = self.errors(clip, bits)
+        here = self.at(clip, bits)
         self._picture(figure, clip, bits)
         end = self.absmax.item() * clip
-        beyond = (self.x.abs() > end).float().mean().item()
         best = self.best(bits)
         return box(
             "info",
-            f"<b>Range ±{end:.4g}</b> ({clip:.0%} of the largest magnitude, {beyond:.2%} of the values lie beyond). "
-            f"Squared error: clipping {clipping:.3g} + rounding {rounding:.3g} = <b>{clipping + rounding:.3g}</b>; "
-            f"least of the curve: {sum(self.errors(best, bits)):.3g} at {best:.0%}.",
+            f"<b>Range ±{end:.4g}</b> ({clip:.0%} of the largest magnitude, {here.share:.2%} of the values lie beyond"
+            f"). Squared error: clipping {here.clipping:.3g} + rounding {here.rounding:.3g} = <b>{here.error:.3g}</b>; "
+            f"least of the curve: {self.at(best, bits).error:.3g} at {best:.0%}.",
         )
 
     def best(self, bits: int) -> float:
         """The share of absmax with the least total error, of those on the curve."""
-        return min(SHARES, key=lambda share: sum(self.errors(share, bits)))
+        return min(SHARES, key=lambda share: self.at(share, bits).error)
 
     @styled
     def _picture(self, figure: Figure, clip: float, bits: int) -> Figure:
@@ -68,7 +59,7 @@ class ClipView:
         for side in (-end, end):
             left.axvline(side, color=RED, linewidth=1.5, linestyle="--")
         left.set(xlabel="value (dashed: where the range ends)", ylabel="how many (log)")
-        pairs = [self.errors(share, bits) for share in SHARES]
+        pairs = [(self.at(share, bits).clipping, self.at(share, bits).rounding) for share in SHARES]
         right.plot(SHARES, [c for c, _ in pairs], color=RED, label="clipping", marker="s", markersize=3)
         right.plot(SHARES, [r for _, r in pairs], color=BLUE, label="rounding", marker="o", markersize=3)
         right.plot(SHARES, [c + r for c, r in pairs], color=GREEN, linewidth=2, label="total")
@@ -87,6 +78,6 @@ class ClipView:
         lines = []
         for bits in (8, 4, 3, 2):
             best = self.best(bits)
-            whole, cut = sum(self.errors(1.0, bits)), sum(self.errors(best, bits))
+            whole, cut = self.at(1.0, bits).error, self.at(best, bits).error
             lines.append([str(bits), f"{whole:.2g}", f"{best:.0%}", f"{cut:.2g}"])
         return ["bits", "error with the whole range", "best clip", "error there"], lines

@@ -54,7 +54,7 @@ def ask(
 
     if not isinstance(question, str):
         history, question = [*history, *question.turns[:-1]], question.prompt
-    ids = torch.tensor([_ids(tokenizer, _prompt(tokenizer, history, question))], device=model.device)
+    ids = torch.tensor([prompt_ids(tokenizer, history, question)], device=model.device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.inference_mode():
         output = model.generate(
@@ -66,6 +66,11 @@ def ask(
         )
     text = str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
     return text if tokenizer.chat_template else text.split("\n")[0]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, history: Sequence[Turn], question: str) -> list[int]:
+    """Token ids of a chat up to where the answer to ``question`` begins."""
+    return _ids(tokenizer, _prompt(tokenizer, history, question))
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ from canopyq.lessons.explore_bits import levels, nearest
 from canopyq.lessons.explore_clip import ClipView
 from canopyq.lessons.explore_float import FORMATS, split_bits, stored
 from canopyq.lessons.explore_groups import GroupsView
+from canopyq.lessons.explore_outlier import OutlierView
 from canopyq.tensor import quantize
 
 X = torch.randn(1500, generator=torch.Generator().manual_seed(0))
@@ -19,9 +20,11 @@ EXPLORERS = {
     "bits": lambda: explore.bits(X),
     "float-bits": lambda: explore.float_bits(0.1),
     "clip": lambda: explore.clip(X),
+    "outlier": lambda: explore.outlier(X),
     "groups": lambda: explore.groups(X.reshape(15, 100)),
 }
-MOVES = {"bits": ("bits", 2), "float-bits": ("number", 17.3), "clip": ("clip", 0.4), "groups": ("scale", "g32")}
+MOVES = {"bits": ("bits", 2), "float-bits": ("number", 17.3), "clip": ("clip", 0.4), "outlier": ("outlier", 200.0),
+         "groups": ("scale", "g32")}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EXPLORERS)
@@ -95,9 +98,17 @@ def test_presets_and_the_typed_number_follow_each_other() -> None:
 
 def test_clipping_and_rounding_pull_in_opposite_directions() -> None:
     view = ClipView(torch.cat([X, torch.tensor([20.0])]))
-    clipping, rounding = zip(*(view.errors(share, 4) for share in (0.1, 0.3, 0.6, 1.0)), strict=True)
+    found = [view.at(share, 4) for share in (0.1, 0.3, 0.6, 1.0)]
+    clipping, rounding = [each.clipping for each in found], [each.rounding for each in found]
     assert list(clipping) == sorted(clipping, reverse=True) and list(rounding) == sorted(rounding)
     assert clipping[-1] == 0 and 0.05 <= view.best(4) < 0.6
+
+
+def test_an_outlier_takes_the_codes_of_the_others() -> None:
+    view = OutlierView(torch.linspace(-1, 1, 101))
+    found = [view.crushed(size, 8) for size in (2.0, 20.0, 127.5, 500.0)]
+    assert [f.codes for f in found] == sorted((f.codes for f in found), reverse=True) and found[-1].codes == 1
+    assert found[2].step == 1.0 and found[3].zeros == 1.0 and found[3].error == 1.0
 
 
 @pytest.mark.parametrize("bits", [4, 3])
@@ -133,6 +144,7 @@ def test_groups_of_any_shape(shape: tuple[int, ...]) -> None:
 
 def test_a_tensor_of_zeros() -> None:
     zeros = torch.zeros(10)
-    for explorer in (explore.bits(zeros), explore.clip(zeros), explore.groups(zeros.reshape(1, 10))):
+    for explorer in (explore.bits(zeros), explore.clip(zeros), explore.groups(zeros.reshape(1, 10)),
+                     explore.outlier(zeros)):  # fmt: skip
         explorer.widget()
         explorer.static_html()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canopyq.linear import QuantizedLinear
-from canopyq.ops import cpu_int4, cpu_int8, reference, select, sliced
+from canopyq.ops import activations, cpu_int4, cpu_int8, cublas, reference, select, sliced
 from canopyq.ops.kernel import Kernel, Problem
 from canopyq.scheme import Scheme
 from canopyq.tensor import QuantizedTensor, quantize
@@ -36,7 +36,10 @@ WEIGHTS = {
 ACTIVATIONS = {
     "int8 token": Scheme("int8", "token"),
     "int8 token asymmetric": Scheme("int8", "token", symmetric=False),
+    "int8 tensor": Scheme("int8", "tensor"),
+    "int4 token": Scheme("int4", "token"),
     "fp8 token": Scheme("fp8", "token"),
+    "mxfp4": Scheme("mxfp4"),
 }
 
 
@@ -97,32 +100,105 @@ def test_blocks_are_what_torch_packs() -> None:
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("rows", [5, 20])
 @pytest.mark.parametrize("activations", ACTIVATIONS.values(), ids=ACTIVATIONS)
 @pytest.mark.parametrize("name", ["int8 channel", "int8 channel asymmetric", "int4 g128", "fp8 channel"])
-def test_quantized_inputs_give_the_product_of_what_the_codes_stand_for(name: str, activations: Scheme) -> None:
+def test_quantized_inputs_give_the_product_of_what_the_codes_stand_for(
+    name: str, activations: Scheme, rows: int
+) -> None:
     weight = weight_of(WEIGHTS[name], 64, 256)
-    x = torch.randn(2, 5, 256) + 0.3
+    x = torch.randn(2, rows, 256) + 0.3
     layer = QuantizedLinear(weight, activations=activations)
     exact = quantize(x, activations).dequantize(torch.float64) @ weight.dequantize(torch.float64).t()
-    assert relative_error(layer(x), exact) < 1e-6
+    codes = select.pick(select.usable(layer.problem), 2 * rows) is cpu_int8.CODES
+    assert relative_error(layer(x), exact) < (4e-3 if codes else 1e-6)
 
 
-@pytest.mark.parametrize("asymmetric", [False, True])
-def test_integers_by_integers_are_exact(asymmetric: bool) -> None:
-    """The kernel itself, also where this processor is too slow at it for the layer to take it."""
-    weight = weight_of(WEIGHTS["int8 channel"], 64, 4096)
-    x = quantize(torch.randn(7, 4096) + 1, "int8", "token", symmetric=not asymmetric)
-    y = cpu_int8.int8_by_int8(x, reference.arrange(weight), Problem.of(weight, x.scheme))
-    assert relative_error(y, x.dequantize(torch.float64) @ weight.dequantize(torch.float64).t()) < 1e-6
+def codes_of(rows: int, k: int, symmetric: bool, seed: int, edge: bool) -> QuantizedTensor:
+    """Inputs in codes per token; at the edge all of them are the lowest or the highest."""
+    draw = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-128, 128, (rows, k), generator=draw).to(torch.int8)
+    if edge:
+        codes = torch.where(codes < 0, -128, 127).to(torch.int8)
+    zero = torch.randint(-128, 128, (rows, 1), generator=draw).to(torch.int8)
+    scheme = Scheme("int8", "token", symmetric=symmetric)
+    scale = torch.rand(rows, 1, generator=draw) + 0.1
+    return QuantizedTensor(codes, scale, None if symmetric else zero, scheme, codes.shape, torch.float64)
 
 
-def test_a_static_range_is_used_as_it_is() -> None:
-    weight = weight_of(WEIGHTS["int8 channel"], 8, 32)
+@settings(max_examples=60)
+@given(
+    st.integers(1, 40), st.integers(1, 300), st.integers(1, 70), st.booleans(), st.booleans(), st.integers(0, 2**31)
+)
+def test_integers_by_integers_are_exact(
+    rows: int, k: int, n: int, symmetric: bool, edge: bool, seed: int
+) -> None:
+    """Σ (q − z)·w in int32 is what int64 gives, for any codes; only the two scales round. Also where this processor is
+    too slow at it for the layer to take it."""
+    x, w = codes_of(rows, k, symmetric, seed, edge), codes_of(n, k, True, seed + 1, edge)
+    one = {"weight": w.data, "weight_scale": torch.ones(n, 1)}
+    x = dataclasses.replace(x, scale=torch.ones(rows, 1))
+    problem = Problem(w.scheme, x.scheme, n, k, torch.float32, torch.device("cpu"))
+    zero = 0 if symmetric else x.zero_point.long()
+    exact = (x.data.long() - zero) @ w.data.long().t()
+    assert torch.equal(cpu_int8.int8_by_int8(x, one, problem).long(), exact.float().long())
+    assert int(exact.abs().max()) < 2**31
+
+
+def test_the_longest_sums_still_fit() -> None:
+    k = 2**16
+    x = QuantizedTensor(torch.full((1, k), -128, dtype=torch.int8), torch.ones(1, 1),
+                        torch.full((1, 1), 127, dtype=torch.int8), Scheme("int8", "token", symmetric=False),
+                        torch.Size([1, k]), torch.float64)  # fmt: skip
+    held = {"weight": torch.full((1, k), -128, dtype=torch.int8), "weight_scale": torch.ones(1, 1)}
+    problem = Problem(Scheme("int8", "channel"), x.scheme, 1, k, torch.float32, torch.device("cpu"))
+    assert cpu_int8.sums_overflow(problem) is None
+    assert int(cpu_int8.int8_by_int8(x, held, problem)) == 255 * 128 * k
+    assert "may not fit" in cpu_int8.sums_overflow(dataclasses.replace(problem, k=k + 1))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_in_bfloat16_lose_only_the_rounding_of_the_output(symmetric: bool) -> None:
+    x, w = codes_of(7, 512, symmetric, 0, False), codes_of(64, 512, True, 1, False)
+    problem = Problem(w.scheme, x.scheme, 64, 512, torch.float32, torch.device("cpu"))
+    y = cpu_int8.codes_in_bfloat16(x, {"weight": w.data, "weight_scale": w.scale}, problem)
+    zero = 0 if symmetric else x.zero_point.double()
+    exact = (x.data.double() - zero) * x.scale.double() @ (w.data.double() * w.scale.double()).t()
+    assert float(((y - exact).abs() / exact.abs().clamp(min=1e-9)).max()) < 2**-8
+
+
+@pytest.mark.parametrize("scheme", ACTIVATIONS.values(), ids=ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_dynamic_codes_are_those_of_quantize(scheme: Scheme, dtype: torch.dtype) -> None:
+    x = (torch.randn(6, 96) * torch.tensor([1, 0, 3, 1e-3, 200, 1])[:, None]).to(dtype)
+    expected = quantize(x.float(), scheme)
+    assert torch.equal(activations.rounded(x, scheme), expected.dequantize(dtype))
+    if scheme.format.bits == 8:
+        found = activations.dynamic(x, scheme)
+        assert torch.equal(found.codes.view(torch.int8), expected.codes.view(torch.int8))
+        assert torch.equal(found.scale, expected.scale)
+
+
+@pytest.mark.parametrize("scheme", [Scheme("int8", "token", symmetric=False), Scheme("fp8", "token")], ids=str)
+def test_a_token_with_nan_spoils_no_other(scheme: Scheme) -> None:
+    layer = QuantizedLinear(weight_of(WEIGHTS["int8 channel"], 64, 256), activations=scheme)
+    x = torch.randn(3, 256)
+    whole = layer(x)
+    x[1, 7] = torch.nan
+    spoiled = layer(x)
+    assert spoiled[1].isnan().all() and torch.equal(spoiled[[0, 2]], whole[[0, 2]])
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("name", ["int8 channel", "int4 g128"])
+def test_a_static_range_is_used_as_it_is(name: str, rows: int) -> None:
+    weight = weight_of(WEIGHTS[name], 64, 256)
     scale, zero = torch.tensor([0.01]), torch.tensor([20], dtype=torch.int8)
     layer = QuantizedLinear(weight, None, Scheme("int8", "tensor", symmetric=False), scale, zero)
-    x = torch.randn(3, 32) * 3
+    x = torch.randn(rows, 256) * 3
     seen = (torch.clamp(torch.round(x.double() / 0.01) + 20, -128, 127) - 20) * float(scale)
-    assert relative_error(layer(x), seen @ weight.dequantize(torch.float64).t()) < 1e-6
+    assert relative_error(layer(x), seen @ weight.dequantize(torch.float64).t()) < (1e-6 if rows > 16 else 4e-3)
+    assert "input int8 tensor asymmetric static" in repr(layer)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -184,3 +260,70 @@ def test_verdicts_speak_of_every_kernel() -> None:
 def test_a_refusal_names_what_is_in_the_way(change: dict, kernel: Kernel, words: str) -> None:
     problem = dataclasses.replace(Problem.of(weight_of(WEIGHTS["int4 g128"], 64, 256)), **change)
     assert words in kernel.refuse(problem)
+
+
+GPU = Problem(Scheme("int8", "channel"), Scheme("int8", "token"), 64, 256, BF16, torch.device("cuda"))
+FP8 = dataclasses.replace(GPU, weights=Scheme("fp8", "channel"), activations=Scheme("fp8", "token"))
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that says it has a GPU of compute capability 9.0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("problem", "kernel"),
+    [
+        (GPU, cublas.INT8),
+        (dataclasses.replace(GPU, activations=Scheme("int8", "tensor", symmetric=False)), cublas.INT8),
+        (FP8, cublas.FP8),
+        (dataclasses.replace(FP8, weights=Scheme("fp8", "tensor"), activations=Scheme("fp8", "tensor")), cublas.FP8),
+    ],
+)
+def test_on_a_gpu_8_bits_go_to_cublas(problem: Problem, kernel: Kernel) -> None:
+    assert kernel in select.usable(problem) and reference.REFERENCE in select.usable(problem)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("problem", "kernel", "change", "words"),
+    [
+        (GPU, cublas.INT8, {"device": torch.device("cpu")}, "the layer lies on cpu"),
+        (GPU, cublas.INT8, {"activations": None}, "leaves activations as they are"),
+        (GPU, cublas.INT8, {"activations": Scheme("int4", "token")}, "takes int8 activations; these are int4"),
+        (GPU, cublas.INT8, {"activations": Scheme("int8", "g32")}, "one per g32"),
+        (GPU, cublas.INT8, {"weights": Scheme("int8", "g128")}, "one per g128"),
+        (GPU, cublas.INT8, {"weights": Scheme("int8", "channel", symmetric=False)}, "symmetric int8 weights"),
+        (GPU, cublas.INT8, {"n": 60}, "multiples of 8; this layer has 256 in and 60 out"),
+        (GPU, cublas.INT8, {"k": 2**17}, "may not fit in 32 bits"),
+        (FP8, cublas.FP8, {"device": torch.device("cpu")}, "the layer lies on cpu"),
+        (FP8, cublas.FP8, {"activations": None}, "these are fp8_e4m3 and not quantized"),
+        (FP8, cublas.FP8, {"weights": Scheme("int8", "channel")}, "these are int8 and fp8_e4m3"),
+        (FP8, cublas.FP8, {"weights": Scheme("fp8", "g64")}, "one per g64"),
+        (FP8, cublas.FP8, {"activations": Scheme("fp8", "g64")}, "one per g64"),
+        (FP8, cublas.FP8, {"n": 72}, "multiples of 16"),
+    ],
+)
+def test_cublas_refuses_what_torch_would(problem: Problem, kernel: Kernel, change: dict, words: str) -> None:
+    assert words in kernel.refuse(dataclasses.replace(problem, **change))
+
+
+def test_cublas_needs_a_gpu_that_is_new_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "finds no GPU" in cublas.INT8.refuse(GPU) and "finds no GPU" in cublas.FP8.refuse(FP8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert "this GPU has 8.0" in cublas.FP8.refuse(FP8) and cublas.INT8.refuse(GPU) is None
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_few_rows_are_filled_up_for_cublas(symmetric: bool) -> None:
+    """The arithmetic of the GPU's path, run on the processor."""
+    x, w = codes_of(3, 64, symmetric, 0, False), codes_of(16, 64, True, 1, False)
+    held = {"weight": w.data, "weight_scale": w.scale}
+    problem = dataclasses.replace(GPU, n=16, k=64)
+    got, expected = (f(x, held, problem) for f in (cublas.int8_by_int8, cpu_int8.int8_by_int8))
+    assert got.shape == (3, 16) and torch.equal(got, expected)

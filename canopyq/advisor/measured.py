@@ -1,0 +1,106 @@
+"""How good each recipe is: measured, with the source named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from canopyq.errors import CanopyError
+from canopyq.evaluate import Comparison
+from canopyq.scheme import Recipe
+from canopyq.stats import Share
+
+RECORDED = Path(__file__).with_name("measurements.json")
+ORIGINAL = "bf16"  # how the model that is not quantized is called
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One recipe, examined beside the original.
+
+    Attributes:
+        recipe: its name with the cache, such as ``"w4a16-g128+kv8"``; ``"bf16"`` is the original in 16-bit arithmetic.
+        kl: mean KL divergence from the original, nats per token.
+        right, n: answers that were right, of how many.
+        method: how the weights were rounded; ``"rtn"`` to the nearest.
+        source: what was measured, where and when.
+    """
+
+    recipe: str
+    kl: float
+    right: int
+    n: int
+    method: str = "rtn"
+    source: str = "your own measurement"
+
+    def __post_init__(self) -> None:
+        self.accuracy  # noqa: B018 - a share that is none is refused at once
+        if not 0 <= self.kl < float("inf"):
+            raise CanopyError(f"a KL of {self.kl} for {self.recipe} is no divergence; measure it with cq.compare")
+        self.parts  # noqa: B018
+
+    @classmethod
+    def of(cls, recipe: str, result: Comparison, *, method: str = "rtn", source: str = "your own measurement"):
+        """What ``cq.compare`` found for a recipe."""
+        right = result.model.accuracy
+        return cls(recipe, result.kl, right.right, right.n, method, source)
+
+    @property
+    def accuracy(self) -> Share:
+        return Share(self.right, self.n)
+
+    @property
+    def parts(self) -> tuple[Recipe | None, str | None]:
+        """The recipe of the weights, None for the original, and the cache, None for one of 16 bits."""
+        return split(self.recipe)
+
+
+@cache
+def split(name: str) -> tuple[Recipe | None, str | None]:
+    """The recipe of the weights and the cache that a name such as ``w4a16-g128+kv8`` stands for.
+
+    Raises:
+        CanopyError: for a name that does not exist.
+    """
+    words = name.lower().split("+")
+    caches = [word for word in words[1:] if word.startswith("kv")]
+    if len(caches) > 1:
+        raise CanopyError(f"{name!r} names {len(caches)} caches; a model has one")
+    base = "+".join(word for word in words if word not in caches)
+    return None if base == ORIGINAL else Recipe.parse(base), caches[0] if caches else None
+
+
+def recorded() -> list[Measurement]:
+    """The measurements that ship with canopyq: the tutor model, by benchmarks/advice.py."""
+    return read(RECORDED)
+
+
+def read(path: str | Path) -> list[Measurement]:
+    """Measurements from a JSON file: ``{"source": …, "rows": [{"recipe": …, "kl": …, "right": …, "n": …}, …]}``.
+
+    Raises:
+        CanopyError: for a file that does not hold them.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return [Measurement(**({"source": content["source"]} | row)) for row in content["rows"]]
+    except CanopyError:
+        raise
+    except OSError as error:
+        raise CanopyError(f"{path} cannot be read ({error.strerror}); name a file of measurements") from error
+    except (ValueError, KeyError, TypeError) as error:
+        wanted = '{"source": …, "rows": [{"recipe": …, "kl": …, "right": …, "n": …}]}'
+        raise CanopyError(f"{path} does not hold measurements ({error}); it should be {wanted}") from error
+
+
+def write(path: str | Path, measurements: Iterable[Measurement], **about: object) -> None:
+    """Write measurements of one source as `read` reads them; ``about`` adds what else is to be known of them."""
+    rows = [asdict(m) for m in measurements]
+    sources = {row.pop("source") for row in rows}
+    if len(sources) != 1:
+        raise CanopyError(f"a file of measurements has one source, these have {len(sources)}; write them apart")
+    content = {"source": sources.pop(), **about, "rows": rows}
+    Path(path).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

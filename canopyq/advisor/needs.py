@@ -1,0 +1,146 @@
+"""What somebody needs of a model, read from the words that people write: 7B, 8GB, 32k, h100."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from canopyq.advisor.gpus import find_capability
+from canopyq.errors import CanopyError, unknown
+from canopyq.memory import MODEL_SHAPES, ModelShape, human, parameter_count
+
+# Lesson 06 divides the damage that a step avoids by the memory that it costs, both in per cent. A priority is the rate
+# at which a step is worth taking: "balanced" pays one per cent of memory if at least 10 % of the damage go away.
+PRIORITIES = {"accuracy": 1.0, "balanced": 10.0, "compression": 50.0, "throughput": 1.0}
+FLOOR = 0.98  # the share of right answers that is asked for where nobody says
+MANY = 10_000  # layers: more than any model has
+FARTHEST = 1.25  # a count names the nearest known shape, if the two are at most this factor apart
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the advisor is asked for; `parse` makes one from words.
+
+    Attributes:
+        model: the name of the shape.
+        asked: how the caller named it.
+        shape: the model's layers.
+        memory: bytes for weights and cache together, or None for no limit.
+        context: tokens that each sequence's cache holds; 0 leaves the cache out.
+        batch: sequences at a time.
+        accuracy: the least share of right answers, between 0 and 1.
+        capability: of the GPU, such as 8.9; 0 for a CPU; None if it is not known.
+        priority: one of `PRIORITIES`.
+    """
+
+    model: str
+    asked: str
+    shape: ModelShape
+    memory: int | None = None
+    context: int = 0
+    batch: int = 1
+    accuracy: float = FLOOR
+    capability: float | None = None
+    priority: str = "balanced"
+
+    @classmethod
+    def parse(
+        cls,
+        model: str | int | float,
+        *,
+        memory: str | int | float | None = None,
+        context: str | int = 0,
+        batch: int = 1,
+        accuracy: float = FLOOR,
+        gpu: str | float | None = None,
+        priority: str = "balanced",
+    ) -> Needs:
+        """Needs from words.
+
+        Args:
+            model: a name in `MODEL_SHAPES`, a count such as ``"7B"``, which stands for the nearest of them, or a folder
+                with a config.json.
+            memory: ``"8GB"`` (10^9 bytes), ``"8GiB"`` (2^30), or a number of bytes.
+            context: tokens, or ``"32k"``, which is 32 · 1024.
+            gpu: a GPU such as ``"h100"``, a compute capability such as ``8.9``, or ``"cpu"``.
+
+        Raises:
+            CanopyError: for anything that cannot be read, with what can.
+        """
+        if priority not in PRIORITIES:
+            raise unknown("priority", priority, PRIORITIES)
+        if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= 10**6:
+            raise CanopyError(f"a batch of {batch!r} sequences cannot be served; use 1 or more")
+        if not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
+            raise CanopyError(f"an accuracy floor of {accuracy!r} is no share of right answers; use e.g. 0.98")
+        name, shape = find_shape(model)
+        limit = None if memory is None else byte_count(memory)
+        capability = None if gpu is None else find_capability(gpu)
+        return cls(name, str(model), shape, limit, token_count(context), batch, float(accuracy), capability, priority)
+
+    def __str__(self) -> str:
+        words = [f"priority {self.priority}", f"at least {100 * self.accuracy:.4g} % right"]
+        words.append("no memory limit" if self.memory is None else f"{human(self.memory)} of memory")
+        if self.context:
+            words.append(f"{self.batch} x {self.context:,} tokens of context")
+        if self.capability is not None:
+            words.append(f"GPU of compute capability {self.capability}" if self.capability else "on a CPU")
+        return ", ".join(words)
+
+
+def find_shape(model: str | int | float) -> tuple[str, ModelShape]:
+    """Name and shape of a model: by its name, by the number of its parameters, or by a folder with its config.
+
+    Raises:
+        CanopyError: if no known shape is near.
+    """
+    key = str(model).strip()
+    if key.lower() in MODEL_SHAPES:
+        return key.lower(), MODEL_SHAPES[key.lower()]
+    if (Path(key).expanduser() / "config.json").is_file():
+        from canopyq.checkpoint.skeleton import read_model_config
+
+        return key, ModelShape.of(read_model_config(Path(key).expanduser(), tensors=MANY))
+    if "/" in key or key.startswith((".", "~")):
+        raise CanopyError(f"{key!r} is no folder with a config.json; name one, or a model such as llama-3.1-8b, or 7B")
+    count = parameter_count(model)
+    name = min(MODEL_SHAPES, key=lambda known: abs(MODEL_SHAPES[known].parameters - count))
+    found = MODEL_SHAPES[name].parameters
+    if not 1 / FARTHEST <= found / count <= FARTHEST:
+        raise CanopyError(
+            f"no known model has about {key} parameters, the nearest is {name} with {found / 1e9:.3g}B; "
+            "name a model or a folder with its config.json"
+        )
+    return name, MODEL_SHAPES[name]
+
+
+def byte_count(text: str | int | float) -> int:
+    """``"8GB"`` is 8 · 10^9 bytes, ``"8GiB"`` 8 · 2^30; a bare number is bytes.
+
+    Raises:
+        CanopyError: for anything else, and for less than a byte.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([kmgt]?)(i?)b?\s*", str(text).lower())
+    if not match:
+        raise CanopyError(f"{text!r} is no amount of memory; write it as 8GB, 6.5GiB or 500MB")
+    number, unit, binary = match.groups()
+    if binary and not unit:
+        raise CanopyError(f"{text!r} is no amount of memory; write it as 8GB, 6.5GiB or 500MB")
+    count = round(float(number) * (1024 if binary else 1000) ** "_kmgt".find(unit or "_"))
+    if count < 1:
+        raise CanopyError(f"a memory budget of {text!r} holds nothing; write it as 8GB, 6.5GiB or 500MB")
+    return count
+
+
+def token_count(text: str | int) -> int:
+    """``"32k"`` is 32 · 1024 tokens, as context lengths are named; a bare number is tokens.
+
+    Raises:
+        CanopyError: for anything else, and for a fraction of a token.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", str(text).lower().replace("_", ""))
+    count = float(match.group(1)) * {"": 1, "k": 1024, "m": 1024**2}[match.group(2)] if match else 0.5
+    if count != int(count) or count > 10**9:
+        raise CanopyError(f"{text!r} is no context length; write it as 32k or 32768")
+    return int(count)

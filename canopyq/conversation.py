@@ -1,0 +1,114 @@
+"""A chat that keeps its KV cache from turn to turn: only what is new goes through the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from canopyq.errors import CanopyError
+from canopyq.memory import bytes_held
+from canopyq.tutor.chat import prompt_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Conversation:
+    """A chat with a model, each token of an answer the most likely one.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer.
+        cache: a format of `QuantizedCache` such as ``"kv4"``, or None for the cache that transformers makes.
+        options: further arguments of `QuantizedCache`.
+
+    Attributes:
+        turns: what was asked and answered so far.
+        ids: the token ids of all that.
+        cache: the transformers cache that holds their keys and values.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: str | None = None, **options: Any
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self._new_cache = lambda: _make(model.config, cache, options)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything."""
+        self.turns: list[tuple[str, str]] = []
+        self.ids: list[int] = []
+        self.cache = self._new_cache()
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the cache holds."""
+        return self.cache.get_seq_length()
+
+    @property
+    def limit(self) -> int | None:
+        """How many tokens the model takes."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Storage behind the cache."""
+        from canopyq.kv_cache import cache_nbytes
+
+        return cache_nbytes(self.cache)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Storage behind the model."""
+        return bytes_held(self.model)
+
+    def ask(self, question: str, max_new_tokens: int = 96) -> str:
+        """The answer to the next turn.
+
+        Raises:
+            CanopyError: if the chat has come to the end of the model's context. It is then as it was.
+        """
+        import torch
+
+        new = self._with(question)
+        room = max_new_tokens if self.limit is None else min(max_new_tokens, self.limit - len(new))
+        if room < 1:
+            raise CanopyError(
+                f"with this question the chat has {len(new)} tokens, and the model takes {self.limit}; start a new chat"
+            )
+        ids = torch.tensor([new], device=self.model.device)
+        pad = self.tokenizer.pad_token_id
+        with torch.inference_mode():
+            output = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=self.cache,
+                do_sample=False,
+                max_new_tokens=room,
+                pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+            )[0].tolist()
+        self.ids = output
+        answer = str(self.tokenizer.decode(output[len(new) :], skip_special_tokens=True)).strip()
+        self.turns.append((question, answer))
+        return answer
+
+    def _with(self, question: str) -> list[int]:
+        """Token ids up to where the answer begins.
+
+        They begin with those in the cache. Where they do not, since an answer was interrupted or the tokenizer writes
+        it otherwise than the model did, the chat is read anew.
+        """
+        ids, cached = prompt_ids(self.tokenizer, self.turns, question), self.tokens
+        if ids[:cached] != self.ids[:cached]:
+            self.cache = self._new_cache()
+        return ids
+
+
+def _make(config: Any, cache: str | None, options: dict[str, Any]) -> Any:
+    if cache is None:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=config)
+    from canopyq.kv_cache import QuantizedCache
+
+    return QuantizedCache(config, cache, **options)

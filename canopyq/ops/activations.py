@@ -1,0 +1,54 @@
+"""Codes of a layer's input at run time: from each input's own range, or from one that was fixed beforehand.
+
+Nothing here waits for a GPU, so there are no checks: NaN in a token gives NaN in that token's outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from canopyq import affine
+from canopyq.formats import BlockFormat
+from canopyq.observers import minmax
+from canopyq.scheme import Scheme
+from canopyq.tensor import QuantizedTensor, quantize
+
+
+def fixed(x: Tensor, scheme: Scheme, scale: Tensor, zero_point: Tensor | None) -> QuantizedTensor:
+    """``x`` (M, K) in 8-bit codes by a static scale (1,); what lies beyond its range is clipped."""
+    codes = affine.quantize(x.detach(), scale, zero_point, scheme.format, restricted=scheme.restricted)
+    return QuantizedTensor(codes, scale, zero_point, scheme, x.shape, x.dtype)
+
+
+def dynamic(x: Tensor, scheme: Scheme) -> QuantizedTensor:
+    """``x`` (M, K) in 8-bit codes by the min-max range of each of its rows: per token, or of all per tensor.
+
+    The codes and scales are those of ``quantize(x.float(), scheme)``, without its checks.
+    """
+    rows = scheme.granularity.rows(x.detach())
+    codes, scale, zero_point = _min_max(rows, scheme)
+    shape = scheme.granularity.scale_shape(x.shape)
+    zero_point = None if zero_point is None else zero_point.reshape(shape)
+    return QuantizedTensor(codes.reshape(x.shape), scale.reshape(shape), zero_point, scheme, x.shape, x.dtype)
+
+
+def rounded(x: Tensor, scheme: Scheme, scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
+    """What the codes of ``x`` (M, K) stand for, in its dtype: for kernels that do not take codes. Any scheme."""
+    fmt = scheme.format
+    if scale is not None:
+        return affine.fake_quantize(x.detach(), scale, zero_point, fmt, restricted=scheme.restricted)
+    if isinstance(fmt, BlockFormat) or scheme.is_plain_cast or scheme.observer != "minmax":
+        return quantize(x, scheme).dequantize(x.dtype)
+    codes, scale, zero_point = _min_max(scheme.granularity.rows(x.detach()), scheme)
+    return scheme.granularity.from_rows(affine.dequantize(codes, scale, zero_point, fmt, x.dtype), x.shape)
+
+
+def _min_max(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None]:
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    lo, hi = minmax(rows, scheme.format, symmetric=scheme.symmetric)
+    narrow = scheme.scale_dtype or torch.float32
+    scale, zero_point = affine.scale_and_zero_point(
+        lo, hi, scheme.format, symmetric=scheme.symmetric, restricted=scheme.restricted, scale_dtype=narrow, check=False
+    )
+    return affine.quantize(rows, scale, zero_point, scheme.format, restricted=scheme.restricted), scale, zero_point

@@ -1,0 +1,75 @@
+"""One fixed range for all inputs of a layer, from what calibration saw of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from canopyq import affine
+from canopyq.inputs import InputStatistics
+from canopyq.observers import get_observer
+from canopyq.scheme import Scheme
+
+MOMENTUM = 0.9  # what a moving average keeps of its past at each sample
+ENTROPY_MERGES = 8  # neighbouring bins: divergence is between histograms of some 2,000 bins, as TensorRT has it
+SEARCH = {"smallest": 0.01, "candidates": 128}  # inputs spike more than weights: look further inside their range
+
+
+def static_range(seen: InputStatistics, scheme: Scheme, **options: Any) -> tuple[float, float]:
+    """The ends of the range that the scheme's observer chooses.
+
+    * ``minmax``      the smallest and the largest value that occurred
+    * ``average``     the moving average of the samples' ranges (Jacob et al. 2018, section 3.1): ``momentum`` = 0.9 of
+      the past and a tenth of each next sample
+    * ``percentile``, ``mse``, ``entropy``: on the histogram of all values; see `observers`
+
+    Args:
+        seen: of the layer's inputs.
+        scheme: of the inputs.
+        options: for the observer, such as ``keep=0.9999``.
+
+    Raises:
+        CanopyError: if the observer cannot work with the format.
+    """
+    lo, hi = float(seen.ranges[:, 0].min()), float(seen.ranges[:, 1].max())
+    if scheme.observer == "average":
+        return _average(seen.ranges, **options)
+    if scheme.observer == "minmax":
+        return (-max(-lo, hi), max(-lo, hi)) if scheme.symmetric else (lo, hi)
+    merged = ENTROPY_MERGES if scheme.observer == "entropy" else 1
+    counts = seen.histogram.counts.view(-1, merged).sum(1)
+    occurred = counts.nonzero().flatten()
+    values = seen.histogram.values().view(-1, merged).mean(1)[occurred].clamp(lo, hi)
+    values[0], values[-1] = lo, hi  # the ends are known exactly, the rest to half a bin
+    options = options if scheme.observer == "percentile" else SEARCH | options
+    ends = get_observer(scheme.observer)(
+        values[None],
+        scheme.format,
+        symmetric=scheme.symmetric,
+        restricted=scheme.restricted,
+        counts=counts[occurred][None],
+        **options,
+    )
+    return float(ends[0]), float(ends[1])
+
+
+def static_scale(seen: InputStatistics, scheme: Scheme, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """Scale (1,) in the scheme's ``scale_dtype`` and zero point (1,) int8, None if symmetric, of that range."""
+    lo, hi = static_range(seen, scheme, **options)
+    return affine.scale_and_zero_point(
+        torch.tensor([lo]),
+        torch.tensor([hi]),
+        scheme.format,
+        symmetric=scheme.symmetric,
+        restricted=scheme.restricted,
+        scale_dtype=scheme.scale_dtype,
+    )
+
+
+def _average(ranges: Tensor, momentum: float = MOMENTUM) -> tuple[float, float]:
+    ends = ranges[0]
+    for sample in ranges[1:]:
+        ends = momentum * ends + (1 - momentum) * sample
+    return float(ends[0]), float(ends[1])

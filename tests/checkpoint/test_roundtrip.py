@@ -1,0 +1,202 @@
+"""Between canopyq, transformers and compressed-tensors: a checkpoint of one gives the same answers in the others."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import canopyq as cq
+from canopyq import cli
+from canopyq.linear import quantized_layers
+from canopyq.memory import bytes_held
+
+oracle = pytest.importorskip("compressed_tensors")
+
+from compressed_tensors.compressors import ModelCompressor  # noqa: E402
+from compressed_tensors.quantization import (  # noqa: E402
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    apply_quantization_config,
+)
+from compressed_tensors.quantization.utils import calculate_qparams  # noqa: E402
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # what dequantize=True always says
+
+GROUP = {"strategy": "group", "group_size": 32}
+TOKEN = {"num_bits": 8, "strategy": "token", "dynamic": True}
+OTHERS = {  # weights, input: as the library's own arguments
+    "int4 groups": ({"num_bits": 4, "type": "int", **GROUP}, None),
+    "int4 channels": ({"num_bits": 4, "type": "int", "strategy": "channel"}, None),
+    "int4 asymmetric": ({"num_bits": 4, "type": "int", "symmetric": False, **GROUP}, None),
+    "int8 channels": ({"num_bits": 8, "type": "int", "strategy": "channel"}, None),
+    "int8 groups asymmetric": ({"num_bits": 8, "type": "int", "symmetric": False, **GROUP}, None),
+    "w8a8": ({"num_bits": 8, "type": "int", "strategy": "channel"}, TOKEN | {"type": "int"}),
+    "w8a8 per tensor": ({"num_bits": 8, "type": "int", "strategy": "tensor"}, TOKEN | {"type": "int"}),
+    "fp8": ({"num_bits": 8, "type": "float", "strategy": "channel"}, TOKEN | {"type": "float"}),
+    "fp8 per tensor": ({"num_bits": 8, "type": "float", "strategy": "tensor"}, TOKEN | {"type": "float"}),
+}
+
+
+def in_transformers(folder: Path, dtype: torch.dtype, dequantize: bool = False) -> nn.Module:
+    """The checkpoint in plain transformers, every tensor of it used and none missing."""
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+    assert not any(report.values()), report
+    return model
+
+
+def close(one: Tensor, other: Tensor, dtype: torch.dtype, *, inputs: bool = False) -> bool:
+    """Equal but for the rounding of a model that computes in ``dtype``: a few steps at the largest logit.
+
+    Where inputs are quantized too, the last bit of a bfloat16 decides between two codes, and E4M3 codes are an eighth
+    apart.
+    """
+    most = {torch.float32: 1e-5, torch.bfloat16: 2**-4 if inputs else 2**-6}[dtype]
+    return float((one - other).abs().max()) <= most * float(one.abs().max())
+
+
+# Ours in theirs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "recipe", ["w8a16", "w4a16-g32", "w4a16-channel", "w2a16-g32", "w4a16-g32-asym", "w8a16-g32-asym", "w8a8", "fp8"]
+)
+def test_what_canopyq_writes_transformers_reads(
+    recipe: str, dtype: torch.dtype, saved: Callable, logits: Callable
+) -> None:
+    theirs = in_transformers(saved(recipe), dtype, dequantize="asym" in recipe)
+    rounded = torch.bfloat16 if "asym" in recipe else dtype  # dequantize=True multiplies in the scale's dtype
+    ours = cq.load(saved(recipe), dtype=dtype)
+    assert close(logits(ours), logits(theirs), rounded, inputs=recipe in ("w8a8", "fp8"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "error"),
+    [("w4a16-g32-asym", "ignore_mismatched_sizes"), ("w4a16-g48", "must be divisble by the given group_size")],
+)
+def test_what_inspect_says_transformers_refuses(recipe: str, error: str, saved: Callable, logits: Callable) -> None:
+    """Once this fails, a bug elsewhere is mended, and `readers` has to learn it."""
+    verdict = cq.inspect(saved(recipe)).tools["transformers"]
+    assert not verdict.startswith("yes")
+    with pytest.raises((RuntimeError, ValueError), match=error):
+        logits(in_transformers(saved(recipe), torch.float32))
+
+
+@pytest.mark.parametrize("options", [{"tie_word_embeddings": True}, {"max_shard_bytes": 20_000}], ids=str)
+def test_tied_heads_and_several_files(options: dict, llama: Callable, tmp_path: Path, logits: Callable) -> None:
+    model = llama(**{name: value for name, value in options.items() if name != "max_shard_bytes"})
+    cq.quantize_(model, "w4a16-g32")
+    cq.save(model, tmp_path / "model", check=False, max_shard_bytes=options.get("max_shard_bytes", 10**9))
+    theirs = in_transformers(tmp_path / "model", torch.float32)
+    assert close(logits(cq.load(tmp_path / "model")), logits(theirs), torch.float32)
+
+
+def test_a_quantized_head(llama: Callable, tmp_path: Path, logits: Callable) -> None:
+    model = llama(tie_word_embeddings=True)
+    cq.quantize_(model, "w8a16+head")
+    cq.save(model, tmp_path / "model", check=False)
+    assert close(
+        logits(cq.load(tmp_path / "model")), logits(in_transformers(tmp_path / "model", torch.float32)), torch.float32
+    )
+
+
+def test_packed_here_dense_there(saved: Callable, logits: Callable) -> None:
+    """What transformers does at its first forward, and canopyq does not."""
+    ours, theirs = cq.load(saved("w4a16-g32"), dtype="bfloat16"), in_transformers(saved("w4a16-g32"), torch.bfloat16)
+    q_proj = "model.layers.0.self_attn.q_proj"
+    assert hasattr(theirs.get_submodule(q_proj), "weight_packed")
+    sizes = []
+    for model in (ours, theirs):
+        before = bytes_held(model)
+        logits(model)
+        sizes.append((before, bytes_held(model)))
+    (ours_before, ours_after), (_, theirs_after) = sizes
+    assert theirs.get_submodule(q_proj).weight.dtype == torch.bfloat16
+    assert ours_after <= 1.05 * ours_before and theirs_after > 2 * ours_after
+
+
+# Theirs in ours -------------------------------------------------------------------------------------------------------
+
+
+def write(model: nn.Module, folder: Path, weights: dict, inputs: dict | None) -> None:
+    """Quantize and save with compressed-tensors alone, its own scales and its own packing."""
+    scheme = QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(**weights),
+        input_activations=None if inputs is None else QuantizationArgs(**inputs),
+    )
+    apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"]))
+    for module in model.modules():
+        if (own := getattr(module, "quantization_scheme", None)) is None:
+            continue
+        w, size = module.weight.detach().float(), own.weights.group_size
+        rows = {"group": w.reshape(len(w), -1, size or 1), "channel": w[:, None], "tensor": w.reshape(1, -1)}
+        rows = rows[weights["strategy"]]
+        scale, zero_point = calculate_qparams(rows.amin(-1), rows.amax(-1), own.weights)
+        module.weight_scale.data = scale.to(module.weight_scale.dtype)
+        if hasattr(module, "weight_zero_point"):
+            module.weight_zero_point.data = zero_point.to(module.weight_zero_point.dtype)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_compressed_tensors_writes_canopyq_reads(
+    name: str, dtype: torch.dtype, llama: Callable, tmp_path: Path, logits: Callable
+) -> None:
+    write(llama(dtype), tmp_path / "model", *OTHERS[name])
+    ours = cq.load(tmp_path / "model", dtype=dtype)
+    assert len(list(quantized_layers(ours))) == 14
+    theirs = in_transformers(tmp_path / "model", dtype, dequantize="asymmetric" in name)
+    assert close(logits(ours), logits(theirs), dtype, inputs=OTHERS[name][1] is not None)
+    assert cq.inspect(tmp_path / "model").tools["canopyq"] == "yes"
+
+
+def test_theirs_saved_again_by_canopyq(llama: Callable, tmp_path: Path, logits: Callable) -> None:
+    write(llama(), tmp_path / "theirs", *OTHERS["int4 asymmetric"])
+    loaded = cq.load(tmp_path / "theirs")
+    cq.save(loaded, tmp_path / "ours")
+    assert torch.equal(logits(cq.load(tmp_path / "ours")), logits(loaded))
+
+
+# The tutor ------------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str, monkeypatch, capsys) -> dict:
+    monkeypatch.setattr(sys, "argv", ["canopyq", *arguments, "--json"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_the_tutor_from_disk_gives_the_figures_of_the_tutor_in_memory(
+    tmp_path: Path, monkeypatch, capsys, logits: Callable
+) -> None:
+    def call(*arguments: str) -> dict:
+        return command(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+    out = str(tmp_path / "w4")
+    call("quantize", "tutor", "--recipe", "w4a16-g128", "--out", out)
+    disk = call("eval", out, "--questions", "17")
+    memory = call("eval", "tutor", "--recipe", "w4a16-g128", "--questions", "17")
+    for key in ("dtype", "questions", "reference", "model", "kl", "lost", "gained", "p_value"):
+        assert disk[key] == memory[key], key
+    loaded = cq.load(out)
+    weights = [layer.quantized_weight for _, layer in quantized_layers(loaded)]
+    assert len(weights) == 56 and all(8 * weight.nbytes <= 4.3 * weight.shape.numel() for weight in weights)
+    assert close(logits(loaded), logits(in_transformers(Path(out), torch.float32)), torch.float32)

@@ -1,0 +1,43 @@
+"""Recall over long chats: same questions for every cache, and counts that are real."""
+
+from __future__ import annotations
+
+import pytest
+
+import canopyq as cq
+from canopyq.errors import CanopyError
+from canopyq.kv_cache import QuantizedCache
+from canopyq.long_chat import long_chat
+
+
+@pytest.fixture(scope="module")
+def tutor():
+    return cq.tutor.load()
+
+
+def test_recall_by_cache_and_length(tutor) -> None:
+    said = []
+    caches = {"kv4": "kv4", "tokens": lambda config: QuantizedCache(config, "kv2", keys="token")}
+    found = long_chat(*tutor, caches, fillers=(0, 6), questions=6, say=said.append)
+    assert found == said
+    assert [(r.cache, r.fillers) for r in found] == [(c, n) for n in (0, 6) for c in ("none", "kv4", "tokens")]
+    none, kv4, tokens = found[3:]
+    assert found[0].tokens < none.tokens == kv4.tokens
+    assert none.share.n == 6
+    assert none.share.value == 1
+    assert (none.kl, none.nbytes) == (0, None)
+    assert 0 < kv4.kl < tokens.kl
+    assert tokens.nbytes < kv4.nbytes < 2 * 8 * 2 * 64 * 4
+    assert kv4.to_dict()["share"]["n"] == 6
+    assert "KL" in str(kv4)
+
+
+@pytest.mark.parametrize(("caches", "fillers"), [((), (0,)), (("kv4",), ())])
+def test_nothing_to_measure(caches, fillers) -> None:
+    with pytest.raises(CanopyError, match="needs a cache and a number of turns"):
+        long_chat(None, None, caches, fillers)
+
+
+def test_an_unknown_cache(tutor) -> None:
+    with pytest.raises(CanopyError, match="unknown KV cache 'kv3'"):
+        long_chat(*tutor, ("kv3",), (0,), 2)
