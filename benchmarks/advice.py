@@ -20,29 +20,32 @@ from canopyq.machine import describe
 WEIGHTS = ("w8a16", "w8a8", "fp8", "w4a16-g32", "w4a16-g64", "w4a16-g128", "w4a16-g256", "w2a16-g32")
 
 
+CACHES = (None, "kv8", "kv-fp8", "kv4", "kv2")
+
+
 def measure(questions: int) -> list[Measurement]:
-    """Each recipe beside the original, on the same held-out questions."""
+    """Each recipe with each cache beside the original, on the same held-out questions."""
     asked = cq.tutor.questions(questions)
     model, tokenizer = cq.tutor.load()
     reference = cq.examine(model, tokenizer, asked, keep=True)
-    source = f"the tutor model, {len(asked)} held-out questions, {date.today().isoformat()}"
+    source = f"the tutor model (8.2 million parameters), {len(asked)} held-out questions, {date.today().isoformat()}"
     found = []
     for recipe in (ORIGINAL, *WEIGHTS):
-        if recipe == ORIGINAL:
-            quantized, _ = cq.tutor.load(torch.bfloat16)
-        else:
-            quantized, _ = cq.tutor.load()
+        quantized, _ = cq.tutor.load(torch.bfloat16 if recipe == ORIGINAL else None)
+        if recipe != ORIGINAL:
             cq.quantize_(quantized, recipe)
-        result = cq.compare(reference, quantized, tokenizer, asked)
-        found.append(Measurement.of(recipe, result, source=source))
-        print(f"{recipe:<16} KL {result.kl:.3g}   right {result.model.accuracy}", flush=True)
+        for cache in CACHES:
+            result = cq.compare(reference, quantized, tokenizer, asked, cache=cache)
+            name = recipe if cache is None else f"{recipe}+{cache}"
+            found.append(Measurement.of(name, result, source=source))
+            print(f"{name:<20} KL {result.kl:.3g}   right {result.model.accuracy}", flush=True)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="keep the result in the package")
-    parser.add_argument("--questions", type=int, default=510, help="held-out questions, spread evenly over the skills")
+    parser.add_argument("--questions", type=int, default=204, help="held-out questions, spread evenly over the skills")
     arguments = parser.parse_args()
     found = measure(arguments.questions)
     if arguments.write:

@@ -1,8 +1,8 @@
 """A KV cache that holds codes: `QuantizedCache`, for ``model.generate(…, past_key_values=…)``.
 
-The newest tokens wait in full precision until 64 of them are together; then the block is quantized, once and for
-good. Attention reads what the codes stand for. A pass over many new tokens sees those as they are, and what earlier
-passes left as the cache holds it.
+Tokens wait in full precision until 64 of them are together and 32 newer ones have come; then the block is quantized,
+once and for good. Attention reads what the codes stand for. A pass over many new tokens sees those as they are, and
+what earlier passes left as the cache holds it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from canopyq.errors import CanopyError, unknown
-from canopyq.kv_codes import BLOCK, GROUP, CacheFormat, QuantizedStates, get_cache_format
+from canopyq.kv_codes import BLOCK, GROUP, WINDOW, CacheFormat, QuantizedStates, get_cache_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -192,6 +192,7 @@ class QuantizedCache(Cache):
         keys: ``"channel"``: a key channel has a scale for each block of 64 tokens; ``"token"``: keys are quantized like
             values, with a scale for each group of a token's channels.
         window: so many of the newest tokens stay in full precision, besides those of the block that is not full yet.
+            Attention looks at them most.
         group: channels of a token that share a scale; None takes 64, or all of a smaller head.
 
     Raises:
@@ -206,7 +207,7 @@ class QuantizedCache(Cache):
         format: str | CacheFormat = "kv8",
         *,
         keys: str = "channel",
-        window: int = 0,
+        window: int = WINDOW,
         group: int | None = None,
     ) -> None:
         if not hasattr(config, "get_text_config"):

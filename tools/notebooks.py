@@ -61,6 +61,7 @@ def lesson_environment(scratch: Path) -> dict[str, str]:
         "CANOPYQ_PROGRESS": str(scratch / "progress.json"),
         "IPYTHONDIR": str(scratch / "ipython"),  # no startup files, no settings, no shared history
         "OMP_NUM_THREADS": "1",
+        "TQDM_DISABLE": "1",  # bars appear after two seconds, so on a slow machine only
     }
 
 

@@ -96,7 +96,8 @@ def _panel(
 def _write(ax: Axes, image: mpl.image.AxesImage, values: np.ndarray, room: float) -> None:
     """The number in every cell, dark on light and light on dark, as large as fits into ``room`` points."""
     digits = max(decimals(values) - (values.shape[1] > 8), 0)
-    texts = {at: _number(value, digits) for at, value in np.ndenumerate(values)}
+    mixed = digits == 0 and bool((values != values.round()).any())  # large ones beside small ones: digits of their own
+    texts = {at: f"{value + 0.0:.4g}" if mixed else _number(value, digits) for at, value in np.ndenumerate(values)}
     if _fitting(texts.values(), room) < 6.5:  # too wide: .013 for 0.013
         texts = {at: text.replace("0.", ".", 1) if abs(float(text)) < 1 else text for at, text in texts.items()}
     size = min(max(_fitting(texts.values(), room), 4.5), 8.5)

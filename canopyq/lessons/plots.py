@@ -2,7 +2,8 @@
 
 ``four_panels`` is the picture that every idea gets. Its friends: ``number_line`` (where a format has numbers), ``bars``
 (bytes), ``staircase`` (a value against what is left of it), ``histogram_with_grid`` (data and the levels it must fit),
-``curve`` (one thing against another), ``intervals`` (shares and how sure they are), ``trade_off`` (what a bit buys).
+``curve`` (one thing against another), ``intervals`` (shares and how sure they are), ``trade_off`` (what a bit buys),
+``channels`` (how large each channel gets).
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from .canvas import (
     numbers,
     styled,
 )
+from .channels import channels
 from .heatmaps import four_panels
 from .tradeoff import trade_off
 
 __all__ = [
     "bars",
+    "channels",
     "curve",
     "four_panels",
     "histogram_with_grid",
