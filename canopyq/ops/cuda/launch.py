@@ -52,7 +52,6 @@ class Function:
             64-bit integer, ``128s`` 128 bytes such as a tensor map (aligned to 64).
         device: index of the GPU.
         threads: to a block.
-        shared: bytes of dynamic shared memory.
         cluster: blocks along z that form a cluster and read each other's shared memory (compute capability 9.0).
         overlap: start before the kernel ahead in the stream has ended (programmatic dependent launch; 9.0). The kernel
             must call ``wait_for_earlier_kernels`` before it touches what that one reads or writes.
@@ -70,7 +69,6 @@ class Function:
         arguments: str,
         device: int,
         threads: int,
-        shared: int = 0,
         cluster: int = 1,
         overlap: bool = True,
         extra: str = "",
@@ -85,13 +83,18 @@ class Function:
             torch.cuda.current_stream().synchronize()  # creates the context that the driver loads into
             library = self._check(driver.cuLibraryLoadData(self.compiled.cubin, [], [], 0, [], [], 0))
             kernel = self._check(driver.cuLibraryGetKernel(library, name.encode()))
-            if shared > 48 * 1024:
-                attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                self._check(driver.cuKernelSetAttribute(attribute, shared, kernel, driver.CUdevice(device)))
+            of_kernel, of_device = driver.CUfunction_attribute, driver.CUdevice_attribute
+            most = of_device.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+            gpu = self._check(driver.cuDeviceGet(device))
+            static = self._check(
+                driver.cuKernelGetAttribute(of_kernel.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, kernel, gpu)
+            )
+            self.most_shared = self._check(driver.cuDeviceGetAttribute(most, gpu)) - static
+            attribute = of_kernel.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._check(driver.cuKernelSetAttribute(attribute, self.most_shared, kernel, gpu))
         self._function = driver.CUfunction(int(kernel))
         self._config = config = driver.CUlaunchConfig()
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = shared
         attributes = []
         if overlap and capability >= (9, 0):
             attribute = driver.CUlaunchAttribute()
@@ -122,21 +125,21 @@ class Function:
         self._address = ctypes.addressof(self._pointers)
         self._lock = threading.Lock()
 
-    def __call__(self, grid: tuple[int, int, int], *values: object) -> None:
-        """Launch ``grid`` blocks on the current stream of the function's device."""
+    def __call__(self, grid: tuple[int, int, int], shared: int, *values: object) -> None:
+        """Launch ``grid`` blocks with so many bytes of dynamic shared memory on the device's current stream."""
         stream = torch.cuda.current_stream(self._device).cuda_stream
         if torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):
-                return self._launch(grid, stream, values)
-        return self._launch(grid, stream, values)
+                return self._launch(grid, shared, stream, values)
+        return self._launch(grid, shared, stream, values)
 
-    def _launch(self, grid: tuple[int, int, int], stream: int, values: tuple[object, ...]) -> None:
+    def _launch(self, grid: tuple[int, int, int], shared: int, stream: int, values: tuple[object, ...]) -> None:
         with self._lock:
             for (pack, offset), value in zip(self._packers, values, strict=True):
                 pack(self._memory, offset, value)
             config = self._config
             config.gridDimX, config.gridDimY, config.gridDimZ = grid
-            config.hStream = stream
+            config.sharedMemBytes, config.hStream = shared, stream
             self._check(self._driver.cuLaunchKernelEx(config, self._function, self._address, 0))
 
     def _check(self, returned: tuple):
