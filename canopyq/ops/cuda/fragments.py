@@ -1,8 +1,8 @@
 """Weights in the order in which the lanes of a warp feed them to the tensor cores; ``fragments.cuh`` reads it.
 
 The operand of the tensor cores is 16 rows by 16 columns. Lane 4g + t holds of it rows g and g + 8 at columns 2t,
-2t + 1, 2t + 8 and 2t + 9 (PTX ISA, "Matrix fragments for mma.m16n8k16"). What a lane needs for several products in a row lies
-together in 16 bytes, so that a warp reads 512 bytes of the weight with one load and no lane needs another's.
+2t + 1, 2t + 8 and 2t + 9 (PTX ISA, "Matrix fragments for mma.m16n8k16"). What a lane needs for several products in a
+row lies together in 16 bytes, so that a warp reads 512 bytes of the weight with one load and no lane needs another's.
 """
 
 from __future__ import annotations

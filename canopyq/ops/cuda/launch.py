@@ -17,22 +17,18 @@ def unavailable(device: torch.device) -> str | None:
     """Why kernels of this folder cannot run for a layer on ``device``, or None if they can."""
     if device.type != "cuda":
         return f"it is for NVIDIA GPUs; the layer lies on {device}"
-    return _unavailable(
-        torch.cuda.current_device() if device.index is None and torch.cuda.is_available() else device.index or 0
-    )
-
-
-@cache
-def _unavailable(index: int) -> str | None:
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
         return "torch finds no GPU or no driver"
-    if (capability := torch.cuda.get_device_capability(index)) < nvrtc.OLDEST:
+    if (capability := torch.cuda.get_device_capability(device)) < nvrtc.OLDEST:
         have, need = (".".join(map(str, c)) for c in (capability, nvrtc.OLDEST))
         return f"it needs compute capability {need} or newer; this GPU has {have}"
-    if reason := nvrtc.missing():
-        return reason
+    return nvrtc.missing() or _no_driver()
+
+
+@cache
+def _no_driver() -> str | None:
     try:
         from cuda.bindings import driver
 
@@ -157,8 +153,3 @@ def _words(arguments: str) -> list[tuple[int, int]]:
             found.append((start, i + 1))
             start = i + 1
     return found
-
-
-@cache
-def multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

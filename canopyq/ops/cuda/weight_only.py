@@ -1,10 +1,13 @@
-"""4- and 8-bit integer weights under 16-bit activations on NVIDIA GPUs: three ways to multiply, by number of rows."""
+"""4- and 8-bit integer weights under 16-bit activations on NVIDIA GPUs: three ways to multiply, by number of rows.
+
+Few rows go to ``decode.cu``, more to ``warpgroup.cu`` (compute capability 9.0 alone has its instructions). For very
+many the arithmetic takes so long that writing the weight out in 16 bits first costs little: then `LIBRARY` dequantizes
+it and torch multiplies. `tiles` knows from how many rows on which of them is the fastest.
+"""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +15,19 @@ from torch import Tensor
 
 from canopyq.errors import CanopyError
 from canopyq.formats import IntFormat
-from canopyq.ops.cuda import tiles
-from canopyq.ops.cuda.fragments import FRAGMENTS
-from canopyq.ops.cuda.launch import Function, multiprocessors, unavailable
-from canopyq.ops.cuda.tiles import DecodeTile, WarpgroupTile, Weight
+from canopyq.ops.cuda import products, tiles
+from canopyq.ops.cuda.fragments import FRAGMENTS, SLAB, STEP, padded
+from canopyq.ops.cuda.launch import unavailable
+from canopyq.ops.cuda.products import describe
+from canopyq.ops.cuda.tiles import DecodeTile, Weight
 from canopyq.ops.kernel import Held, Kernel, Problem
 
 GROUPS = (32, 64, 128, 256)
-SCALES = (torch.bfloat16, torch.float16)
+NARROW = (torch.bfloat16, torch.float16)
+HOPPER = (9, 0)
+
+
+# --- what they can run -----------------------------------------------------------------------------------------------
 
 
 def refuse(problem: Problem) -> str | None:
@@ -30,7 +38,7 @@ def refuse(problem: Problem) -> str | None:
         return f"it takes int4 and int8 weights; these are {fmt.name}"
     if problem.activations is not None:
         return "it leaves activations in 16 bits, and this recipe quantizes them"
-    if problem.weights.scale_dtype not in SCALES:
+    if problem.weights.scale_dtype not in NARROW:
         return f"it takes bfloat16 and float16 scales; these are {problem.weights.scale_dtype}"
     if granularity.kind not in ("group", "channel") or granularity.axis != 0:
         return f"it takes a scale per group or output channel; these have one per {granularity}"
@@ -44,126 +52,147 @@ def refuse(problem: Problem) -> str | None:
 def refuse_warpgroup(problem: Problem) -> str | None:
     if reason := refuse(problem):
         return reason
-    capability = torch.cuda.get_device_capability(problem.device)
-    if capability != (9, 0):
-        return f"it uses products that only compute capability 9.0 has; this GPU has {capability[0]}.{capability[1]}"
+    if (have := _capability(problem.device.index)) != HOPPER:
+        return f"it uses products that only compute capability 9.0 has; this GPU has {have[0]}.{have[1]}"
     return None
 
 
-# --- what the kernels are told ---------------------------------------------------------------------------------------
+def most_rows_decode(problem: Problem) -> int:
+    weight, device = _weight_of(problem), problem.device.index
+    if _capability(device) == HOPPER:
+        return tiles.most_rows(weight, "decode")
+    return max((rows for rows in range(1, 17) if _decode_tile(weight, rows, device)), default=0)
 
 
-def describe(codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, bits: int, group: int) -> Weight:
-    return Weight(n, codes.shape[0], codes.shape[1], scale.shape[1], bits, group, zero is not None)
-
-
-def _constants(weight: Weight, x: torch.dtype, scale: torch.dtype) -> dict[str, int]:
-    return {
-        "ELEMENT_BF16": int(x == torch.bfloat16),
-        "SCALE_BF16": int(scale == torch.bfloat16),
-        "BITS": weight.bits,
-        "GROUP": weight.group,
-        "ASYMMETRIC": int(weight.asymmetric),
-    }
-
-
-def _pointers(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[int, int, int]:
-    return codes.data_ptr(), scale.data_ptr(), codes.data_ptr() if zero is None else zero.data_ptr()
+def most_rows_warpgroup(problem: Problem) -> int:
+    return tiles.most_rows(_weight_of(problem), "warpgroup")
 
 
 @cache
-def _decode(bits: int, group: int, asymmetric: bool, x: torch.dtype, scale: torch.dtype, tile: DecodeTile, device: int):
-    constants = _constants(Weight(0, 0, 0, 0, bits, group, asymmetric), x, scale)
-    constants |= {"COLUMN_TILES": tile.columns, "TILE_BLOCKS": tile.blocks, "WARPS": tile.warps}
-    constants |= {"DEPTH": tile.depth, "CLUSTER": tile.cluster}
-    return Function("decode.cu", "decode", constants, "PPPPPiiiiii", device, tile.warps * 32, cluster=tile.cluster)
+def _capability(device: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @cache
-def _warpgroup(
-    bits: int, group: int, asymmetric: bool, x: torch.dtype, scale: torch.dtype, tile: WarpgroupTile, device: int
-):
-    constants = _constants(Weight(0, 0, 0, 0, bits, group, asymmetric), x, scale)
-    constants |= {"TOKENS": tile.tokens, "TALL": tile.tall, "STAGES": tile.stages, "BATCH": tile.batch}
-    constants |= {"CLUSTER": tile.cluster, "BLOCKS_PER_SM": tile.per_sm}
-    extra = tiles.product_source(tile.tokens, x == torch.bfloat16)
-    return Function(
-        "warpgroup.cu", "warpgroup", constants, "128sPPPPiiiii", device, tile.threads, cluster=tile.cluster, extra=extra
-    )
+def _decode_tile(weight: Weight, rows: int, device: int | None) -> DecodeTile | None:
+    if _capability(device) == HOPPER:
+        return tiles.choose(weight, "decode", rows)
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return DecodeTile(-(-rows // 8), 1, 8, 4, 1, 2).fitted(weight, rows, limit)
 
 
-@cache
-def _dequantize(bits: int, group: int, asymmetric: bool, out: torch.dtype, scale: torch.dtype, device: int):
-    constants = _constants(Weight(0, 0, 0, 0, bits, group, asymmetric), out, scale) | {
-        "WIDE": int(out == torch.float32)
-    }
-    if out == torch.float32:  # every code is exact in float16, and so is its difference to the zero point
-        constants["ELEMENT_BF16"] = 0
-    return Function("dequantize.cu", "dequantize", constants, "PPPPiiiii", device, 256)
+def _weight_of(problem: Problem) -> Weight:
+    group = problem.weights.granularity.group_size or 0
+    slabs, steps = padded(problem.n, SLAB) // SLAB, padded(problem.k, STEP) // STEP
+    groups = steps * STEP // group if group else 1
+    return Weight(problem.n, slabs, steps, groups, problem.weights.format.bits, group, not problem.weights.symmetric)
 
 
-@lru_cache(maxsize=4096)
-def _tensor_map(pointer: int, rows: int, k: int, dtype: torch.dtype, tokens: int) -> bytes:
-    """Tells the copy engine where x (rows, k) lies, and that it comes in boxes of ``tokens`` rows by two times 64 columns."""
-    from cuda.bindings import driver as d
-
-    kind = d.CUtensorMapDataType
-    result, made = d.cuTensorMapEncodeTiled(
-        kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if dtype == torch.bfloat16 else kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        3,
-        pointer,
-        [d.cuuint64_t(64), d.cuuint64_t(rows), d.cuuint64_t(k // 64)],
-        [d.cuuint64_t(2 * k), d.cuuint64_t(128)],
-        [d.cuuint32_t(64), d.cuuint32_t(tokens), d.cuuint32_t(2)],
-        [d.cuuint32_t(1)] * 3,
-        d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    if result != 0:
-        raise CanopyError(f"the driver does not describe an input of shape ({rows}, {k}): {result.name}")
-    return ctypes.string_at(made.getPtr(), 128)
+# --- the operators ---------------------------------------------------------------------------------------------------
 
 
-def _check(x: Tensor, codes: Tensor, n: int) -> Tensor:
-    """x as the kernels read it: rows one after the other, each beginning at a multiple of 16 bytes."""
+def _check_weight(codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+    for part in (codes, scale) if zero is None else (codes, scale, zero):
+        if part.device.type != "cuda" or part.device != codes.device:
+            raise CanopyError(f"the weight's tensors must be on one NVIDIA GPU; one is on {part.device}")
+        if part.data_ptr() % 16 or not part.is_contiguous():
+            raise CanopyError("the weight's tensors must be contiguous and begin at a multiple of 16 bytes; copy them")
+
+
+def _check_input(x: Tensor, codes: Tensor, n: int) -> Tensor:
+    """x as the kernels read it: rows one after the other, whole half steps long, at multiples of 16 bytes."""
     if x.device != codes.device:
         raise CanopyError(f"the input is on {x.device} and the weight on {codes.device}; move one of them")
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        raise CanopyError(f"the kernel takes bfloat16 and float16 input, not {x.dtype}")
-    if x.dim() != 2:
-        raise CanopyError(f"the kernel takes an input (rows, in_features), got {tuple(x.shape)}")
-    if max(x.shape[0] * max(n, x.shape[1]), codes.numel()) >= 2**31:
-        raise CanopyError(f"{x.shape[0]} rows make more than 2^31 elements; split the input")
+    if x.dtype not in NARROW:
+        raise CanopyError(f"the kernel takes bfloat16 and float16 input, not {x.dtype}; cast it")
+    if x.dim() != 2 or padded(x.shape[1], STEP) != codes.shape[1] * STEP:
+        raise CanopyError(f"the kernel takes an input (rows, {codes.shape[1] * STEP} at most), got {tuple(x.shape)}")
+    if x.shape[0] * max(n, x.shape[1]) >= 2**31:
+        raise CanopyError(f"{x.shape[0]} rows make 2^31 elements or more; split the input")
     if x.shape[1] % 64:
         return F.pad(x, (0, -x.shape[1] % 64))
-    if not x.is_contiguous():
-        return x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
+    return x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 16 else x.contiguous()
 
 
-def run_decode(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Weight, tile: DecodeTile
+@torch.library.custom_op("canopyq::decode_linear", mutates_args=())
+def decode_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, bits: int, group: int
 ) -> Tensor:
-    device, rows = x.device.index, x.shape[0]
-    function = _decode(weight.bits, weight.group, weight.asymmetric, x.dtype, scale.dtype, tile, device)
-    y = x.new_empty(rows, weight.n)
-    most = max(1, multiprocessors(device) * tile.per_sm // tile.cluster)
-    grid = (min(-(-weight.blocks // tile.blocks), most), 1, tile.cluster)
-    sizes = (rows, weight.n, x.shape[1], weight.blocks, weight.steps, weight.groups)
-    function(grid, tile.shared(weight, rows), *_pointers(codes, scale, zero), x.data_ptr(), y.data_ptr(), *sizes)
-    return y
+    """x (M, K) · Wᵀ with ``decode.cu``: (M, n). Raises `CanopyError` for input that the kernel does not take."""
+    _check_weight(codes, scale, zero)
+    x = _check_input(x, codes, n)
+    if not len(x):
+        return x.new_empty(0, n)
+    weight = describe(codes, scale, zero, n, bits, group)
+    if (tile := _decode_tile(weight, len(x), x.device.index)) is None:
+        raise CanopyError(f"the decode kernel does not take {len(x)} rows of {x.shape[1]}; use fewer")
+    return products.run_decode(x, codes, scale, zero, weight, tile)
 
 
-def run_warpgroup(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Weight, tile: WarpgroupTile
+@torch.library.custom_op("canopyq::warpgroup_linear", mutates_args=())
+def warpgroup_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, bits: int, group: int
 ) -> Tensor:
-    device, (rows, k) = x.device.index, x.shape
-    function = _warpgroup(weight.bits, weight.group, weight.asymmetric, x.dtype, scale.dtype, tile, device)
-    y = x.new_empty(rows, weight.n)
-    grid = (-(-rows // tile.tokens), -(-weight.slabs // (2 * tile.tall)), tile.cluster)
-    x_map = _tensor_map(x.data_ptr(), rows, k, x.dtype, tile.tokens)
-    sizes = (rows, weight.n, weight.slabs, weight.steps, weight.groups)
-    function(grid, tile.shared(weight), x_map, *_pointers(codes, scale, zero), y.data_ptr(), *sizes)
-    return y
+    """x (M, K) · Wᵀ with ``warpgroup.cu``: (M, n). Raises `CanopyError` for input that the kernel does not take."""
+    _check_weight(codes, scale, zero)
+    x = _check_input(x, codes, n)
+    if not len(x):
+        return x.new_empty(0, n)
+    weight = describe(codes, scale, zero, n, bits, group)
+    tile = tiles.choose(weight, "warpgroup", len(x)) or tiles.choose(weight, "warpgroup", 1024)
+    return products.run_warpgroup(x, codes, scale, zero, weight, tile)
+
+
+@torch.library.custom_op("canopyq::dequantize_fragments", mutates_args=())
+def dequantize_fragments(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, k: int, bits: int, group: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight (n, k) in bfloat16, float16 or float32."""
+    _check_weight(codes, scale, zero)
+    weight = describe(codes, scale, zero, n, bits, group)
+    return products.run_dequantize(codes, scale, zero, weight, k, dtype)
+
+
+@decode_linear.register_fake
+@warpgroup_linear.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, bits: int, group: int) -> Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+@dequantize_fragments.register_fake
+def _(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, k: int, bits: int, group: int, dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty(n, k, dtype=dtype)
+
+
+# --- the kernels that `select` lists ---------------------------------------------------------------------------------
+
+
+def _arguments(held: Held, problem: Problem) -> tuple:
+    group = problem.weights.granularity.group_size or 0
+    parts = held["weight_fragments"], held["weight_scale"], held.get("weight_zero_point")
+    return *parts, problem.n, problem.weights.format.bits, group
+
+
+def decode(x: Tensor, held: Held, problem: Problem) -> Tensor:
+    """x · Wᵀ with sums in float32: (M, K) -> (M, N). float32 input goes to `library`."""
+    return decode_linear(x, *_arguments(held, problem)) if x.dtype in NARROW else library(x, held, problem)
+
+
+def warpgroup(x: Tensor, held: Held, problem: Problem) -> Tensor:
+    """x · Wᵀ with sums in float32: (M, K) -> (M, N). float32 input goes to `library`."""
+    return warpgroup_linear(x, *_arguments(held, problem)) if x.dtype in NARROW else library(x, held, problem)
+
+
+def library(x: Tensor, held: Held, problem: Problem) -> Tensor:
+    """x · Wᵀ with W dequantized to x's dtype in memory of its own for as long as the call takes: (M, K) -> (M, N)."""
+    codes, scale, zero, n, bits, group = _arguments(held, problem)
+    return F.linear(x, dequantize_fragments(codes, scale, zero, n, problem.k, bits, group, x.dtype))
+
+
+DECODE = Kernel("int4/int8 decode (CUDA)", FRAGMENTS, refuse, decode, most_rows_decode, device="cuda")
+WARPGROUP = Kernel(
+    "int4/int8 on warpgroups (CUDA)", FRAGMENTS, refuse_warpgroup, warpgroup, most_rows_warpgroup, device="cuda"
+)
+LIBRARY = Kernel("int4/int8 dequantized, then cuBLAS (CUDA)", FRAGMENTS, refuse, library, device="cuda")
