@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canopyq.ops.cuda.fragments import arrange, restore
+from canopyq.ops.cuda.fragments import arrange, part, restore
 from canopyq.ops.kernel import Problem
 from canopyq.scheme import Scheme
 from canopyq.tensor import QuantizedTensor, quantize
@@ -66,3 +66,17 @@ def test_restore_is_the_exact_inverse(bits: int, granularity: str, symmetric: bo
 def test_memory(name: str, granularity: str, most: float) -> None:
     held = arrange(weight_of(name, granularity, True, 256, 1024))
     assert 8 * sum(part.untyped_storage().nbytes() for part in held.values()) / (256 * 1024) <= most
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("name", "granularity"), [("int4", "g128"), ("int8", "channel")])
+def test_a_part_is_what_its_rows_alone_would_be(name: str, granularity: str, symmetric: bool) -> None:
+    weight = weight_of(name, granularity, symmetric, 200, 256)
+    held, problem = arrange(weight), Problem.of(weight)
+    for start, stop in ((0, 64), (64, 128), (128, 200)):
+        alone = quantize(weight.dequantize(torch.float32)[start:stop], weight.scheme)
+        rows = Problem.of(alone)
+        found = restore(part(held, problem, start, stop), rows)
+        assert torch.equal(found.dequantize(torch.float32), weight.dequantize(torch.float32)[start:stop])
+    assert part(held, problem, 0, 64)["weight_fragments"].data_ptr() == held["weight_fragments"].data_ptr()
+    assert part(held, problem, 32, 96) is None and part(held, problem, 64, 100) is None
