@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.linear import SHAPES
-from benchmarks.timing import microseconds, rotations
+from canopyq.timing import microseconds, rotations
 from canopyq.ops.cuda import nvrtc, products, tiles
 from canopyq.ops.cuda.tiles import DecodeTile, WarpgroupTile, Weight
 

@@ -8,6 +8,7 @@ import typer
 
 from canopyq.cli.advise import advise
 from canopyq.cli.chat import chat
+from canopyq.cli.bench import bench
 from canopyq.cli.doctor import doctor
 from canopyq.cli.evaluate import evaluate
 from canopyq.cli.explain import explain
@@ -29,6 +30,7 @@ app.command()(chat)
 app.command()(explain)
 app.command()(quantize)
 app.command()(inspect)
+app.command()(bench)
 app.command()(advise)
 
 
