@@ -21,7 +21,6 @@ from torch import Tensor
 
 import canopyq as cq
 from benchmarks.peers import available
-from canopyq.timing import microseconds, rotations
 from canopyq.machine import describe
 from canopyq.ops import select
 from canopyq.ops.kernel import Problem
@@ -29,6 +28,7 @@ from canopyq.ops.reference import REFERENCE
 from canopyq.roofline import H200
 from canopyq.scheme import Recipe
 from canopyq.tensor import QuantizedTensor
+from canopyq.timing import microseconds, rotations
 
 # (in_features, out_features) of the layers of 7B to 70B models
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (14336, 4096), (4096, 28672), (8192, 8192),

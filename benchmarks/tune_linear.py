@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.linear import SHAPES
-from canopyq.timing import microseconds, rotations
 from canopyq.ops.cuda import nvrtc, products, tiles
 from canopyq.ops.cuda.tiles import DecodeTile, WarpgroupTile, Weight
+from canopyq.timing import microseconds, rotations
 
 BF16 = torch.bfloat16
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)

@@ -7,8 +7,8 @@ import sys
 import typer
 
 from canopyq.cli.advise import advise
-from canopyq.cli.chat import chat
 from canopyq.cli.bench import bench
+from canopyq.cli.chat import chat
 from canopyq.cli.doctor import doctor
 from canopyq.cli.evaluate import evaluate
 from canopyq.cli.explain import explain

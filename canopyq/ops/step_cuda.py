@@ -34,7 +34,7 @@ def _(residual: Tensor, change: Tensor | None, weight: Tensor, eps: float) -> Te
     y = torch.empty_like(residual)
     added = 0 if change is None else change.contiguous().data_ptr()
     _norm(residual.dtype, width, residual.device.index)(
-        (rows, 1, 1), 0, residual.data_ptr(), added, weight.data_ptr(), y.data_ptr(), eps
+        (rows, 1, 1), residual.data_ptr(), added, weight.data_ptr(), y.data_ptr(), eps
     )
     return y
 
@@ -47,7 +47,7 @@ def _(gate_up: Tensor) -> Tensor:
     y = gate_up.new_empty(rows, width // 2)
     chunks = width // 16
     _gate(gate_up.dtype, gate_up.device.index)(
-        (-(-rows * chunks // 256), 1, 1), 0, gate_up.contiguous().data_ptr(), y.data_ptr(), chunks, rows * chunks
+        (-(-rows * chunks // 256), 1, 1), gate_up.contiguous().data_ptr(), y.data_ptr(), chunks, rows * chunks
     )
     return y
 
@@ -61,7 +61,7 @@ def _(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, keys: Tensor, val
     q = qkv.new_empty(batch, heads, d)
     pointers = [x.data_ptr() for x in (qkv.contiguous(), cos, sin, position, q, keys, values)]
     grid = (-(-batch * (heads + 2 * kv_heads) // 4), 1, 1)
-    _rotate(qkv.dtype, d, qkv.device.index)(grid, 0, *pointers, batch, heads, kv_heads, length)
+    _rotate(qkv.dtype, d, qkv.device.index)(grid, *pointers, batch, heads, kv_heads, length)
     return q
 
 
@@ -76,7 +76,7 @@ def _(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
     y = q.new_empty(batch, heads * d)
     pointers = [x.data_ptr() for x in (q, keys, values, position, y)]
     run, cluster = _attend(q.dtype, d, group, q.device.index)
-    run((heads // group, batch, cluster), 0, *pointers, heads, kv_heads, length, d**-0.5 * math.log2(math.e))
+    run((heads // group, batch, cluster), *pointers, heads, kv_heads, length, d**-0.5 * math.log2(math.e))
     return y
 
 

@@ -65,6 +65,13 @@ def restore(held: Held, problem: Problem) -> QuantizedTensor:
     return QuantizedTensor(data, scale, zero_point, problem.weights, shape, problem.weight_dtype)
 
 
+def part(held: Held, problem: Problem, start: int, stop: int) -> dict[str, Tensor] | None:
+    """Rows start to stop in the same memory, if they are whole slabs."""
+    if start % SLAB or (stop % SLAB and stop != problem.n):
+        return None
+    return {name: tensor[start // SLAB : -(-stop // SLAB)] for name, tensor in held.items()}
+
+
 def _pairs(part: Tensor, wide: int, k: int) -> Tensor:
     """(n, groups) -> (slabs, groups, 4, 8, 2): the rows g and g + 8 of a block side by side."""
     n, groups = part.shape
@@ -75,13 +82,6 @@ def _pairs(part: Tensor, wide: int, k: int) -> Tensor:
 
 def _rows(pairs: Tensor, n: int, groups: int) -> Tensor:
     return pairs.permute(0, 2, 4, 3, 1).reshape(-1, pairs.shape[1])[:n, :groups].contiguous()
-
-
-def part(held: Held, problem: Problem, start: int, stop: int) -> dict[str, Tensor] | None:
-    """Rows of a held weight, in the same memory: whole slabs, of which only the last may hold padding."""
-    if start % SLAB or (stop % SLAB and stop != problem.n):
-        return None
-    return {name: tensor[start // SLAB : padded(stop, SLAB) // SLAB] for name, tensor in held.items()}
 
 
 FRAGMENTS = Layout("in the tensor cores' order", arrange, restore, part)

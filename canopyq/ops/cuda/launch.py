@@ -48,6 +48,7 @@ class Function:
             64-bit integer, ``128s`` 128 bytes such as a tensor map (aligned to 64).
         device: index of the GPU.
         threads: to a block.
+        shared: bytes of dynamic shared memory, where a launch does not say otherwise.
         cluster: blocks along z that form a cluster and read each other's shared memory (compute capability 9.0).
         overlap: start before the kernel ahead in the stream has ended (programmatic dependent launch; 9.0). The kernel
             must call ``wait_for_earlier_kernels`` before it touches what that one reads or writes.
@@ -65,13 +66,14 @@ class Function:
         arguments: str,
         device: int,
         threads: int,
+        shared: int = 0,
         cluster: int = 1,
         overlap: bool = True,
         extra: str = "",
     ) -> None:
         from cuda.bindings import driver
 
-        self._driver, self.name, self._device = driver, f"{name} of {file}", device
+        self._driver, self.name, self._device, self._shared = driver, f"{name} of {file}", device, shared
         capability = torch.cuda.get_device_capability(device)
         torch.cuda.init()
         self.compiled = nvrtc.compile(file, constants, nvrtc.architecture(capability), extra=extra)
@@ -121,8 +123,9 @@ class Function:
         self._address = ctypes.addressof(self._pointers)
         self._lock = threading.Lock()
 
-    def __call__(self, grid: tuple[int, int, int], shared: int, *values: object) -> None:
-        """Launch ``grid`` blocks with so many bytes of dynamic shared memory on the device's current stream."""
+    def __call__(self, grid: tuple[int, int, int], *values: object, shared: int | None = None) -> None:
+        """Launch ``grid`` blocks on the current stream of the function's device."""
+        shared = self._shared if shared is None else shared
         stream = torch.cuda.current_stream(self._device).cuda_stream
         if torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):
@@ -153,3 +156,8 @@ def _words(arguments: str) -> list[tuple[int, int]]:
             found.append((start, i + 1))
             start = i + 1
     return found
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -11,7 +11,7 @@ from torch import Tensor
 from canopyq.errors import CanopyError
 from canopyq.ops.cuda import tiles
 from canopyq.ops.cuda.fragments import SLAB
-from canopyq.ops.cuda.launch import Function
+from canopyq.ops.cuda.launch import Function, multiprocessors
 from canopyq.ops.cuda.tiles import DecodeTile, WarpgroupTile, Weight
 
 
@@ -51,7 +51,7 @@ def warpgroup_constants(tile: WarpgroupTile) -> dict[str, int]:
 @cache
 def _decode(bits: int, group: int, asymmetric: bool, x: torch.dtype, scale: torch.dtype, tile: DecodeTile, device: int):
     every = constants(bits, group, asymmetric, x, scale) | decode_constants(tile)
-    return Function("decode.cu", "decode", every, "PPPPPiiiiii", device, tile.warps * 32, tile.cluster)
+    return Function("decode.cu", "decode", every, "PPPPPiiiiii", device, tile.warps * 32, cluster=tile.cluster)
 
 
 @cache
@@ -61,7 +61,8 @@ def _warpgroup(
     every = constants(bits, group, asymmetric, x, scale) | warpgroup_constants(tile)
     extra = tiles.product_source(tile.tokens, x == torch.bfloat16)
     arguments = "128sPPPPiiiii"
-    return Function("warpgroup.cu", "warpgroup", every, arguments, device, tile.threads, tile.cluster, extra=extra)
+    kind = {"cluster": tile.cluster, "extra": extra}
+    return Function("warpgroup.cu", "warpgroup", every, arguments, device, tile.threads, **kind)
 
 
 @cache
@@ -95,11 +96,6 @@ def _tensor_map(pointer: int, rows: int, k: int, dtype: torch.dtype, tokens: int
     return ctypes.string_at(made.getPtr(), 128)
 
 
-@cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def describe(codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, bits: int, group: int) -> Weight:
     return Weight(n, codes.shape[0], codes.shape[1], scale.shape[1], bits, group, zero is not None)
 
@@ -115,10 +111,10 @@ def run_decode(
     device, rows = x.device.index, x.shape[0]
     function = _decode(weight.bits, weight.group, weight.asymmetric, x.dtype, scale.dtype, tile, device)
     y = x.new_empty(rows, weight.n)
-    most = max(1, _processors(device) * tile.per_sm // tile.cluster)
+    most = max(1, multiprocessors(device) * tile.per_sm // tile.cluster)
     grid = (min(-(-weight.blocks // tile.blocks), most), 1, tile.cluster)
-    sizes = (rows, weight.n, x.shape[1], weight.blocks, weight.steps, weight.groups)
-    function(grid, tile.shared(weight, rows), *_pointers(codes, scale, zero), x.data_ptr(), y.data_ptr(), *sizes)
+    values = (*_pointers(codes, scale, zero), x.data_ptr(), y.data_ptr(), rows, weight.n, x.shape[1])
+    function(grid, *values, weight.blocks, weight.steps, weight.groups, shared=tile.shared(weight, rows))
     return y
 
 
@@ -131,7 +127,7 @@ def run_warpgroup(
     grid = (-(-rows // tile.tokens), -(-weight.slabs // (tile.rows // SLAB)), tile.cluster)
     sizes = (rows, weight.n, weight.slabs, weight.steps, weight.groups)
     x_map = _tensor_map(x.data_ptr(), rows, k, x.dtype, tile.tokens)
-    function(grid, tile.shared(weight), x_map, *_pointers(codes, scale, zero), y.data_ptr(), *sizes)
+    function(grid, x_map, *_pointers(codes, scale, zero), y.data_ptr(), *sizes, shared=tile.shared(weight))
     return y
 
 
@@ -143,5 +139,5 @@ def run_dequantize(
     function = _dequantize(weight.bits, weight.group, weight.asymmetric, dtype, scale.dtype, codes.device.index)
     grid = (-(-weight.blocks * weight.steps // 8), 1, 1)
     sizes = (weight.n, k, weight.blocks, weight.steps, weight.groups)
-    function(grid, 0, *_pointers(codes, scale, zero), out.data_ptr(), *sizes)
+    function(grid, *_pointers(codes, scale, zero), out.data_ptr(), *sizes)
     return out

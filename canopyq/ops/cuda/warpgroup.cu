@@ -168,6 +168,8 @@ warpgroup(const __grid_constant__ TensorMap x, const unsigned char* __restrict__
                 }
                 products_commit();
                 products_wait<1>();                                       // the other half of `a` is free again
+                // The products before these are done, and with them all reads of the stage before: they are instructions of
+                // the whole warp. (A __syncwarp here would make the compiler wait for every product.)
                 if (batch == 0 && i >= DEEP && lane == 0) arrive(empty + 8 * ((i - DEEP) % STAGES));
             }
         }
