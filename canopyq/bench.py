@@ -72,7 +72,7 @@ def bench(
         raise CanopyError(f"device {device!r} cannot be used here; use 'cpu'")
     parsed = [Recipe.of_weights(recipe) for recipe in recipes]
     if static := [recipe.name for recipe in parsed if recipe.static]:
-        raise CanopyError(f"{static[0]} needs ranges calibrated on a model; its kernels are those of the dynamic recipe")
+        raise CanopyError(f"{static[0]} needs ranges calibrated on a model; time the dynamic recipe")
     layers = [(recipe, *shape) for shape in (shapes or SHAPES[kind]) for recipe in parsed]
     return [
         timed for layer in track(layers, "timing", len(layers)) for timed in _layer(*layer, device, rows or ROWS[kind])

@@ -71,7 +71,7 @@ def linear_work(rows: int, inputs: int, outputs: int, bits: float = 16) -> Work:
         CanopyError: for a size below 1, or weights of no bits.
     """
     if min(rows, inputs, outputs) < 1 or bits <= 0:
-        raise CanopyError(f"a layer of {inputs} inputs and {outputs} outputs on {rows} rows at {bits} bits does no work")
+        raise CanopyError(f"a layer of {inputs} inputs and {outputs} outputs on {rows} rows at {bits} bits is no work")
     return Work(outputs * inputs * bits / 8 + 2 * rows * (inputs + outputs), 2 * rows * inputs * outputs)
 
 

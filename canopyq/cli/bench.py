@@ -25,7 +25,8 @@ def bench(
     check_device(place)
     timed = run(tuple(recipe or ("w4a16-g128", "w8a16")), place)
     if as_json:
-        print_json({"machine": describe(), "device": place, "results": [vars(x) | {"speedup": x.speedup} for x in timed]})
+        results = [vars(x) | {"speedup": x.speedup} for x in timed]
+        print_json({"machine": describe(), "device": place, "results": results})
         return
     plain = "bfloat16" if place.startswith("cuda") else "float32"
     table = Table("layer", "recipe", "rows", "µs", f"{plain} µs", "faster", "error", "kernel")

@@ -35,8 +35,8 @@ class SpeedView:
         return box(
             "info",
             f"<b>{tokens} tokens, {weights}</b>: {work.nbytes / 1e6:.1f} MB and {work.operations / 1e9:.2f} billion "
-            f"operations, {work.intensity:.1f} for each byte. At least {time:.1f} µs, set by {work.limit(self.machine)}; "
-            f"{gain:.2f} times as fast as BF16 could be.",
+            f"operations, {work.intensity:.1f} for each byte. At least {time:.1f} µs, set by "
+            f"{work.limit(self.machine)}; {gain:.2f} times as fast as BF16 could be.",
         )
 
     @styled

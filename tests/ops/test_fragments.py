@@ -57,9 +57,9 @@ def test_restore_is_the_exact_inverse(bits: int, granularity: str, symmetric: bo
     held = arrange(weight)
     found = restore(held, Problem.of(weight))
     assert found.parts.keys() == weight.parts.keys()
-    for name, part in weight.parts.items():
-        assert found.parts[name].dtype == part.dtype and torch.equal(found.parts[name], part), name
-    assert all(part.is_contiguous() for part in held.values())
+    for name, tensor in weight.parts.items():
+        assert found.parts[name].dtype == tensor.dtype and torch.equal(found.parts[name], tensor), name
+    assert all(tensor.is_contiguous() for tensor in held.values())
 
 
 @pytest.mark.parametrize(("name", "granularity", "most"), [("int4", "g128", 4.3), ("int8", "channel", 8.3)])

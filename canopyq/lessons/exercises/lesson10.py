@@ -36,8 +36,8 @@ TOKENS_MISTAKES = (
     ),
     _tokens(
         "upside down",
-        "Your result grows when the memory gets faster. A faster memory needs fewer tokens to keep the arithmetic busy, "
-        "so something is divided the wrong way round.",
+        "Your result grows when the memory gets faster. A faster memory needs fewer tokens to keep the arithmetic "
+        "busy, so something is divided the wrong way round.",
         ("seconds_to_read / seconds_per_token", "seconds_per_token / seconds_to_read"),
     ),
     _tokens(
@@ -53,8 +53,8 @@ FIRST = Exercise(
     minutes=6,
     difficulty=2,
     task="""
-Write `tokens_until_arithmetic(bits_per_weight, bytes_per_s, operations_per_s)`: the number of tokens in a batch at which
-the arithmetic of a large layer takes exactly as long as reading its weights.
+Write `tokens_until_arithmetic(bits_per_weight, bytes_per_s, operations_per_s)`: the number of tokens in a batch at
+which the arithmetic of a large layer takes exactly as long as reading its weights.
 
 - Look at a single weight. It is read once, whatever the batch: `bits_per_weight` bits at `bytes_per_s` bytes a second.
 - For each token it takes part in one multiplication and one addition, at `operations_per_s` operations a second.
@@ -68,7 +68,8 @@ the arithmetic of a large layer takes exactly as long as reading its weights.
         "Write down two times for one weight: the time to read it, and the time of its arithmetic for one token.",
         "Reading takes bytes / (bytes per second), so first turn bits into bytes. The arithmetic of one token is two "
         "operations.",
-        "The batch is as large as the ratio of the two times: `(bits_per_weight / 8 / bytes_per_s) / (2 / operations_per_s)`.",
+        "The batch is as large as the ratio of the two times: `(bits_per_weight / 8 / bytes_per_s)` divided by "
+        "`(2 / operations_per_s)`.",
     ),
     mistakes=TOKENS_MISTAKES,
     cases=lambda: [(16, 4e12, 800e12), (4, 4e12, 800e12), (4.125, 4.57e12, 700e12), (8, 100e9, 3e12), (16, 1e12, 2e12)],
@@ -134,8 +135,8 @@ Write `floats_of_word(word)`: the eight INT4 weights in a 32-bit word (a Python 
 by the trick of the kernel.
 
 - The first weight lies in the lowest four bits. A code `u` from 0 to 15 stands for the value `u - 8`.
-- Do not convert the code. Set its bits into the bits of 128 in bfloat16, `0x4300`, and read the result as bfloat16: it is
-  128 + u. Then subtract what is too much.
+- Do not convert the code. Set its bits into the bits of 128 in bfloat16, `0x4300`, and read the result as bfloat16: it
+  is 128 + u. Then subtract what is too much.
 - `torch.tensor(n, dtype=torch.int16).view(torch.bfloat16)` reads 16 bits as bfloat16.
 """,
     function="floats_of_word",
@@ -144,8 +145,8 @@ by the trick of the kernel.
     hints=(
         "First get at one code: shift the word down, keep four bits.",
         "`0x4300 | code` are the bits of 128 + code. How much above the value is that?",
-        "`torch.tensor(0x4300 | code, dtype=torch.int16).view(torch.bfloat16) - 136`, for each of the eight codes, then "
-        "`torch.stack`.",
+        "`torch.tensor(0x4300 | code, dtype=torch.int16).view(torch.bfloat16) - 136`, for each of the eight codes, "
+        "then `torch.stack`.",
     ),
     mistakes=FLOATS_MISTAKES,
     cases=words,
