@@ -19,6 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -153,7 +154,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/decode.py needs an NVIDIA GPU that torch can use, and finds none here.")
-    result = {"machine": describe(), "shape": f"Llama-2-7B, {options.layers} layers, batch 1, prompt {PROMPT}",
+    result = {"machine": describe(), "date": date.today().isoformat(), "shape": f"Llama-2-7B, {options.layers} layers, batch 1, prompt {PROMPT}",
               "steps": STEPS, "rows": [], "absent": []}  # fmt: skip
 
     def add(name: str, seconds: float, model: nn.Module, **more: object) -> None:
