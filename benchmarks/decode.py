@@ -154,8 +154,8 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/decode.py needs an NVIDIA GPU that torch can use, and finds none here.")
-    result = {"machine": describe(), "date": date.today().isoformat(), "shape": f"Llama-2-7B, {options.layers} layers, batch 1, prompt {PROMPT}",
-              "steps": STEPS, "rows": [], "absent": []}  # fmt: skip
+    result = {"machine": describe(), "date": date.today().isoformat(), "steps": STEPS, "rows": [], "absent": []}
+    result["shape"] = f"Llama-2-7B, {options.layers} layers, batch 1, prompt {PROMPT}"
 
     def add(name: str, seconds: float, model: nn.Module, **more: object) -> None:
         row = {"name": name, "tokens_per_s": round(1 / seconds, 1), "ms": round(seconds * 1e3, 3),
