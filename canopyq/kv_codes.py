@@ -21,6 +21,7 @@ from canopyq.packing import pack_bytes, unpack_bytes
 
 BLOCK = 64  # tokens that are quantized together, and whose key channels share a scale
 TILE = 2**18  # numbers that are dequantized at a time on a CPU
+WINDOW = 32  # newest tokens that stay in full precision, besides those of a block that is not full
 GROUP = 64  # channels of one token that share a scale
 _FP8 = get_format("fp8_e4m3")
 

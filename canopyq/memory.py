@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from canopyq.errors import CanopyError, unknown
 from canopyq.formats import BlockFormat, Format, IntFormat, TableFormat, get_format
-from canopyq.kv_codes import BLOCK, GROUP, get_cache_format
+from canopyq.kv_codes import BLOCK, GROUP, WINDOW, get_cache_format
 from canopyq.scheme import Recipe
 from canopyq.tensor import part_bytes
 
@@ -222,7 +222,8 @@ def model_bytes(shape: ModelShape, recipe: Recipe | None = None) -> ModelBytes:
 def cache_bytes(shape: ModelShape, tokens: int, batch: int = 1, format: str | None = None) -> int:
     """Bytes of a KV cache that holds ``tokens`` of each of ``batch`` sequences, in 16 bits or in a cache format.
 
-    It is what `QuantizedCache.nbytes` reads: the tokens whose block is full are codes, the others wait in 16 bits.
+    It is what `QuantizedCache.nbytes` reads: the newest tokens, a window and those of a block that is not full, stay in
+    16 bits, and the others are codes.
     Integers have a scale and an offset of 16 bits each, FP8 a scale alone: for keys by channel and block, for values by
     token and group of channels.
 
@@ -233,7 +234,8 @@ def cache_bytes(shape: ModelShape, tokens: int, batch: int = 1, format: str | No
     if format is None:
         return heads * 2 * tokens * dim * 2
     codes = get_cache_format(format)
-    blocks, waiting = divmod(tokens, BLOCK)
+    blocks = max(0, tokens - WINDOW) // BLOCK
+    waiting = tokens - blocks * BLOCK
     scales = blocks * dim + blocks * BLOCK * (dim // min(GROUP, dim))
     kept = 2 * blocks * BLOCK * dim * codes.bits // 8 + scales * (2 if codes.is_float else 4)
     return heads * (kept + 2 * waiting * dim * 2)

@@ -376,8 +376,8 @@ def test_damage_and_bytes_of_caches(tutor, tokenizer, kept: Evaluation, asked) -
     assert found["kv8"].model.right == kept.right
     sizes = [found[name].model.cache_bytes for name in ("kv8", "kv4", "kv2")]
     assert sizes == sorted(sizes, reverse=True)
-    both = compare(tutor, tutor, tokenizer, asked[:17], cache="kv4")
-    assert both.reference.cache_bytes == 2 * 8 * 2 * 64 * 4 > 2 * both.model.cache_bytes
+    both = compare(tutor, tutor, tokenizer, asked[17:], cache="kv4")
+    assert both.reference.cache_bytes == 2 * 8 * 2 * 64 * 4 > both.model.cache_bytes
     assert "KV cache, a token" in str(both) and "8.19 kB" in str(both)
     assert both.to_dict()["model"]["cache_bytes_per_token"] == both.model.cache_bytes
     assert kept.cache_bytes is None and "KV cache" not in str(kept)

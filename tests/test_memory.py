@@ -254,7 +254,7 @@ def test_cache_of_llama_2_7b_by_hand() -> None:
     assert cache_bytes(shape, 1) == per_token == 524_288
     assert cache_bytes(shape, 4096, 3) == 3 * 4096 * per_token
     assert cache_bytes(MODEL_SHAPES["mistral-7b"], 4096) == cache_bytes(shape, 4096) // 4
-    assert cache_bytes(shape, 4096, 1, "kv4") == 4096 * per_token * 4.5 / 16
+    assert cache_bytes(shape, 4096, 1, "kv4") == 64 * per_token + 4032 * per_token * 4.5 / 16
     with pytest.raises(CanopyError, match="unknown KV cache 'kv3'"):
         cache_bytes(shape, 64, 1, "kv3")
 

@@ -1,0 +1,233 @@
+"""The quantized KV cache beside transformers' own caches: bytes, error, time a token, and whether answers change.
+
+    python benchmarks/kv_cache.py                     everything, about half an hour on two cores
+    python benchmarks/kv_cache.py bytes error         only these parts: bytes, error, time, answers
+
+Results go to benchmarks/results/kv_cache.json; parts that were not run keep their old figures. transformers'
+QuantizedCache needs a backend: `pip install optimum-quanto hqq` in an environment of its own that also has canopyq; a
+backend that is missing is left out by name.
+
+* bytes: storage behind each cache after 4,096 tokens of the tutor's shape in bfloat16, as a share of bfloat16.
+* error: KL divergence from the predictions without a cache, and recall, on the same questions for all. Chats are fed
+  in passes of 64 tokens, so that every cache is read at every token. `seen` is the relative error of what attention
+  sees of real keys and values after 1,024 tokens.
+* time: one thread, one token at a time behind a context of 2k and 8k tokens; all caches take turns in every round, and
+  ratios of medians count. (The tutor's context is 2,048: its limit is lifted, only the time is of interest.)
+* answers: greedy `generate`, as text, against the cache in full precision.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers import QuantizedCache as TheirCache
+
+import canopyq as cq
+from canopyq.evaluate import compare, examine
+from canopyq.kv_codes import CACHE_FORMATS
+from canopyq.machine import describe
+from canopyq.track import track
+
+RESULT = Path(__file__).parent / "results" / "kv_cache.json"
+Maker = Callable[[object], object]
+
+
+def ours(name: str, **options) -> Maker:
+    return lambda config: cq.QuantizedCache(config, name, **options)
+
+
+def theirs(backend: str, **options) -> Maker:
+    return lambda config: TheirCache(backend, config, **options)
+
+
+OURS = {name: ours(name) for name in CACHE_FORMATS}
+VARIANTS = {
+    "kv2 window 0": ours("kv2", window=0),
+    "kv4 window 0": ours("kv4", window=0),
+    "kv2 keys per token": ours("kv2", keys="token"),
+    "kv4 keys per token": ours("kv4", keys="token"),
+    "kv8 keys per token": ours("kv8", keys="token"),
+}
+# As the documentation of transformers advises: axis 0 with quanto, axis 1 with HQQ.
+THEIRS = {
+    "transformers hqq 8": theirs("hqq", nbits=8, axis_key=1, axis_value=1),
+    "transformers fp8": theirs("fp8"),
+    "transformers quanto 4": theirs("quanto", nbits=4),
+    "transformers hqq 4": theirs("hqq", nbits=4, axis_key=1, axis_value=1),
+    "transformers quanto 2": theirs("quanto", nbits=2),
+    "transformers hqq 2": theirs("hqq", nbits=2, axis_key=1, axis_value=1),
+}
+
+
+def runnable(makers: dict[str, Maker], config) -> dict[str, Maker]:
+    """Those whose backend is installed and takes a small cache."""
+    found = {}
+    for name, make in makers.items():
+        try:
+            cache = make(config)
+            for n in (64, 64, 64):
+                cache.update(torch.randn(1, 2, n, 64), torch.randn(1, 2, n, 64), 0)
+            found[name] = make
+        except Exception as error:
+            print(f"left out: {name} ({type(error).__name__}: {str(error).splitlines()[0][:100]})", flush=True)
+    return found
+
+
+def storages(thing: object) -> dict[int, int]:
+    """Every tensor storage inside: address -> bytes. Looks into containers and wrapped tensors."""
+    if isinstance(thing, Tensor):
+        if hasattr(thing, "__tensor_flatten__"):
+            names, _ = thing.__tensor_flatten__()
+            return {k: v for name in names for k, v in storages(getattr(thing, name)).items()}
+        return {thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes()} if thing.numel() else {}
+    if isinstance(thing, dict):
+        thing = list(thing.values())
+    if isinstance(thing, (list, tuple)):
+        return {k: v for each in thing for k, v in storages(each).items()}
+    return storages(vars(thing)) if hasattr(thing, "tensors") else {}
+
+
+def held(cache) -> int:
+    """Bytes behind any cache."""
+    return sum({k: v for layer in cache.layers for k, v in storages(vars(layer)).items()}.values())
+
+
+def longer(config):
+    """The tutor's shape with a context that is no limit here."""
+    config = copy.deepcopy(config)
+    config.max_position_embeddings = 2**17
+    return config
+
+
+def bytes_part(config, makers: dict[str, Maker]) -> dict[str, float]:
+    """Share of bfloat16 after 4,096 tokens in chunks of 512."""
+    generator = torch.Generator().manual_seed(0)
+    config, found = longer(config), {}
+    for name, make in makers.items():
+        cache = make(config)
+        for _ in range(8):
+            for layer in range(config.num_hidden_layers):
+                cache.update(*torch.randn(2, 1, 2, 512, 64, generator=generator).bfloat16(), layer)
+        full = 2 * config.num_hidden_layers * 2 * 64 * 2 * 4096
+        found[name] = round(held(cache) / full, 4)
+        print(f"{name:<24} {found[name]:.4f} of bf16", flush=True)
+    return found
+
+
+def error_part(model, tokenizer, makers: dict[str, Maker]) -> dict[str, dict]:
+    asked = cq.tutor.questions(34, seed=1) + cq.tutor.questions(30, skill="recall", fillers=24, seed=1)
+    plain = examine(model, tokenizer, asked, keep=True)
+    seen, found = attention_sees(model, tokenizer, makers), {}
+    for name, make in makers.items():
+        result = compare(plain, model, tokenizer, asked, cache=make)
+        recall = [r for q, r in zip(asked, result.model.right, strict=True) if q.skill == "recall"]
+        found[name] = {"kl": float(f"{result.kl:.3g}"), "right": sum(result.model.right), "of": len(asked),
+                       "recall": f"{sum(recall)}/{len(recall)}", "seen": seen[name]}  # fmt: skip
+        print(f"{name:<24} {found[name]}", flush=True)
+    return found
+
+
+@torch.inference_mode()
+def attention_sees(model, tokenizer, makers: dict[str, Maker]) -> dict[str, dict[str, float]]:
+    """Relative error of the keys and values that an update hands to attention, over all layers, after 1,024 tokens."""
+    ids = [i for q in cq.tutor.questions(3, skill="recall", fillers=30, seed=2)
+           for i in cq.tutor.encode(tokenizer, q.turns)[0]][:1025]  # fmt: skip
+    full = DynamicCache(config=model.config)
+    model(input_ids=torch.tensor([ids]), past_key_values=full, use_cache=True)
+    found = {}
+    for name, make in makers.items():
+        cache, errors = make(model.config), []
+        for layer, states in enumerate(full.layers):
+            pair = (states.keys, states.values)
+            for start in range(0, 1024, 64):
+                cache.update(*(x[:, :, start : start + 64] for x in pair), layer)
+            seen = cache.update(*(x[:, :, 1024:] for x in pair), layer)
+            errors.append([float((a - b).norm() / b.norm()) for a, b in zip(seen, pair, strict=True)])
+        mean = torch.tensor(errors).mean(0).tolist()
+        found[name] = {"keys": float(f"{mean[0]:.3g}"), "values": float(f"{mean[1]:.3g}")}
+    return found
+
+
+@torch.inference_mode()
+def time_part(model, makers: dict[str, Maker], tokens: int, rounds: int = 9, steps: int = 8) -> dict[str, dict]:
+    """Milliseconds a token behind ``tokens`` tokens."""
+    model.config.max_position_embeddings = 2**17
+    ids = torch.randint(5, 1280, (1, tokens), generator=torch.Generator().manual_seed(0))
+    filled = {}
+    for name, make in {"full precision": lambda config: DynamicCache(config=config), **makers}.items():
+        filled[name] = make(model.config)
+        for start in range(0, tokens, 512):
+            part = ids[:, start : start + 512]
+            model(input_ids=part, past_key_values=filled[name], use_cache=True, logits_to_keep=1)
+    times: dict[str, list[float]] = {name: [] for name in filled}
+    for _ in track(range(rounds), f"time behind {tokens} tokens"):
+        for name, cache in filled.items():
+            cache = copy.deepcopy(cache)
+            start = time.perf_counter()
+            for _ in range(steps):
+                model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+            times[name].append((time.perf_counter() - start) / steps * 1000)
+    middle = {name: statistics.median(taken) for name, taken in times.items()}
+    found = {
+        name: {"ms": round(ms, 2), "times_full_precision": round(ms / middle["full precision"], 3)}
+        for name, ms in middle.items()
+    }
+    for name, row in found.items():
+        print(f"{tokens} tokens, {name:<24} {row}", flush=True)
+    return found
+
+
+def answers_part(model, tokenizer, names: tuple[str, ...] = ("kv8", "kv4"), n: int = 500) -> dict[str, dict]:
+    """How many of ``n`` greedy answers are the same text, and which are not."""
+    found: dict[str, dict] = {name: {"same": 0, "of": n, "differ": []} for name in names}
+    for question in track(cq.tutor.questions(n), "answering"):
+        ids, start = cq.tutor.encode(tokenizer, question.turns)
+        prompt = torch.tensor([ids[:start]])
+
+        def answer(cache, prompt=prompt) -> str:
+            out = model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, do_sample=False,
+                                 max_new_tokens=96, pad_token_id=0)  # fmt: skip
+            return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
+
+        expected = answer(DynamicCache(config=model.config))
+        for name in names:
+            got = answer(cq.QuantizedCache(model.config, name))
+            found[name]["same"] += got == expected
+            if got != expected:
+                found[name]["differ"].append([question.skill, question.prompt, expected, got])
+    for name, row in found.items():
+        print(f"{name}: {row['same']} of {n} answers are the same text", flush=True)
+    return found
+
+
+def main() -> None:
+    parts = sys.argv[1:] or ["bytes", "error", "time", "answers"]
+    torch.set_num_threads(1)
+    model, tokenizer = cq.tutor.load()
+    peers = runnable(THEIRS, model.config)
+    content = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+    machine = describe() | {"torch_cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    run = {
+        "bytes": lambda: bytes_part(model.config, OURS | VARIANTS | peers),
+        "error": lambda: error_part(model, tokenizer, OURS | VARIANTS | peers),
+        "time": lambda: {str(n): time_part(model, OURS | peers, n) for n in (2048, 8192)},
+        "answers": lambda: answers_part(model, tokenizer),
+    }
+    for part in parts:
+        content[part] = run[part]() | {"date": date.today().isoformat()}
+        RESULT.write_text(json.dumps(content | {"machine": machine}, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    print(f"wrote {RESULT}")
+
+
+if __name__ == "__main__":
+    main()
