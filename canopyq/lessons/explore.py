@@ -23,11 +23,12 @@ from .explore_clip import ClipView
 from .explore_float import FloatView
 from .explore_groups import GroupsView
 from .explore_outlier import OutlierView
+from .explore_speed import SpeedView
 from .look import card, heading, section, table
 from .shown import Shown
 from .text import inline
 
-__all__ = ["Explorer", "answers", "bits", "choose", "clip", "float_bits", "groups", "outlier"]
+__all__ = ["Explorer", "answers", "bits", "choose", "clip", "float_bits", "groups", "outlier", "speed"]
 
 
 class Explorer(Shown):
@@ -131,3 +132,9 @@ def choose(measurements: Sequence | None = None, title: str = "From needs to a r
     """The decision tree with its bytes, and the advisor's recommendation at the end of it."""
     view = ChooseView(measurements)
     return Explorer("choose", title, view.controls(), view.draw, view.rows, TREE)
+
+
+def speed(title: str = "What sets the time of a layer?") -> Explorer:
+    """Tokens from 1 to 4096 and the weights' format: the time of the bytes, that of the arithmetic, the longer one."""
+    view = SpeedView()
+    return Explorer("speed", title, view.controls(), view.draw, view.rows)
