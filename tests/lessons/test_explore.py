@@ -38,6 +38,7 @@ EXPLORERS = {
     "float-bits": lambda: explore.float_bits(0.1),
     "clip": lambda: explore.clip(X),
     "outlier": lambda: explore.outlier(X),
+    "choose": lambda: explore.choose(),
     "groups": lambda: explore.groups(X.reshape(15, 100)),
     "words": lambda: explore.words(X.reshape(15, 100)),
 }
@@ -47,6 +48,7 @@ MOVES = {
     "float-bits": ("number", 17.3),
     "clip": ("clip", 0.4),
     "outlier": ("outlier", 200.0),
+    "choose": ("memory", 20.0),
     "groups": ("scale", "g32"),
     "words": ("word", 3),
 }
@@ -60,7 +62,7 @@ def test_moving_a_control_updates_and_prints_nothing(name: str, capsys: pytest.C
     control, value = MOVES[name]
     explorer.controls[control].value = value
     assert explorer.line.value != line
-    if name != "float-bits":
+    if name not in ("float-bits", "choose"):
         assert explorer.image.value != picture and bytes(explorer.image.value).startswith(b"\x89PNG")
         assert len(explorer.image.value) < 60_000
     assert capsys.readouterr() == ("", "")
@@ -207,3 +209,14 @@ def test_words_come_apart_as_they_were_packed(bits: int, columns: int) -> None:
 def test_words_say_the_worked_value() -> None:
     word = WordsView(torch.tensor([[-8.0, -7, -1, 0, 1, 2, 6, 7]]) * 15 / 16).word(0, 4)
     assert word.number == 0xFEA98710 and word.bytes.hex() == "1087a9fe"
+
+
+def test_every_control_of_the_tree_changes_what_it_says() -> None:
+    explorer = explore.choose()
+    explorer.widget()
+    for control, value in [("priority", "compression"), ("model", "llama-2-7b"), ("memory", 40.0), ("context", 0)]:
+        before = explorer.line.value
+        explorer.controls[control].value = value
+        assert explorer.line.value != before, control
+    explorer.controls["memory"].value = 1.0
+    assert "Nothing fits" in explorer.line.value and "more memory" in explorer.line.value
