@@ -14,7 +14,8 @@ from canopyq.errors import CanopyError
 from canopyq.experts import QuantizedExpert, QuantizedExperts
 from canopyq.explain import require_fast
 from canopyq.linear import QuantizedLinear
-from canopyq.memory import bytes_held
+from canopyq.memory import bytes_of, meta_ties
+from canopyq.offload import Replacing, carry_over, runs_on, values
 from canopyq.output_error import output_errors
 from canopyq.report import LayerReport, Plan, Report, sqnr_db
 from canopyq.scheme import Recipe
@@ -38,7 +39,7 @@ def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
         with _naming(target.name):
             after = quantized_bytes(target.weight.shape, target.scheme, target.weight.dtype)
         layers[target.name] = (shape, target.weight.numel() * target.weight.element_size(), after)
-    before = _bytes(model)
+    before = bytes_of(model)
     removed = sum(layers[name][1] for name in _not_tied_to_what_stays(targets, model))
     added = sum(after for _, _, after in layers.values())
     if recipe.static:  # a scale, and perhaps a zero point, for what goes into each layer
@@ -59,8 +60,9 @@ def quantize_(
 
     Weights are rounded to the nearest code and kept packed. Every layer is quantized before the first is replaced, so
     that an error leaves the model as it was. A layer that the model uses in several places is quantized once and stays
-    shared. The output head and the embedding stay as they are, unless the recipe's name has ``+head`` or ``+embed``; a
-    head that shared its weight with the embedding then has one of its own.
+    shared. Each layer stays on its device; one that accelerate keeps on disk or in RAM (``device_map``) is read from
+    there, and its packed weight goes there. The output head and the embedding stay as they are, unless the recipe's
+    name has ``+head`` or ``+embed``; a head that shared its weight with the embedding then has one of its own.
 
     Args:
         model: any torch module; GPT-2's Conv1D and transformers' fused experts are known beside nn.Linear.
@@ -92,23 +94,23 @@ def quantize_(
         if seen is None and batches is not None:
             seen = calibrate(model, batches, layers=[target.name for target in watched])
         inputs = {target.name: _input_scale(target, seen, recipe) for target in watched}
-    bytes_before = bytes_held(model)
+    bytes_before = bytes_of(model)
     weights: dict[str, QuantizedTensor] = {}
     for target in track(targets, f"quantizing to {recipe.name}", len(targets)):
         with _naming(target.name):
-            weights[target.name] = quantize(target.weight, target.scheme)
+            weights[target.name] = quantize(target.read(), target.scheme)
     layers = {
         target.name: _layer(target, weights[target.name], recipe, inputs.get(target.name, (None, None)))
         for target in targets
     }
     if strict:
-        for name, layer in layers.items():
-            require_fast(name, layer)
+        for target in targets:
+            require_fast(target.name, layers[target.name], runs_on(target.module))
     errors = {} if batches is None else output_errors(model, targets, layers, batches)
     reports = [_report(target, weights[target.name], errors.get(target.name)) for target in targets]
     _replace(model, targets, layers)
     notes = tuple(seen.notes()) if recipe.static else ()
-    return Report(recipe.name, tuple(reports), kept, bytes_before, bytes_held(model), notes)
+    return Report(recipe.name, tuple(reports), kept, bytes_before, bytes_of(model), notes)
 
 
 def _parse(model: nn.Module, recipe: str | Recipe) -> Recipe:
@@ -152,7 +154,7 @@ def _input_scale(target: Target, seen: Calibration | None, recipe: Recipe) -> tu
         )
     with _naming(target.name):
         scale, zero_point = static_scale(seen[target.name], recipe.activations)
-    device = target.weight.device
+    device = torch.device("cpu") if target.weight.is_meta else target.weight.device
     return scale.to(device), None if zero_point is None else zero_point.to(device)
 
 
@@ -161,18 +163,21 @@ def _layer(
 ) -> QuantizedLinear:
     if target.kind == "embedding":
         return QuantizedEmbedding(weight, target.module.padding_idx).train(target.module.training)
-    bias = None if target.kind == "expert" else target.module.bias
+    bias = None if target.kind == "expert" else values(target.module).get("bias")
     return QuantizedLinear(weight, bias, recipe.activations, *inputs).train(target.module.training)
 
 
 def _report(target: Target, weight: QuantizedTensor, error: float | None) -> LayerReport:
     before = target.weight.numel() * target.weight.element_size()
-    noise = sqnr_db(target.weight, weight)
+    noise = sqnr_db(target.read(), weight)
     return LayerReport(target.name, tuple(weight.shape), weight.bits_per_value, before, weight.nbytes, noise, error)
 
 
 def _replace(model: nn.Module, targets: list[Target], layers: dict[str, QuantizedLinear]) -> None:
     """Put the new layers where the old ones are, in every place of a shared one."""
+    with Replacing() as replacing:
+        for target in targets:
+            replacing.take(target.name, target.module, layers[target.name])
     new: dict[nn.Module, nn.Module] = {}
     experts: dict[nn.Module, list[QuantizedLinear]] = {}
     for target in targets:
@@ -186,6 +191,8 @@ def _replace(model: nn.Module, targets: list[Target], layers: dict[str, Quantize
     places = [name for name, module in model.named_modules(remove_duplicate=False) if module in new]
     modules = {name: model.get_submodule(name) for name in places}
     _untie(model, new)
+    for old, layer in new.items():
+        carry_over(old, layer)
     for name in places:
         model.set_submodule(name, new[modules[name]])
 
@@ -202,26 +209,22 @@ def _untie(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> None:
 
 def _not_tied_to_what_stays(targets: list[Target], model: nn.Module) -> list[str]:
     """The targets whose old storage goes away: each storage once, and none that something kept still uses."""
-    parts = {id(target.module) for target in targets}
+    parts, ties = {id(target.module) for target in targets}, meta_ties(model)
+
+    def storage(weight: Tensor) -> int:
+        key = weight.untyped_storage()._cdata
+        return ties.get(key, key)
+
     stays = {
-        weight.untyped_storage()._cdata
+        storage(weight)
         for module in model.modules()
         if id(module) not in parts
         for weight in module.parameters(recurse=False)
     }
     found, seen = [], set(stays)
     for target in targets:
-        key = (target.weight.untyped_storage()._cdata, target.weight.storage_offset())
+        key = (storage(target.weight), target.weight.storage_offset())
         if key[0] not in stays and key not in seen:
             seen.add(key)
             found.append(target.name)
     return found
-
-
-def _bytes(model: nn.Module) -> int:
-    """Storage behind a model, meta tensors counted as what they would hold; each storage once."""
-    storages = {
-        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
-        for tensor in [*model.parameters(), *model.buffers()]
-    }
-    return sum(storages.values())
