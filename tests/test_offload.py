@@ -171,3 +171,12 @@ def test_the_tutor_answers_from_the_disk(tmp_path: Path) -> None:
     cq.quantize_(model, "w8a16")
     questions = cq.tutor.questions(4)
     assert cq.examine(model, tokenizer, questions).accuracy.right == 4
+
+
+def test_methods_that_change_weights_refuse_what_is_not_at_hand(saved: Path, tmp_path: Path) -> None:
+    model = load(saved, MAPS["blocks on disk"], tmp_path)
+    with pytest.raises(CanopyError, match=r"method gptq .*model.layers.1.self_attn.q_proj lies on disk"):
+        cq.quantize_(model, "w4a16-g32", method="gptq", calibration=[TOKENS])
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+    cq.quantize_(model, "w4a16-g32", method="hqq")
+    assert model(TOKENS).logits.isfinite().all()
