@@ -189,7 +189,8 @@ class ModelBytes:
 
 @cache
 def model_bytes(shape: ModelShape, recipe: Recipe | None = None) -> ModelBytes:
-    """What a bfloat16 model of this shape holds once it is quantized by a recipe; None leaves it as it is.
+    """What a bfloat16 model of this shape holds once it is quantized by a recipe; None leaves it as it is, and so
+    does a recipe of the cache alone.
 
     It is what `bytes_held` reads from such a model, the few bytes of rotary frequencies aside.
 
@@ -199,7 +200,7 @@ def model_bytes(shape: ModelShape, recipe: Recipe | None = None) -> ModelBytes:
     matrices = list(shape.linears())
     table = (shape.vocab, shape.hidden)
     plain = 2 * (shape.parameters - shape.linear_parameters)
-    if recipe is None:
+    if recipe is None or recipe.weights is None:
         return ModelBytes(0, 0, 0, plain + 2 * shape.linear_parameters)
     if not recipe.ignores("lm_head"):
         matrices.append(("lm_head", table))

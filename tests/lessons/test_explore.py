@@ -37,6 +37,7 @@ EXPLORERS = {
     "float-bits": lambda: explore.float_bits(0.1),
     "clip": lambda: explore.clip(X),
     "outlier": lambda: explore.outlier(X),
+    "choose": lambda: explore.choose(),
     "groups": lambda: explore.groups(X.reshape(15, 100)),
 }
 MOVES = {
@@ -45,6 +46,7 @@ MOVES = {
     "float-bits": ("number", 17.3),
     "clip": ("clip", 0.4),
     "outlier": ("outlier", 200.0),
+    "choose": ("memory", 20.0),
     "groups": ("scale", "g32"),
 }
 
@@ -57,7 +59,7 @@ def test_moving_a_control_updates_and_prints_nothing(name: str, capsys: pytest.C
     control, value = MOVES[name]
     explorer.controls[control].value = value
     assert explorer.line.value != line
-    if name != "float-bits":
+    if name not in ("float-bits", "choose"):
         assert explorer.image.value != picture and bytes(explorer.image.value).startswith(b"\x89PNG")
         assert len(explorer.image.value) < 60_000
     assert capsys.readouterr() == ("", "")
@@ -183,3 +185,14 @@ def test_a_tensor_of_zeros() -> None:
                      explore.outlier(zeros)):  # fmt: skip
         explorer.widget()
         explorer.static_html()
+
+
+def test_every_control_of_the_tree_changes_what_it_says() -> None:
+    explorer = explore.choose()
+    explorer.widget()
+    for control, value in [("priority", "compression"), ("model", "llama-2-7b"), ("memory", 40.0), ("context", 0)]:
+        before = explorer.line.value
+        explorer.controls[control].value = value
+        assert explorer.line.value != before, control
+    explorer.controls["memory"].value = 1.0
+    assert "Nothing fits" in explorer.line.value and "more memory" in explorer.line.value
