@@ -8,10 +8,10 @@ The public implementations run in a virtual environment of their own, whose pyth
 
     python3 -m venv peers && peers/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1 hqq==0.2.8
 
-Everybody calibrates on the same 64 chats of 128 tokens (8,192 tokens) from the validation split; a seed draws other chats.
-Everybody is judged by the same code on the same held-out questions. llm-compressor's AWQ stops on a machine without an
-accelerator ("Cannot access accelerator device when none is available"), so it has no row. HQQ uses no data. Its zero points
-have 16 bits (or more) where a checkpoint's have as many as a weight, so its rows hold more bits than ours.
+Everybody calibrates on the same 64 chats of 128 tokens (8,192 tokens) from the validation split; a seed draws others.
+Everybody is judged by the same code on the same held-out questions. llm-compressor's AWQ stops on a machine without
+an accelerator ("Cannot access accelerator device when none is available"), so it has no row. HQQ uses no data. Its zero
+points are floats where a checkpoint's have as many bits as a weight, so its rows hold more bits than ours.
 One thread; each run in a process of its own; seconds and memory are those of quantizing alone.
 """
 
@@ -131,11 +131,10 @@ def measure(seeds: int, python: str | None) -> None:
     for who, method, setting, seed in runs(seeds, python is not None):
         if (who, method, setting, seed) in have:
             continue
-        call = (
-            (judge.ours, method, setting, seed) if who == "canopyq" else (judge.public, method, setting, seed, python)
-        )
+        job = judge.ours if who == "canopyq" else judge.public
+        arguments = (method, setting, seed) if who == "canopyq" else (method, setting, seed, python)
         with multiprocessing.get_context("fork").Pool(1) as pool:
-            row = {"who": who, "method": method, "setting": setting, "seed": seed} | pool.apply(call[0], call[1:])
+            row = {"who": who, "method": method, "setting": setting, "seed": seed} | pool.apply(job, arguments)
         print(row, flush=True)
         found["rows"].append(row)
         found |= {"machine": describe(), "date": date.today().isoformat(), "questions": QUESTIONS,
@@ -145,15 +144,27 @@ def measure(seeds: int, python: str | None) -> None:
         RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
+def columns(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows with a result, by the setting whose column they stand in: zero points make another method, no setting."""
+    rows = []
+    for row in found["rows"]:
+        if "kl" in row:
+            setting = row["setting"].removesuffix("-asym")
+            named = row["method"] if setting == row["setting"] else f"{row['method']}, zero points"
+            rows.append(row | {"setting": setting, "method": named})
+    return rows
+
+
 def table(found: dict[str, Any]) -> str:
     """KL of every method in every setting, the mean over seeds and, where there are several, their spread."""
+    rows = columns(found)
     lines = ["| method | " + " | ".join(SETTINGS) + " |", "|---|" + "---:|" * len(SETTINGS)]
-    names = dict.fromkeys((row["who"], row["method"]) for row in found["rows"])
+    names = dict.fromkeys((row["who"], row["method"]) for row in rows)
     for who, method in sorted(names, key=lambda name: (name[0] != "canopyq", name[1])):
         cells = []
         for setting in SETTINGS:
-            kls = [row["kl"] for row in found["rows"]
-                   if (row["who"], row["method"], row["setting"]) == (who, method, setting) and "kl" in row]  # fmt: skip
+            key = (who, method, setting)
+            kls = [row["kl"] for row in rows if (row["who"], row["method"], row["setting"]) == key]
             spread = f" ± {statistics.stdev(kls):.1g}" if len(kls) > 1 else ""
             cells.append(f"{statistics.mean(kls):.2g}{spread}" if kls else "")
         lines.append(f"| {method if who == 'canopyq' else f'{method} (public)'} | " + " | ".join(cells) + " |")
@@ -168,18 +179,22 @@ def plot(found: dict[str, Any], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
-    methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
-    colours = {method: f"C{i}" for i, method in enumerate(methods)}
+    rows = columns(found)
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     for who, offset in (("canopyq", -0.12), ("public", 0.12)):
-        for method in methods:
-            mine = [row for row in found["rows"] if (row["who"], row["method"]) == (who, method) and "kl" in row
-                    and row["setting"] in SETTINGS]  # fmt: skip
+        for i, method in enumerate(methods):
+            mine = [row for row in rows if (row["who"], row["method"]) == (who, method)]
             if mine:
+                colour = f"C{i}" if i < 10 else "black"
                 axes.scatter(
-                    [SETTINGS.index(row["setting"]) + offset for row in mine], [row["kl"] for row in mine], s=42,
-                    label=method if who == "canopyq" else f"{method} (public)", edgecolors=colours[method],
-                    facecolors=colours[method] if who == "canopyq" else "none",
-                )  # fmt: skip
+                    [SETTINGS.index(row["setting"]) + offset for row in mine],
+                    [row["kl"] for row in mine],
+                    s=36,
+                    marker="o" if who == "canopyq" else "D",
+                    label=method if who == "canopyq" else f"{method} (public)",
+                    edgecolors=colour,
+                    facecolors=colour if who == "canopyq" else "none",
+                )
     axes.set_yscale("log")
     axes.set_xticks(range(len(SETTINGS)), SETTINGS)
     axes.set_ylabel("KL to the original, nats per token")

@@ -1,7 +1,7 @@
 """Quantize the tutor with a public implementation, in that implementation's own virtual environment.
 
-`benchmarks/quality.py` runs it and says how to make the environment. It writes the whole model after quantizing, with every
-weight as what its codes stand for, so that all methods are evaluated by the same code.
+`benchmarks/quality.py` runs it and says how to make the environment. It writes the whole model after quantizing, with
+every weight as what its codes stand for, so that all methods are evaluated by the same code.
 
     python benchmarks/quality_peer.py MODEL METHOD SETTING IDS OUT
 """
