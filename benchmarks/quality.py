@@ -145,7 +145,7 @@ def measure(seeds: int, python: str | None) -> None:
 
 
 def columns(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows with a result, by the setting whose column they stand in: zero points make another method, no setting."""
+    """The rows with a result, by the setting whose column they stand in; zero points make another method of one."""
     rows = []
     for row in found["rows"]:
         if "kl" in row:

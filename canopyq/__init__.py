@@ -11,6 +11,8 @@ from canopyq.explain import explain
 from canopyq.formats import FORMATS, get_format
 from canopyq.granularity import Granularity
 from canopyq.linear import QuantizedLinear
+from canopyq.methods.mixed import search as mixed_precision
+from canopyq.methods.mixed import sensitivity
 from canopyq.model import plan, quantize_
 from canopyq.report import Plan, Report
 from canopyq.scheme import RECIPES, Recipe, Scheme
@@ -35,7 +37,8 @@ _MODULES = ("advisor", "lessons", "tutor")
 __all__ = [
     "FORMATS", "RECIPES", "CanopyError", "Granularity", "Plan", "QuantizedCache", "QuantizedLinear", "QuantizedTensor",
     "Recipe", "Report", "Scheme", "advise", "advisor", "compare", "examine", "explain", "fast_generate",
-    "fuse_attention", "get_format", "inspect", "lessons", "load", "plan", "quantize", "quantize_", "save", "tutor",
+    "fuse_attention", "get_format", "inspect", "lessons", "load", "mixed_precision", "plan", "quantize", "quantize_",
+    "save", "sensitivity", "tutor",
 ]  # fmt: skip
 
 
