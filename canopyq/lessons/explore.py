@@ -15,14 +15,16 @@ from ipywidgets import HTML, HBox, Image, Layout, VBox, Widget
 from .canvas import detached, png
 from .explore_bits import BitsView
 from .explore_clip import ClipView
+from .explore_context import ContextView
 from .explore_float import FloatView
 from .explore_groups import GroupsView
 from .explore_outlier import OutlierView
+from .explore_turns import Grown, TurnsView
 from .look import card, heading, section, table
 from .shown import Shown
 from .text import inline
 
-__all__ = ["Explorer", "bits", "clip", "float_bits", "groups", "outlier"]
+__all__ = ["Explorer", "bits", "clip", "context", "float_bits", "groups", "outlier", "turns"]
 
 
 class Explorer(Shown):
@@ -106,3 +108,15 @@ def outlier(x: torch.Tensor, title: str = "One value grows, the others pay") -> 
     """One large value beside ordinary ones: the step, how many codes are left to the others, their error."""
     view = OutlierView(x)
     return Explorer("outlier", title, view.controls(), view.draw, view.rows)
+
+
+def context(title: str = "When does the cache outgrow the weights?") -> Explorer:
+    """The length and number of chats, from 1k to 1M tokens: bytes of weights and cache in several precisions."""
+    view = ContextView()
+    return Explorer("context", title, view.controls(), view.draw, view.rows)
+
+
+def turns(caches: Mapping[str, Grown], weights: int, title: str = "A chat, turn by turn") -> Explorer:
+    """One chat turn by turn: the cache grows and the weights do not. ``caches`` holds (tokens, bytes) of each turn."""
+    view = TurnsView(caches, weights)
+    return Explorer("turns", title, view.controls(), view.draw, view.rows)
