@@ -24,6 +24,7 @@ _LATER = {
     "advise": "canopyq.advisor",
     "compare": "canopyq.evaluate",
     "fast_generate": "canopyq.generate",
+    "fuse_attention": "canopyq.fused_attention",
     "examine": "canopyq.evaluate",
     "inspect": "canopyq.checkpoint.inspect",
     "load": "canopyq.checkpoint.load",
@@ -33,8 +34,8 @@ _MODULES = ("advisor", "lessons", "tutor")
 
 __all__ = [
     "FORMATS", "RECIPES", "CanopyError", "Granularity", "Plan", "QuantizedCache", "QuantizedLinear", "QuantizedTensor",
-    "Recipe", "Report", "Scheme", "advise", "advisor", "compare", "examine", "explain", "fast_generate", "get_format",
-    "inspect", "lessons", "load", "plan", "quantize", "quantize_", "save", "tutor",
+    "Recipe", "Report", "Scheme", "advise", "advisor", "compare", "examine", "explain", "fast_generate",
+    "fuse_attention", "get_format", "inspect", "lessons", "load", "plan", "quantize", "quantize_", "save", "tutor",
 ]  # fmt: skip
 
 

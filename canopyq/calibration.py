@@ -38,12 +38,14 @@ class Calibration(dict[str, InputStatistics]):
         samples, tokens: of the data, padding not counted.
         by_blocks: whether the model was run block by block.
         unseen: layers that no token reached -> why. They are missing from the dictionary.
+        source: what the data is, in a few words; "" if nothing is known of it.
     """
 
     samples: int
     tokens: int
     by_blocks: bool
     unseen: dict[str, str] = field(default_factory=dict)
+    source: str = ""
 
     @property
     def growth(self) -> dict[str, float]:
@@ -57,11 +59,11 @@ class Calibration(dict[str, InputStatistics]):
 
     def notes(self) -> list[str]:
         """What to know about the data before its ranges are used, in lines to print."""
-        lines = []
+        lines = [f"calibrated on {self.samples} samples, {self.tokens:,} tokens" + (self.source and f": {self.source}")]
         growth = self.growth
         worst = max(growth, key=lambda name: growth[name], default=None)
         if self.samples < 2:
-            lines.append("calibrated on one sample: its ranges are thin, other texts will go beyond; give some dozens")
+            lines.append("one sample: its ranges are thin, other texts will go beyond; give some dozens")
         elif self.settled:
             most = max(growth.values(), default=0.0)
             lines.append(
@@ -84,8 +86,8 @@ class Calibration(dict[str, InputStatistics]):
         return lines
 
     def __str__(self) -> str:
-        lines = [f"{len(self)} layers calibrated on {self.samples} samples, {self.tokens:,} tokens"]
-        return "\n".join(lines + [f"  {line}" for line in self.notes()])
+        first, *rest = self.notes()
+        return "\n".join([f"{len(self)} layers {first}", *(f"  {line}" for line in rest)])
 
     __repr__ = __str__
 
@@ -291,5 +293,5 @@ def _result(collector: _Collector, data: list[Batch], by_blocks: bool) -> Calibr
         if layer in collector.statistics:
             found[layer] = collector.statistics[layer]
     if samples < 2:
-        warnings.warn(found.notes()[0], stacklevel=3)
+        warnings.warn(f"calibrated on {found.notes()[1]}", stacklevel=3)
     return found

@@ -49,27 +49,32 @@ class Explanation:
 
     layers: tuple[LayerExplained, ...]
 
-    def groups(self) -> list[tuple[LayerExplained, list[LayerExplained]]]:
-        """Layers that differ in name alone, under the first of them."""
+    def groups(self) -> dict[str, LayerExplained]:
+        """The first of all layers that run alike, under a line that says which they are."""
         found: dict[tuple, list[LayerExplained]] = {}
         for layer in self.layers:
-            found.setdefault((layer.shape, layer.scheme, layer.device, layer.verdicts), []).append(layer)
-        return [(layers[0], layers) for layers in found.values()]
+            found.setdefault((layer.scheme, layer.device, layer.verdicts), []).append(layer)
+        return {_line(layers): layers[0] for layers in found.values()}
 
     def __str__(self) -> str:
         lines = []
-        for first, layers in self.groups():
-            more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
-            total = human(sum(layer.nbytes for layer in layers))
-            lines.append(
-                f"{first.name}{more}: {first.shape[0]}x{first.shape[1]} {first.scheme}, {total}, {first.device}"
-            )
+        for line, first in self.groups().items():
+            lines.append(line)
             lines += [f"  runs    {kernel}: {rows}" for kernel, rows in first.runs.items()]
             lines += [f"  refused {kernel}: {reason}" for kernel, reason in first.refused.items()]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def _line(layers: list[LayerExplained]) -> str:
+    first = layers[0]
+    more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+    shapes = list(dict.fromkeys(f"{n}x{k}" for n, k in (layer.shape for layer in layers)))
+    sizes = ", ".join(shapes) if len(shapes) <= 4 else f"{len(shapes)} shapes"
+    held = human(sum(layer.nbytes for layer in layers))
+    return f"{first.name}{more}: {sizes}, {first.scheme}, {held} on {first.device}"
 
 
 def explain(model: nn.Module) -> Explanation:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+ATTENTION = "canopyq"  # the attention implementation that reads codes, see `fused_attention`
+FEW = 16  # new tokens of a pass, up to which it does
+
+
+@dataclass(frozen=True, eq=False)
+class CachedStates:
+    """A layer's tokens as the cache holds them: what attention on codes gets in the place of keys and of values."""
+
+    quantized_keys: QuantizedStates | None
+    quantized_values: QuantizedStates | None
+    keys: Tensor
+    values: Tensor
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """All keys and all values (B, H, T, D), dequantized to the dtype of the newest."""
+        return _joined(self.quantized_keys, self.keys), _joined(self.quantized_values, self.values)
+
+
 class QuantizedLayer(CacheLayerMixin):
     """One layer's keys and values (B, H, T, D).
 
@@ -29,6 +48,7 @@ class QuantizedLayer(CacheLayerMixin):
         keys, values: the newest tokens, in full precision (B, H, R, D).
         quantized_keys, quantized_values: the tokens before them as `QuantizedStates`, or None.
         dropped: how many tokens before those a sliding window has passed.
+        gives_codes: whether attention takes `CachedStates` for a pass over few tokens.
     """
 
     is_croppable = True
@@ -39,7 +59,7 @@ class QuantizedLayer(CacheLayerMixin):
         super().__init__()
         self.format, self.per, self.group, self.window = format, keys, group, window
         self.sliding_window, self.is_sliding = sliding_window, sliding_window is not None
-        self.record_past = False
+        self.record_past = self.gives_codes = False
         self.reset()
 
     def reset(self) -> None:
@@ -74,14 +94,16 @@ class QuantizedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1 if self.sliding_window is None else self.sliding_window
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple:
         """Append tokens (B, H, n, D); all keys and all values, as attention is to see them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._before = (self.keys, self.values, self.quantized_tokens)
         self.keys = torch.cat([self.keys, key_states], 2)
         self.values = torch.cat([self.values, value_states], 2)
-        seen = _joined(self.quantized_keys, self.keys), _joined(self.quantized_values, self.values)
+        held = CachedStates(self.quantized_keys, self.quantized_values, self.keys, self.values)
+        few = self.quantized_tokens and key_states.shape[2] <= FEW
+        seen = (held, held) if self.gives_codes and few else held.joined()
         self._quantize_full_blocks()
         return seen
 
@@ -212,7 +234,7 @@ class QuantizedCache(Cache):
     ) -> None:
         if not hasattr(config, "get_text_config"):
             raise CanopyError(f"a cache is made from a model's config, got {type(config).__name__}; use model.config")
-        config = config.get_text_config(decoder=True)
+        self.config = config = config.get_text_config(decoder=True)
         self.format = get_cache_format(format)
         if keys not in ("channel", "token"):
             raise unknown("way to quantize keys", keys, ("channel", "token"))
@@ -251,7 +273,9 @@ class QuantizedCache(Cache):
             self._check_start(key_states)
         try:
             self._check(key_states, value_states, layer_idx)
-            seen = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+            layer = self.layers[layer_idx]
+            layer.gives_codes = self.config._attn_implementation == ATTENTION
+            seen = layer.update(key_states, value_states, *args, **kwargs)
         except CanopyError:
             for layer in self.layers:
                 layer.undo()

@@ -124,24 +124,23 @@ def _what(x: object) -> str:
 
 def _pack_stream(blocks: Tensor, bits: int) -> Tensor:
     """Other widths: 32 codes fill exactly ``bits`` words, and a code may straddle two of them."""
-    blocks = blocks.long()
-    words = [0] * bits
+    codes = blocks.movedim(-1, 0).to(torch.int32)  # one after the other in memory: many times as fast as in place
+    words = codes.new_zeros(bits, *codes.shape[1:])
     for i in range(32):
         word, shift = divmod(i * bits, 32)
-        words[word] = words[word] | (blocks[..., i] << shift)
+        words[word] |= codes[i] << shift
         if shift + bits > 32:
-            words[word + 1] = words[word + 1] | (blocks[..., i] >> (32 - shift))
-    packed = torch.stack(words, dim=-1) & 0xFFFFFFFF
-    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+            words[word + 1] |= codes[i] >> (32 - shift)
+    return words.movedim(0, -1)
 
 
 def _unpack_stream(words: Tensor, bits: int) -> Tensor:
-    words = words.long() & 0xFFFFFFFF
-    codes = []
+    columns = words.movedim(-1, 0).contiguous()
+    codes = torch.empty(*words.shape[:-1], 32, dtype=torch.uint8, device=words.device)
     for i in range(32):
         word, shift = divmod(i * bits, 32)
-        code = words[..., word] >> shift
+        code = columns[word] >> shift
         if shift + bits > 32:
-            code = code | (words[..., word + 1] << (32 - shift))
-        codes.append(code & (2**bits - 1))
-    return torch.stack(codes, dim=-1).to(torch.uint8)
+            code = (code & (2 ** (32 - shift) - 1)) | (columns[word + 1] << (32 - shift))
+        codes[..., i] = code & (2**bits - 1)
+    return codes

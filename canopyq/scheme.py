@@ -139,7 +139,7 @@ class Recipe:
         ``+embed`` quantize the output head and the embedding too.
 
         ``w8a8`` quantizes the inputs as well: to as many bits as follow the ``a`` (2 to 8), each token by its own
-        range, or with ``-static`` all by one that is calibrated for the least squared error. Here ``-asym`` gives the
+        range, or with ``-static`` all by one that is calibrated. Here ``-asym`` gives the
         inputs the zero point, and the weights have none. ``fp8`` and ``fp8-static`` are the same with both in E4M3.
 
         ``+kv8``, ``+kv4``, ``+kv2`` and ``+kv-fp8`` say which KV cache belongs to the recipe; without the plus they are
@@ -196,10 +196,12 @@ class Recipe:
 
 
 def _inputs(format: str, *, static: bool, symmetric: bool = True) -> Scheme:
-    """A scheme for activations. A static scale is stored, so it is rounded as those of weights are."""
+    """A scheme for activations. A static scale is stored, so it is rounded as those of weights are; its range is that
+    of the least squared error, but for floats, whose step near zero hardly depends on how far the range reaches."""
     if not static:
         return Scheme(format, "token", symmetric)
-    return Scheme(format, "tensor", symmetric, observer="mse", scale_dtype=torch.bfloat16)
+    observer = "minmax" if format == "fp8" else "mse"
+    return Scheme(format, "tensor", symmetric, observer=observer, scale_dtype=torch.bfloat16)
 
 
 RECIPES = ("w8a16", "w8a16-g128", "w4a16-channel", "w4a16-g128", "w4a16-g128-asym", "w4a16-g64", "w4a16-g32",

@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import canopyq as cq
+from canopyq.cli.calibrated import quantize_tutor
 from canopyq.cli.shown import JsonFlag, check_device, console, print_json
-from canopyq.memory import human
 from canopyq.scheme import Recipe
 
 
@@ -24,8 +24,8 @@ def explain(
     check_device(device)
     if model == "tutor":
         parsed = Recipe.of_weights(recipe)
-        loaded, _ = cq.tutor.load()
-        cq.quantize_(loaded, parsed)
+        loaded, tokenizer = cq.tutor.load()
+        quantize_tutor(loaded, tokenizer, parsed, chats=2)  # which kernel runs does not depend on the ranges
         loaded.to(device)
     else:
         loaded = cq.load(model, device=device)
@@ -38,10 +38,7 @@ def explain(
         ]
         print_json({"layers": layers})
         return
-    for first, layers in found.groups():
-        count = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
-        held = human(sum(layer.nbytes for layer in layers))
-        title = f"{count} like {first.name}: {first.shape[0]}x{first.shape[1]} {first.scheme}, {held} on {first.device}"
+    for title, first in found.groups().items():
         table = Table("kernel", "runs for", "or why not", title=escape(title), title_justify="left")
         for kernel, rows in first.runs.items():
             table.add_row(escape(kernel), escape(rows), "", style="bold green")

@@ -12,7 +12,11 @@ from functools import cached_property
 import torch
 from ipywidgets import HTML, HBox, Image, Layout, VBox, Widget
 
+from canopyq.evaluate import Comparison
+from canopyq.tutor.questions import Question
+
 from .canvas import detached, png
+from .explore_answers import AnswersView
 from .explore_bits import BitsView
 from .explore_clip import ClipView
 from .explore_context import ContextView
@@ -24,7 +28,7 @@ from .look import card, heading, section, table
 from .shown import Shown
 from .text import inline
 
-__all__ = ["Explorer", "bits", "clip", "context", "float_bits", "groups", "outlier", "turns"]
+__all__ = ["Explorer", "answers", "bits", "clip", "context", "float_bits", "groups", "outlier", "turns"]
 
 
 class Explorer(Shown):
@@ -102,6 +106,17 @@ def groups(x: torch.Tensor, title: str = "How many weights share a scale?") -> E
     """From one scale for all to one for eight neighbours: how closely they fit, what they cost, what they gain."""
     view = GroupsView(x)
     return Explorer("groups", title, view.controls(), view.draw, view.rows)
+
+
+def answers(
+    questions: Sequence[Question],
+    runs: Mapping[int, tuple[Comparison, Sequence[str]]],
+    title: str = "The same questions, with fewer and fewer bits",
+) -> Explorer:
+    """What quantized models answered, measured before; ``runs`` is for each number of bits its comparison with the
+    original and its answers to ``questions``."""
+    view = AnswersView(questions, runs)
+    return Explorer("answers", title, view.controls(), view.draw, view.rows)
 
 
 def outlier(x: torch.Tensor, title: str = "One value grows, the others pay") -> Explorer:

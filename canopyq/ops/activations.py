@@ -11,6 +11,7 @@ from torch import Tensor
 from canopyq import affine
 from canopyq.formats import BlockFormat
 from canopyq.observers import minmax
+from canopyq.ops.cuda import eight_bits
 from canopyq.scheme import Scheme
 from canopyq.tensor import QuantizedTensor, quantize
 
@@ -26,6 +27,9 @@ def dynamic(x: Tensor, scheme: Scheme) -> QuantizedTensor:
 
     The codes and scales are those of ``quantize(x.float(), scheme)``, without its checks.
     """
+    if eight_bits.takes(x, scheme):
+        codes, scale = eight_bits.quantize_rows(x.detach(), scheme.format.name)
+        return QuantizedTensor(codes, scale, None, scheme, x.shape, x.dtype)
     rows = scheme.granularity.rows(x.detach())
     codes, scale, zero_point = _min_max(rows, scheme)
     shape = scheme.granularity.scale_shape(x.shape)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from canopyq.ops import cpu_int8
+from canopyq.ops.cuda import eight_bits, launch
 from canopyq.ops.kernel import Held, Kernel, Problem
 from canopyq.ops.reference import PLAIN
 from canopyq.tensor import QuantizedTensor
@@ -17,9 +18,7 @@ ROWWISE_FROM = (9, 0)  # and from Hopper on cuBLAS applies a scale per row and c
 
 
 def refuse_int8(problem: Problem) -> str | None:
-    return (
-        _no_gpu(problem) or cpu_int8.not_codes(problem) or cpu_int8.sums_overflow(problem) or _odd_shape(problem, 8)
-    )
+    return _no_gpu(problem) or cpu_int8.not_codes(problem) or cpu_int8.sums_overflow(problem) or _odd_shape(problem, 8)
 
 
 def refuse_fp8(problem: Problem) -> str | None:
@@ -56,6 +55,9 @@ def int8_by_int8(x: QuantizedTensor, held: Held, problem: Problem) -> Tensor:
     rows, codes = len(x.data), held["weight"]
     data = F.pad(x.data, (0, 0, 0, FEWEST_ROWS - rows)) if rows < FEWEST_ROWS else x.data
     sums = torch._int_mm(data, codes.t())[:rows]
+    if x.zero_point is None and launch.unavailable(sums.device) is None:  # in one pass
+        token = x.scale.to(torch.float32).expand(rows, 1).contiguous()
+        return eight_bits.scale_sums(sums, token, held["weight_scale"], x.dtype)
     return cpu_int8.epilogue(sums, x, codes, held["weight_scale"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from canopyq.ops import cpu_int4, cpu_int8, cublas, reference, sliced
+from canopyq.ops import cpu_int4, cpu_int8, cublas, reference, skinny, sliced
 from canopyq.ops.kernel import Kernel, Layout, Problem
 
 # Fastest first: a layer is held in the layout of the first that can run it, and of those that read this layout the
@@ -16,6 +16,8 @@ KERNELS: tuple[Kernel, ...] = (
     cpu_int8.WEIGHT_ONLY,
     cpu_int8.INT8,
     cpu_int8.CODES,
+    skinny.INT8,
+    skinny.FP8,
     cublas.INT8,
     cublas.FP8,
     sliced.SLICED,

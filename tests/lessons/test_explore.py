@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
+from canopyq.evaluate import Comparison, Evaluation
 from canopyq.formats import get_format
 from canopyq.lessons import explore
 from canopyq.lessons.explore_bits import levels, nearest
@@ -14,9 +15,24 @@ from canopyq.lessons.explore_float import FORMATS, split_bits, stored
 from canopyq.lessons.explore_groups import GroupsView
 from canopyq.lessons.explore_outlier import OutlierView
 from canopyq.tensor import quantize
+from canopyq.tutor.questions import Question
 
 X = torch.randn(1500, generator=torch.Generator().manual_seed(0))
+ASKED = [Question("add", 0, (("What is 2 + 2?", "4."),)), Question("spell", 0, (("Spell *ox*.", "o-x."),))]
+
+
+def comparison(right: tuple[bool, ...], kl: float) -> Comparison:
+    questions = tuple(ASKED)
+    return Comparison(Evaluation(800, 2.0, 9, (True, True), questions), Evaluation(200, 2.1, 9, right, questions), kl)
+
+
+RUNS = {
+    4: (comparison((True, True), 0.001), ["4.", "o-x."]),
+    8: (comparison((True, True), 1e-6), ["4.", "o-x."]),
+    2: (comparison((False, True), 0.2), ["5 <b>.", "o-x."]),
+}
 EXPLORERS = {
+    "answers": lambda: explore.answers(ASKED, RUNS),
     "bits": lambda: explore.bits(X),
     "float-bits": lambda: explore.float_bits(0.1),
     "clip": lambda: explore.clip(X),
@@ -27,8 +43,16 @@ EXPLORERS = {
         {"full": [(9, 90), (20, 200), (31, 310)], "kv4": [(9, 90), (20, 80), (31, 95)]}, 200
     ),
 }
-MOVES = {"bits": ("bits", 2), "float-bits": ("number", 17.3), "clip": ("clip", 0.4), "outlier": ("outlier", 200.0),
-         "groups": ("scale", "g32"), "context": ("context", "256k"), "turns": ("turn", 3)}  # fmt: skip
+MOVES = {
+    "answers": ("bits", 2),
+    "bits": ("bits", 2),
+    "float-bits": ("number", 17.3),
+    "clip": ("clip", 0.4),
+    "outlier": ("outlier", 200.0),
+    "groups": ("scale", "g32"),
+    "context": ("context", "256k"),
+    "turns": ("turn", 3),
+}
 
 
 @pytest.mark.parametrize("name", EXPLORERS)
@@ -144,6 +168,19 @@ def test_groups_of_any_shape(shape: tuple[int, ...]) -> None:
     for name in explorer.controls["scale"].options:
         explorer.controls["scale"].value = name
         assert f"INT4, {name}" in explorer.line.value
+
+
+def test_answers_are_shown_as_they_were_measured() -> None:
+    explorer = explore.answers(ASKED, RUNS)
+    explorer.widget()
+    assert [value for _, value in explorer.controls["bits"].options] == [8, 4, 2]
+    assert "KL 1e-06" in explorer.line.value and "wrong:" not in explorer.line.value
+    explorer.controls["bits"].value = 2
+    assert "50.0 %" in explorer.line.value and "200 B" in explorer.line.value
+    assert "<b>wrong:</b> 5 &lt;b&gt;." in explorer.line.value, "a model's answer is never markup"
+    assert "Spell ×ox×." in explorer.line.value and explorer.line.value.count("wrong:") == 1
+    head, rows = explorer._rows()
+    assert head == ["student", "8 bits", "4 bits", "2 bits"] and rows[1] == ["Spell ×ox×.", "o-x.", "o-x.", "o-x."]
 
 
 def test_a_tensor_of_zeros() -> None:

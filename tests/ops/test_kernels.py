@@ -127,12 +127,8 @@ def codes_of(rows: int, k: int, symmetric: bool, seed: int, edge: bool) -> Quant
 
 
 @settings(max_examples=60)
-@given(
-    st.integers(1, 40), st.integers(1, 300), st.integers(1, 70), st.booleans(), st.booleans(), st.integers(0, 2**31)
-)
-def test_integers_by_integers_are_exact(
-    rows: int, k: int, n: int, symmetric: bool, edge: bool, seed: int
-) -> None:
+@given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 70), st.booleans(), st.booleans(), st.integers(0, 2**31))
+def test_integers_by_integers_are_exact(rows: int, k: int, n: int, symmetric: bool, edge: bool, seed: int) -> None:
     """Σ (q − z)·w in int32 is what int64 gives, for any codes; only the two scales round. Also where this processor is
     too slow at it for the layer to take it."""
     x, w = codes_of(rows, k, symmetric, seed, edge), codes_of(n, k, True, seed + 1, edge)

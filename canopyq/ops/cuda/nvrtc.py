@@ -78,6 +78,7 @@ def compile(file: str, constants: Constants, arch: str, *, extra: str = "") -> C
     source = (SOURCES / file).read_text(encoding="utf-8")
     options = [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v"]
     options += [f"-D{name}={value}" for name, value in sorted(constants.items())]
+    options.append("--device-as-default-execution-space")  # generic lambdas cannot be marked __device__
     version = nvrtc.nvrtcVersion()[1:]
     key = hashlib.sha256(repr((version, options, source, headers)).encode()).hexdigest()[:24]
     path = folder() / f"{Path(file).stem}-{arch}-{key}.cubin"

@@ -1,0 +1,99 @@
+"""Attention that reads the codes of a `QuantizedCache`, for transformers models on an NVIDIA GPU: `fuse_attention`.
+
+transformers lets a model's attention be chosen by name. Under the name that is registered here a cache hands out codes
+instead of dequantized keys and values, for passes over few tokens, and the CUDA kernel takes them. Every other pass is
+transformers' own attention on dequantized values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from canopyq.errors import CanopyError
+from canopyq.kv_cache import ATTENTION, CachedStates
+from canopyq.kv_codes import GROUP, CacheFormat, get_cache_format
+from canopyq.ops.cuda import attention
+
+
+def fuse_attention(model: nn.Module, format: str | CacheFormat = "kv8") -> nn.Module:
+    """Let a model's attention read codes from a `QuantizedCache` of this format. Returns the model.
+
+    ``model.set_attn_implementation("sdpa")`` undoes it. Padding on the left is understood; with a mask of any other
+    form the values are dequantized first.
+
+    Raises:
+        CanopyError: if the kernel cannot run here, or not with this model, with the reason.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if reason := refuse(model, format):
+        raise CanopyError(f"attention on codes cannot run in this {config.model_type}: {reason}")
+    AttentionInterface.register(ATTENTION, attend_cached)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)
+    return model
+
+
+def refuse(model: nn.Module, format: str | CacheFormat = "kv8") -> str | None:
+    """Why a model's attention cannot read codes, or None if it can."""
+    config = model.config.get_text_config(decoder=True)
+    for name in ("attn_logit_softcapping", "attn_logits_soft_cap"):
+        if getattr(config, name, None):
+            return f"its scores are capped ({name} in its config), which the kernel does not do"
+    if config.model_type == "gpt_oss":
+        return "its attention has sinks, which the kernel does not know"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    weight = next(model.parameters())
+    name = get_cache_format(format).name
+    return attention.refuse(name, head_dim, weight.dtype, "channel", min(GROUP, head_dim), weight.device)
+
+
+def attend_cached(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | CachedStates,
+    value: Tensor | CachedStates,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: (B, heads, n, D) -> (B, n, heads, D)."""
+    if isinstance(key, CachedStates):
+        starts, simple = _starts(attention_mask, key)
+        if simple and dropout == 0.0 and _readable(query, key):
+            keys, values = key.quantized_keys, key.quantized_values
+            parts = (keys.codes, keys.scale, keys.offset, values.codes, values.scale, values.offset)
+            recent = (key.keys.contiguous(), key.values.contiguous())
+            scale = query.shape[3] ** -0.5 if scaling is None else scaling
+            return attention.attend(query, *parts, *recent, keys.format.name, scale, starts), None
+        key, value = key.joined()
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _readable(query: Tensor, held: CachedStates) -> bool:
+    """A cache may be of another form than the one that `fuse_attention` was asked about."""
+    keys, values = held.quantized_keys, held.quantized_values
+    group = values.codes.shape[3] * 8 // values.format.bits // values.scale.shape[3]
+    return attention.refuse(keys.format.name, query.shape[3], query.dtype, keys.per, group, query.device) is None
+
+
+def _starts(mask: Tensor | None, held: CachedStates) -> tuple[Tensor | None, bool]:
+    """How many of each row's first tokens are hidden (B,), None for none; and whether the mask hides nothing else but
+    what comes after a token."""
+    if mask is None:
+        return None, True
+    if mask.dtype != torch.bool or mask.dim() != 4:
+        return None, False
+    if getattr(mask, "_canopyq_starts", None) is None:  # every layer of a pass has the same mask: look at it once
+        tokens, total = mask.shape[2:]
+        place = torch.arange(total, device=mask.device)
+        starts = mask[:, 0, -1].int().argmax(-1)
+        causal = place <= (total - tokens + torch.arange(tokens, device=mask.device))[:, None]
+        simple = bool((mask == (causal & (place >= starts[:, None, None, None]))).all())
+        mask._canopyq_starts = starts.to(torch.int32), simple
+    starts, simple = mask._canopyq_starts
+    return starts, simple and mask.shape[3] == held.quantized_keys.tokens + held.keys.shape[2]

@@ -1,0 +1,117 @@
+// Rows of 16-bit floats to 8-bit codes and a scale each, in one pass: a block takes a row, finds its largest magnitude
+// and divides. What comes before is fused in: nothing (INPUT 0), RMSNorm (1) or SiLU(gate) · up (2), with the roundings
+// to 16 bits that the model's own layers make, so that the codes are the same.
+//
+// Constants: CODE (8 for INT8, 0 for FP8 E4M3), ELEMENT_BF16, INPUT.
+#include "eight_bits.cuh"
+
+constexpr int THREADS = 256, VECTOR = 8, KEPT = 4;  // vectors of a row that a thread keeps; longer rows are read twice
+
+// Whether any thread of the block says so, the largest value, and the sum.
+__device__ __forceinline__ float block_max(float x, float* shared) {
+#pragma unroll
+    for (int i = 16; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = x;
+    __syncthreads();
+    x = shared[0];
+#pragma unroll
+    for (int i = 1; i < THREADS / WARP; i++) x = fmaxf(x, shared[i]);
+    return x;
+}
+__device__ __forceinline__ float block_sum(float x, float* shared) {
+#pragma unroll
+    for (int i = 16; i; i /= 2) x += __shfl_xor_sync(~0u, x, i);
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = x;
+    __syncthreads();
+    x = shared[0];
+#pragma unroll
+    for (int i = 1; i < THREADS / WARP; i++) x += shared[i];
+    return x;
+}
+
+__device__ __forceinline__ float rounded(float x) { return to_float(to_element(x)); }
+
+// Eight neighbours of the row that is quantized.
+__device__ __forceinline__ void read(float (&v)[VECTOR], const u16* x, const u16* other, float factor, int at) {
+    uint4 a = *(const uint4*)(x + at), b = {0, 0, 0, 0};
+    if (INPUT) b = *(const uint4*)(other + at);
+    const u32 as[4] = {a.x, a.y, a.z, a.w}, bs[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) {
+        float f = to_float(u16(as[i / 2] >> (i % 2 * 16))), g = to_float(u16(bs[i / 2] >> (i % 2 * 16)));
+        v[i] = INPUT == 0   ? f
+               : INPUT == 1 ? rounded(g * rounded(f * factor))
+                            : rounded(rounded(f / (1.f + expf(-f))) * g);
+    }
+}
+
+// x (rows, k) with `stride` elements from row to row, k a multiple of 8. other: the norm's weight (k), or up as x.
+// codes (rows, k), scales (rows).
+extern "C" __global__ void __launch_bounds__(THREADS)
+    quantize_rows(const u16* x, const u16* other, u8* codes, float* scales, int k, long long stride,
+                  long long other_stride, float epsilon) {
+    __shared__ float shared[THREADS / WARP];
+    let_next_kernel_start();
+    wait_for_earlier_kernels();
+    const u16* row = x + blockIdx.x * stride;
+    const u16* beside = other + (INPUT == 2 ? blockIdx.x * other_stride : 0);
+    u8* to = codes + (size_t)blockIdx.x * k;
+
+    float factor = 1.f;
+    if (INPUT == 1) {
+        float squares = 0.f;
+        for (int at = threadIdx.x * VECTOR; at < k; at += THREADS * VECTOR) {
+            uint4 a = *(const uint4*)(row + at);
+            const u32 as[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) {
+                float f = to_float(u16(as[i / 2] >> (i % 2 * 16)));
+                squares += f * f;
+            }
+        }
+        factor = rsqrtf(block_sum(squares, shared) / float(k) + epsilon);
+    }
+    float kept[KEPT][VECTOR], most = 0.f;
+    bool wrong = false;
+    auto measure = [&](const float (&v)[VECTOR]) {
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) most = fmaxf(most, fabsf(v[i])), wrong |= v[i] != v[i];
+    };
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        int at = (j * THREADS + threadIdx.x) * VECTOR;
+        if (at < k) read(kept[j], row, beside, factor, at), measure(kept[j]);
+    }
+    for (int at = (KEPT * THREADS + threadIdx.x) * VECTOR; at < k; at += THREADS * VECTOR) {
+        float v[VECTOR];
+        read(v, row, beside, factor, at), measure(v);
+    }
+    most = block_max(wrong ? __uint_as_float(0x7f800000u) : most, shared);  // NaN and infinity spoil the whole row
+    float scale = most == 0.f ? 1.f : fmaxf(most / (FP8 ? 448.f : 127.5f), 1.17549435e-38f);
+    if (!(most < __uint_as_float(0x7f800000u))) scale = __uint_as_float(0x7fc00000u);
+    if (threadIdx.x == 0) scales[blockIdx.x] = scale;
+
+    auto write = [&](const float (&v)[VECTOR], int at) {
+        u32 words[2] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < VECTOR; i += 2) {
+            float a = v[i] / scale, b = v[i + 1] / scale;
+            u32 pair = FP8 ? e4m3_pack(a, b)
+                           : (u32(int(fminf(fmaxf(rintf(a), -128.f), 127.f))) & 255u) |
+                                 (u32(int(fminf(fmaxf(rintf(b), -128.f), 127.f))) & 255u) << 8;
+            words[i / 4] |= pair << (i % 4 * 8);
+        }
+        *(uint2*)(to + at) = make_uint2(words[0], words[1]);
+    };
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        int at = (j * THREADS + threadIdx.x) * VECTOR;
+        if (at < k) write(kept[j], at);
+    }
+    for (int at = (KEPT * THREADS + threadIdx.x) * VECTOR; at < k; at += THREADS * VECTOR) {
+        float v[VECTOR];
+        read(v, row, beside, factor, at), write(v, at);
+    }
+}
