@@ -13,15 +13,20 @@ from canopyq.embedding import QuantizedEmbedding
 from canopyq.errors import CanopyError
 from canopyq.experts import QuantizedExpert, QuantizedExperts
 from canopyq.explain import require_fast
+from canopyq.hadamard import OnlineHadamard, online_hadamard
 from canopyq.linear import QuantizedLinear
-from canopyq.memory import bytes_held
+from canopyq.memory import bytes_of, meta_ties
+from canopyq.methods.driver import Rounded, round_weights
+from canopyq.methods.method import Method
+from canopyq.methods.rotation import rotate_
+from canopyq.methods.undo import Undo
+from canopyq.offload import Replacing, carry_over, is_away, lies, runs_on, values
 from canopyq.output_error import output_errors
-from canopyq.report import LayerReport, Plan, Report, sqnr_db
+from canopyq.report import LayerReport, Plan, Report
 from canopyq.scheme import Recipe
 from canopyq.static_range import static_scale
 from canopyq.targets import Target, find_targets
-from canopyq.tensor import QuantizedTensor, quantize, quantized_bytes
-from canopyq.track import track
+from canopyq.tensor import QuantizedTensor, quantized_bytes
 
 
 def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
@@ -38,7 +43,7 @@ def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
         with _naming(target.name):
             after = quantized_bytes(target.weight.shape, target.scheme, target.weight.dtype)
         layers[target.name] = (shape, target.weight.numel() * target.weight.element_size(), after)
-    before = _bytes(model)
+    before = bytes_of(model)
     removed = sum(layers[name][1] for name in _not_tied_to_what_stays(targets, model))
     added = sum(after for _, _, after in layers.values())
     if recipe.static:  # a scale, and perhaps a zero point, for what goes into each layer
@@ -51,34 +56,42 @@ def quantize_(
     model: nn.Module,
     recipe: str | Recipe,
     *,
+    method: str = "rtn",
     calibration: Any = None,
     tokenizer=None,
     strict: bool = False,
 ) -> Report:
     """Replace the linear layers of ``model`` by quantized ones, in place.
 
-    Weights are rounded to the nearest code and kept packed. Every layer is quantized before the first is replaced, so
-    that an error leaves the model as it was. A layer that the model uses in several places is quantized once and stays
-    shared. The output head and the embedding stay as they are, unless the recipe's name has ``+head`` or ``+embed``; a
-    head that shared its weight with the embedding then has one of its own.
+    Weights are rounded by ``method`` and kept packed. Every layer is quantized before the first is replaced, so that an
+    error leaves the model as it was. A layer that the model uses in several places is quantized once and stays
+    shared. Each layer stays on its device; one that accelerate keeps on disk or in RAM (``device_map``) is read from
+    there, and its packed weight goes there. The output head and the embedding stay as they are, unless the recipe's
+    name has ``+head`` or ``+embed``; a head that shared its weight with the embedding then has one of its own.
 
     Args:
         model: any torch module; GPT-2's Conv1D and transformers' fused experts are known beside nn.Linear.
         recipe: a name such as ``"w4a16-g128"``, or a `Recipe`.
-        calibration: data from which static activations take their ranges, and on which each layer's output error is
-            measured for the report: batches of token ids (B, T), what a tokenizer returns, or texts (see
-            `batches.read_batches`). Or the `Calibration` that `calibrate` made of such data; then no error is measured.
+        method: how weights are rounded, and what is done to the model before: ``"rtn"`` (round to nearest), ``"clip"``,
+            ``"gptq"``, ``"awq"``, ``"hqq"``, ``"smoothquant"``, ``"rotation"``, or several such as
+            ``"rotation+gptq"``; see `methods.method.Method`.
+        calibration: data for methods that look at inputs, from which static activations take their ranges, and on which
+            each layer's output error is measured for the report: batches of token ids (B, T), what a tokenizer returns,
+            or texts (see `batches.read_batches`). For static activations also the `Calibration` that `calibrate` made
+            of such data; then no error is measured.
         tokenizer: of the model, for texts.
         strict: refuse a layer that would have to run on the slow reference, and any matrix that would be kept for its
             type, instead of only saying so.
 
     Raises:
         CanopyError: for an unknown recipe, a model without linear layers to quantize or that is quantized already, a
-            layer that the recipe's groups do not fit, NaN or infinite weights, data that does not fit the model,
-            static activations without data or for a layer that no token reached, and what ``strict`` refuses. The
-            message names the layer.
+            layer that the recipe's groups do not fit, NaN or infinite weights, data that does not fit the model, a
+            method that does not go with the recipe or the architecture, a method or static activations without data,
+            static activations of a layer that no token reached, and what ``strict`` refuses. The message names the
+            layer.
     """
-    recipe = _parse(model, recipe)
+    recipe, how = _parse(model, recipe), Method.parse(method)
+    how.check(recipe)
     targets, kept = find_targets(model, recipe)
     seen = calibration if isinstance(calibration, Calibration) else None
     batches = None if calibration is None or seen is not None else read_batches(calibration, model, tokenizer)
@@ -86,29 +99,42 @@ def quantize_(
         for name, reason in kept.items():
             if "only plain" in reason:
                 raise CanopyError(f"strict: {name} would be kept as it is, {reason}")
-    inputs: dict[str, tuple[Tensor, Tensor | None]] = {}
-    if recipe.static:
-        watched = [target for target in targets if target.kind != "embedding"]
-        if seen is None and batches is not None:
-            seen = calibrate(model, batches, layers=[target.name for target in watched])
-        inputs = {target.name: _input_scale(target, seen, recipe) for target in watched}
-    bytes_before = bytes_held(model)
-    weights: dict[str, QuantizedTensor] = {}
-    for target in track(targets, f"quantizing to {recipe.name}", len(targets)):
-        with _naming(target.name):
-            weights[target.name] = quantize(target.weight, target.scheme)
-    layers = {
-        target.name: _layer(target, weights[target.name], recipe, inputs.get(target.name, (None, None)))
-        for target in targets
-    }
-    if strict:
-        for name, layer in layers.items():
-            require_fast(name, layer)
-    errors = {} if batches is None else output_errors(model, targets, layers, batches)
-    reports = [_report(target, weights[target.name], errors.get(target.name)) for target in targets]
+    _require_at_hand(how, targets)
+    bytes_before, notes = bytes_of(model), []
+    with Undo() as undo:
+        if "rotation" in how.transforms:
+            notes = rotate_(model, undo, online=_needs_online_rotation(recipe))
+            targets, kept = find_targets(model, recipe)  # the head may have a weight of its own now
+        done = round_weights(model, recipe, how, targets, batches, undo)
+        inputs: dict[str, tuple[Tensor, Tensor | None]] = {}
+        if recipe.static:
+            watched = [target for target in targets if target.kind != "embedding"]
+            if batches is not None:
+                seen = calibrate(model, batches, layers=[target.name for target in watched])
+            inputs = {target.name: _input_scale(target, seen, recipe) for target in watched}
+            notes += seen.notes()
+        layers = {
+            target.name: _layer(target, done[target.name].weight, recipe, inputs.get(target.name, (None, None)))
+            for target in targets
+        }
+        if strict:
+            for target in targets:
+                require_fast(target.name, layers[target.name], runs_on(target.module))
+        unmeasured = not how.transforms and all(rounded.output_error is None for rounded in done.values())
+        errors = output_errors(model, targets, layers, batches) if unmeasured and batches is not None else {}
+        reports = [_report(target, done[target.name], errors.get(target.name)) for target in targets]
     _replace(model, targets, layers)
-    notes = tuple(seen.notes()) if recipe.static else ()
-    return Report(recipe.name, tuple(reports), kept, bytes_before, bytes_held(model), notes)
+    return Report(recipe.name, tuple(reports), kept, bytes_before, bytes_of(model), how.name, tuple(notes))
+
+
+def _require_at_hand(how: Method, targets: list[Target]) -> None:
+    """Methods that change the model's weights as they go need all of them in memory."""
+    away = next((target for target in targets if is_away(target.module)), None)
+    if away is not None and (how.needs_data or how.transforms):
+        raise CanopyError(
+            f"method {how.name} changes weights as it goes, and {away.name} lies {lies(away.module)}; load the model "
+            "without offloading, or use method='rtn' or 'hqq'"
+        )
 
 
 def _parse(model: nn.Module, recipe: str | Recipe) -> Recipe:
@@ -132,6 +158,11 @@ class _naming:
             raise CanopyError(f"{self.name}: {error}") from None
 
 
+def _needs_online_rotation(recipe: Recipe) -> bool:
+    """Whether inputs are so coarse that those of down_proj, which no weight can turn, have to be turned at run time."""
+    return recipe.activations is not None and recipe.activations.format.bits < 8
+
+
 def _input_scale(target: Target, seen: Calibration | None, recipe: Recipe) -> tuple[Tensor, Tensor | None]:
     """The fixed scale and zero point of what goes into a layer."""
     if seen is None:
@@ -152,7 +183,7 @@ def _input_scale(target: Target, seen: Calibration | None, recipe: Recipe) -> tu
         )
     with _naming(target.name):
         scale, zero_point = static_scale(seen[target.name], recipe.activations)
-    device = target.weight.device
+    device = torch.device("cpu") if target.weight.is_meta else target.weight.device
     return scale.to(device), None if zero_point is None else zero_point.to(device)
 
 
@@ -161,18 +192,27 @@ def _layer(
 ) -> QuantizedLinear:
     if target.kind == "embedding":
         return QuantizedEmbedding(weight, target.module.padding_idx).train(target.module.training)
-    bias = None if target.kind == "expert" else target.module.bias
-    return QuantizedLinear(weight, bias, recipe.activations, *inputs).train(target.module.training)
+    bias = None if target.kind == "expert" else values(target.module).get("bias")
+    layer = QuantizedLinear(weight, bias, recipe.activations, *inputs).train(target.module.training)
+    if (size := online_hadamard(target.module)) is not None:
+        layer.register_forward_pre_hook(OnlineHadamard(size))
+    return layer
 
 
-def _report(target: Target, weight: QuantizedTensor, error: float | None) -> LayerReport:
-    before = target.weight.numel() * target.weight.element_size()
-    noise = sqnr_db(target.weight, weight)
-    return LayerReport(target.name, tuple(weight.shape), weight.bits_per_value, before, weight.nbytes, noise, error)
+def _report(target: Target, rounded: Rounded, measured: float | None) -> LayerReport:
+    before, weight = target.weight.numel() * target.weight.element_size(), rounded.weight
+    error = rounded.output_error if measured is None else measured
+    return LayerReport(
+        target.name, tuple(weight.shape), weight.bits_per_value, before, weight.nbytes, rounded.sqnr_db, error,
+        rounded.notes,
+    )  # fmt: skip
 
 
 def _replace(model: nn.Module, targets: list[Target], layers: dict[str, QuantizedLinear]) -> None:
     """Put the new layers where the old ones are, in every place of a shared one."""
+    with Replacing() as replacing:
+        for target in targets:
+            replacing.take(target.name, target.module, layers[target.name])
     new: dict[nn.Module, nn.Module] = {}
     experts: dict[nn.Module, list[QuantizedLinear]] = {}
     for target in targets:
@@ -186,6 +226,8 @@ def _replace(model: nn.Module, targets: list[Target], layers: dict[str, Quantize
     places = [name for name, module in model.named_modules(remove_duplicate=False) if module in new]
     modules = {name: model.get_submodule(name) for name in places}
     _untie(model, new)
+    for old, layer in new.items():
+        carry_over(old, layer)
     for name in places:
         model.set_submodule(name, new[modules[name]])
 
@@ -202,26 +244,22 @@ def _untie(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> None:
 
 def _not_tied_to_what_stays(targets: list[Target], model: nn.Module) -> list[str]:
     """The targets whose old storage goes away: each storage once, and none that something kept still uses."""
-    parts = {id(target.module) for target in targets}
+    parts, ties = {id(target.module) for target in targets}, meta_ties(model)
+
+    def storage(weight: Tensor) -> int:
+        key = weight.untyped_storage()._cdata
+        return ties.get(key, key)
+
     stays = {
-        weight.untyped_storage()._cdata
+        storage(weight)
         for module in model.modules()
         if id(module) not in parts
         for weight in module.parameters(recurse=False)
     }
     found, seen = [], set(stays)
     for target in targets:
-        key = (target.weight.untyped_storage()._cdata, target.weight.storage_offset())
+        key = (storage(target.weight), target.weight.storage_offset())
         if key[0] not in stays and key not in seen:
             seen.add(key)
             found.append(target.name)
     return found
-
-
-def _bytes(model: nn.Module) -> int:
-    """Storage behind a model, meta tensors counted as what they would hold; each storage once."""
-    storages = {
-        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
-        for tensor in [*model.parameters(), *model.buffers()]
-    }
-    return sum(storages.values())

@@ -810,6 +810,55 @@ def test_chat_of_what_cannot_be(arguments: list[str], message: str, say) -> None
     assert message in failure(say(["Hello"], *arguments))
 
 
+# canopyq quantize --method --------------------------------------------------------------------------------------------
+
+
+def test_quantize_by_a_method_that_needs_no_data_and_load_it_in_plain_transformers(tmp_path: Path, canopyq) -> None:
+    from transformers import AutoModelForCausalLM
+
+    done = canopyq("quantize", "tutor", "--method", "hqq", "--recipe", "w4a16-g64", "--out", str(tmp_path / "w4"))
+    assert done.code == 0 and "quantized by hqq" in done.out
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "w4", dtype=torch.float32)
+    ours = cq.load(tmp_path / "w4", dtype=torch.float32)
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(loaded(ids).logits, ours(ids).logits, rtol=0, atol=0.2)
+    report = reading(canopyq("inspect", str(tmp_path / "w4"), "--json").out)
+    assert report
+
+
+def test_quantize_by_a_method_on_a_text(folder: Path, tmp_path: Path, canopyq) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("What is 17 + 25?\nIt is 42.\n" * 5, encoding="utf-8")
+    arguments = ("quantize", str(folder), "--method", "gptq", "--recipe", "w4a16-g32", "--calibration", str(text))
+    done = canopyq(*arguments, "--out", str(tmp_path / "out"))
+    assert done.code == 0 and "quantized by gptq" in done.out and "tokens for" in done.out, done
+    assert "transformers" in canopyq("inspect", str(tmp_path / "out")).out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "words"),
+    [
+        (["--method", "gptq"], " ", "holds no text to calibrate on"),
+        (["--method", "gptq"], None, "looks at the inputs of every layer: name a file"),
+        (["--method", "gptq", "--calibration", "/no/such/file"], None, "cannot be read"),
+        (["--method", "smoothquant"], "Any.", "quantizes only the weights"),
+        (["--method", "hqq"], "Any.", "hqq needs no data for w4a16-g32; leave --calibration"),
+        (["--method", "gptk"], None, "did you mean 'gptq'"),
+        (["--method", "gptq", "--recipe", "w3a16-g32"], None, "packs 3-bit codes differently"),
+    ],
+)
+def test_quantize_says_what_a_method_cannot_do(
+    arguments: list[str], text: str | None, words: str, folder: Path, tmp_path: Path, canopyq
+) -> None:
+    if text is not None:
+        (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+        arguments = [*arguments, "--calibration", str(tmp_path / "text.txt")]
+    if "--recipe" not in arguments:
+        arguments = [*arguments, "--recipe", "w4a16-g32"]
+    done = canopyq("quantize", str(folder), *arguments, "--out", str(tmp_path / "out"))
+    assert words in failure(done) and not (tmp_path / "out").exists()
+
+
 # Activations ----------------------------------------------------------------------------------------------------------
 
 

@@ -26,9 +26,11 @@ from canopyq.embedding import QuantizedEmbedding
 from canopyq.errors import CanopyError
 from canopyq.experts import QuantizedExperts
 from canopyq.formats import IntFormat
+from canopyq.hadamard import online_hadamard
 from canopyq.linear import QuantizedLinear, quantized_layers
 from canopyq.memory import human
 from canopyq.mode import eval_mode
+from canopyq.offload import is_away, lies
 from canopyq.scheme import Recipe, Scheme
 
 NOTE = "canopyq.json"  # what canopyq itself says of a checkpoint
@@ -138,12 +140,22 @@ def _groups(model: nn.Module) -> tuple[list[Group], list[str]]:
     kinds: dict[tuple, tuple[QuantizedLinear, list[str]]] = {}
     ignore = []
     for name, module in model.named_modules(remove_duplicate=False):
+        if is_away(module):
+            raise CanopyError(
+                f"{name} lies {lies(module)}, and save needs the whole model at hand; load it without offloading, or "
+                "quantize from disk to disk: canopyq quantize FOLDER --out DIR"
+            )
         if isinstance(module, (QuantizedEmbedding, QuantizedExperts)):
             raise CanopyError(
                 f"{name}: quantized embeddings and experts are not written yet; leave them out of the recipe"
             )
         if isinstance(module, QuantizedLinear):
             weights, activations = module.scheme, module.activations
+            if online_hadamard(module) is not None:
+                raise CanopyError(
+                    f"{name} has a Hadamard transform at run time, which no file holds; rotate under a recipe with "
+                    "activations of 8 bits or more"
+                )
             if type(shape.get(name)) is not nn.Linear:
                 raise CanopyError(f"{name} was a {type(shape.get(name)).__name__}; only nn.Linear is written")
             try:

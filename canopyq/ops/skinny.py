@@ -41,5 +41,5 @@ def run(x: QuantizedTensor, held: Held, problem: Problem) -> Tensor:
     return eight_bits.multiply_codes(x.data, scale, held["weight"], held["weight_scale"], x.dtype)
 
 
-INT8 = Kernel("int8 by int8, few rows (CUDA)", PLAIN, refuse_int8, run, 64, "w8a8", takes_codes=True)
-FP8 = Kernel("FP8 by FP8, few rows (CUDA)", PLAIN, refuse_fp8, run, 16, "fp8", takes_codes=True)
+INT8 = Kernel("int8 by int8, few rows (CUDA)", PLAIN, refuse_int8, run, 64, "w8a8", "cuda", takes_codes=True)
+FP8 = Kernel("FP8 by FP8, few rows (CUDA)", PLAIN, refuse_fp8, run, 16, "fp8", "cuda", takes_codes=True)
