@@ -21,13 +21,14 @@ from torch import Tensor
 
 import canopyq as cq
 from benchmarks.peers import available
-from benchmarks.timing import microseconds, rotations
 from canopyq.machine import describe
 from canopyq.ops import select
 from canopyq.ops.kernel import Problem
 from canopyq.ops.reference import REFERENCE
+from canopyq.roofline import H200
 from canopyq.scheme import Recipe
 from canopyq.tensor import QuantizedTensor
+from canopyq.timing import microseconds, rotations
 
 # (in_features, out_features) of the layers of 7B to 70B models
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (14336, 4096), (4096, 28672), (8192, 8192),
@@ -35,7 +36,7 @@ SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (14336, 409
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 RECIPES = {4: "w4a16-g128", 8: "w8a16"}
 OURS, FULL = "canopyq", "bfloat16 (cuBLAS)"
-READ, MULTIPLY = 4.57e12, 700e12  # bytes/s and bfloat16 FLOP/s that an H200 was seen to sustain
+READ, MULTIPLY = H200.bytes_per_s, H200.operations_per_s
 WRONG = 2e-2  # a relative error beyond rounding
 RESULTS = Path(__file__).parent / "results"
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.linear import SHAPES
-from benchmarks.timing import microseconds, rotations
 from canopyq.ops.cuda import nvrtc, products, tiles
 from canopyq.ops.cuda.tiles import DecodeTile, WarpgroupTile, Weight
+from canopyq.timing import microseconds, rotations
 
 BF16 = torch.bfloat16
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -54,9 +54,7 @@ def warpgroup_tiles(weight: Weight, rows: int) -> Iterator[WarpgroupTile]:
         return
     wide = next((tokens for tokens in (8, 16, 32, 64) if rows <= tokens), 128)
     for tokens in {wide} if rows < 128 else {64, 128} if rows < 256 else {128, 256}:
-        warpgroups = [(1, 2), (2, 1), (2, 2), (1, 4)] if tokens < 64 else [(1, 2), (2, 1), (2, 2), (3, 1), (1, 4)]
-        if tokens >= 128:
-            warpgroups = [(2, 1), (3, 1)]
+        warpgroups = [(1, 2), (2, 1), (2, 2)] if tokens < 128 else [(2, 1)]
         for (beside, deep), tall, per_sm, cluster in product(warpgroups, (1, 2), (1, 2, 3), (1, 2, 3, 4)):
             blocks = -(-rows // tokens) * -(-weight.slabs // (beside * tall)) * cluster
             if weight.steps < 2 * cluster * deep or (blocks < 100 and cluster < 4):

@@ -1,7 +1,8 @@
 """How the CUDA kernels cut a product into blocks: the constants of a kernel, and which ones suit a shape.
 
-`tiles.json` holds what ``benchmarks/tune_linear.py`` found: for some shapes and numbers of rows the fastest kernel and
-its tile. Other shapes take the nearest one's. Beyond the largest number of rows a library is the fastest.
+`tiles.json` holds the fastest kernel and its tile for some shapes and numbers of rows, measured on an H200; where
+``us`` is null the tile was taken over from its neighbours. ``benchmarks/tune_linear.py`` measures anew. Other shapes
+take the nearest one's. Beyond the largest number of rows a library is the fastest.
 """
 
 from __future__ import annotations

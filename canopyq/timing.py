@@ -1,9 +1,10 @@
-"""How the benchmarks time GPU work: CUDA graphs of many calls, over more weights than the cache holds."""
+"""Timing: on a GPU, graphs of many calls over more weights than its cache holds; on a CPU, rounds in turn."""
 
 from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -40,3 +41,17 @@ def _elapsed(run: Callable[[], object]) -> float:
     stop.record()
     stop.synchronize()
     return start.elapsed_time(stop) * 1e3
+
+
+def rounds(calls: Sequence[Callable[[], object]], seconds: float = 0.3) -> list[float]:
+    """Median microseconds of each call on a CPU. They are called in turn, so that other work slows all alike."""
+    for call in calls:
+        call()
+    times: list[list[float]] = [[] for _ in calls]
+    end = time.perf_counter() + seconds * len(calls)
+    while time.perf_counter() < end or len(times[0]) < 5:
+        for call, taken in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+    return [1e6 * statistics.median(taken) for taken in times]
