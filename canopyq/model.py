@@ -192,17 +192,11 @@ def _layer(
     target: Target, rounded: Rounded, recipe: Recipe, inputs: tuple[Tensor | None, Tensor | None]
 ) -> QuantizedLinear | OutlierLinear:
     if target.kind == "embedding":
-<<<<<<< HEAD
         return QuantizedEmbedding(rounded.weight, target.module.padding_idx).train(target.module.training)
-    bias = None if target.kind == "expert" else target.module.bias
+    bias = None if target.kind == "expert" else values(target.module).get("bias")
     layer = QuantizedLinear(rounded.weight, bias, recipe.activations, *inputs).train(target.module.training)
     if rounded.kept is not None:
         layer = OutlierLinear(layer, *rounded.kept).train(target.module.training)
-=======
-        return QuantizedEmbedding(weight, target.module.padding_idx).train(target.module.training)
-    bias = None if target.kind == "expert" else values(target.module).get("bias")
-    layer = QuantizedLinear(weight, bias, recipe.activations, *inputs).train(target.module.training)
->>>>>>> main
     if (size := online_hadamard(target.module)) is not None:
         layer.register_forward_pre_hook(OnlineHadamard(size))
     return layer

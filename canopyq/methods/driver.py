@@ -119,7 +119,11 @@ class _Work:
         """Round one weight, and with ``write`` give the model what its codes stand for."""
         hessian = None if inputs is None else inputs.hessian
         notes = self.notes.setdefault(target.name, [])
-        original, kept = target.weight, None
+        try:
+            before = target.read()
+        except CanopyError as error:
+            raise CanopyError(f"{target.name}: {error}") from None
+        original, kept = before, None
         if inputs is not None and "outliers" in self.method.transforms and target.kind != "expert":
             kept = _loudest(original, inputs)
             original = original.index_fill(1, kept[0], 0)
@@ -127,31 +131,23 @@ class _Work:
             hessian = hessian.index_fill(0, kept[0], 0).index_fill_(1, kept[0], 0)
             hessian.diagonal()[kept[0]] = loudness  # alone, so that these columns neither give nor take
         try:
-<<<<<<< HEAD
             weight, said = _round(original, hessian, target.scheme, self.method.rounding)
-=======
-            before = target.read()
-            weight, said = _round(before, hessian, target.scheme, self.method.rounding)
->>>>>>> main
         except CanopyError as error:
             raise CanopyError(f"{target.name}: {error}") from None
         if hessian is None and self.method.needs_data:
             said = [*said, "no data reached it: rounded to nearest"]
         if hessian is not None and inputs.tokens < len(hessian):
             said = [*said, f"only {inputs.tokens} tokens for {len(hessian)} inputs: give more data"]
-<<<<<<< HEAD
+        if write and target.weight.is_meta:
+            said = [*said, "its weight lies elsewhere: later blocks were calibrated on what it was before rounding"]
         if kept is not None:
             said = [f"{len(kept[0])} of {original.shape[1]} inputs kept in 16 bits", *said]
         values = weight.dequantize(torch.float32)
         if kept is not None:
             values[:, kept[0]] = kept[1].float()
-        error = None if inputs is None else _output_error(target.weight, values, inputs.hessian)
+        error = None if inputs is None else _output_error(before, values, inputs.hessian)
         self.done[target.name] = Rounded(weight, sqnr_db(original, weight), error, (*notes, *said), kept)
-=======
-        error = None if hessian is None else _output_error(before, weight, hessian)
-        self.done[target.name] = Rounded(weight, sqnr_db(before, weight), error, (*notes, *said))
->>>>>>> main
-        if write:
+        if write and not target.weight.is_meta:
             self.undo.change(target.weight, values)
 
 
