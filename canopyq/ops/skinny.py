@@ -11,7 +11,6 @@ from torch import Tensor
 from canopyq.ops import cpu_int8, cublas
 from canopyq.ops.cuda import eight_bits, launch
 from canopyq.ops.kernel import Held, Kernel, Problem
-from canopyq.ops.reference import PLAIN
 from canopyq.tensor import QuantizedTensor
 
 
@@ -41,5 +40,9 @@ def run(x: QuantizedTensor, held: Held, problem: Problem) -> Tensor:
     return eight_bits.multiply_codes(x.data, scale, held["weight"], held["weight_scale"], x.dtype)
 
 
-INT8 = Kernel("int8 by int8, few rows (CUDA)", PLAIN, refuse_int8, run, 64, "w8a8", takes_codes=True)
-FP8 = Kernel("FP8 by FP8, few rows (CUDA)", PLAIN, refuse_fp8, run, 16, "fp8", takes_codes=True)
+INT8 = Kernel(
+    "int8 by int8, few rows (CUDA)", cublas.EIGHT_BITS, refuse_int8, run, eight_bits.MOST_ROWS, "w8a8", takes_codes=True
+)
+FP8 = Kernel(
+    "FP8 by FP8, few rows (CUDA)", cublas.EIGHT_BITS, refuse_fp8, run, eight_bits.MOST_ROWS, "fp8", takes_codes=True
+)
