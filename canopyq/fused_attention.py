@@ -69,7 +69,8 @@ def attend_cached(
             parts = (keys.codes, keys.scale, keys.offset, values.codes, values.scale, values.offset)
             recent = (key.keys.contiguous(), key.values.contiguous())
             scale = query.shape[3] ** -0.5 if scaling is None else scaling
-            return attention.attend(query, *parts, *recent, keys.format.name, scale, starts), None
+            last = (keys.format.name, scale, starts, key.before, key.window)
+            return attention.attend(query, *parts, *recent, *last), None
         key, value = key.joined()
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
@@ -96,4 +97,4 @@ def _starts(mask: Tensor | None, held: CachedStates) -> tuple[Tensor | None, boo
         simple = bool((mask == (causal & (place >= starts[:, None, None, None]))).all())
         mask._canopyq_starts = starts.to(torch.int32), simple
     starts, simple = mask._canopyq_starts
-    return starts, simple and mask.shape[3] == held.quantized_keys.tokens + held.keys.shape[2]
+    return starts, simple and mask.shape[3] == held.tokens
