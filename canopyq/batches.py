@@ -38,7 +38,7 @@ def read_batches(data: Any, model: nn.Module, tokenizer=None, length: int | None
 
     Args:
         data: texts (with a ``tokenizer``); or batches of token ids (B, T); or what a tokenizer returns, with
-            ``input_ids`` and an ``attention_mask`` that is 0 at pads.
+            ``input_ids`` and an ``attention_mask`` that is 0 at pads; or `Batch`es.
         model: that the ids are for.
         tokenizer: of the model.
         length: every text has to have so many tokens and is cut there. None cuts at 512, or at the model's context if

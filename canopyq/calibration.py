@@ -38,12 +38,14 @@ class Calibration(dict[str, InputStatistics]):
         samples, tokens: of the data, padding not counted.
         by_blocks: whether the model was run block by block.
         unseen: layers that no token reached -> why. They are missing from the dictionary.
+        source: what the data is, in a few words; "" if nothing is known of it.
     """
 
     samples: int
     tokens: int
     by_blocks: bool
     unseen: dict[str, str] = field(default_factory=dict)
+    source: str = ""
 
     @property
     def growth(self) -> dict[str, float]:
@@ -57,11 +59,11 @@ class Calibration(dict[str, InputStatistics]):
 
     def notes(self) -> list[str]:
         """What to know about the data before its ranges are used, in lines to print."""
-        lines = []
+        lines = [f"calibrated on {self.samples} samples, {self.tokens:,} tokens" + (self.source and f": {self.source}")]
         growth = self.growth
         worst = max(growth, key=lambda name: growth[name], default=None)
         if self.samples < 2:
-            lines.append("calibrated on one sample: its ranges are thin, other texts will go beyond; give some dozens")
+            lines.append("one sample: its ranges are thin, other texts will go beyond; give some dozens")
         elif self.settled:
             most = max(growth.values(), default=0.0)
             lines.append(
@@ -84,8 +86,8 @@ class Calibration(dict[str, InputStatistics]):
         return lines
 
     def __str__(self) -> str:
-        lines = [f"{len(self)} layers calibrated on {self.samples} samples, {self.tokens:,} tokens"]
-        return "\n".join(lines + [f"  {line}" for line in self.notes()])
+        first, *rest = self.notes()
+        return "\n".join([f"{len(self)} layers {first}", *(f"  {line}" for line in rest)])
 
     __repr__ = __str__
 
@@ -99,6 +101,7 @@ def calibrate(
     length: int | None = None,
     layers: Collection[str] | None = None,
     hessian: bool = False,
+    examples: int = 0,
     visit: Visit | None = None,
 ) -> Calibration:
     """Run the model over data and keep statistics of what goes into its linear layers.
@@ -111,6 +114,7 @@ def calibrate(
         batches, tokenizer, length: texts, token ids (B, T) or what a tokenizer returns; see `batches.read_batches`.
         layers: names of those to watch; None watches all but the output head.
         hessian: keep Σ x xᵀ / tokens of every layer too. With ``visit`` it is let go after the visit.
+        examples: keep about so many of every layer's inputs too.
         visit: called with a block's name and the statistics of its layers once they are complete, before anything
             after the block runs; it may change the block or replace what is in it. Layers outside the blocks come
             last, under the name "". Without a list of blocks, all come at once under that name.
@@ -123,7 +127,7 @@ def calibrate(
     watched = _layers(model, layers)
     if not watched:
         raise CanopyError(f"{type(model).__name__} has no linear layer to calibrate")
-    collector = _Collector(model, watched, hessian)
+    collector = _Collector(model, watched, hessian, -(-examples // len(data)))
     with eval_mode(model):
         blocks = find_blocks(model, watched, data[0])
         if blocks is None:
@@ -153,8 +157,8 @@ def _layers(model: nn.Module, wanted: Collection[str] | None) -> dict[str, str]:
 class _Collector:
     """Hooks on the layers, and the statistics that they fill."""
 
-    def __init__(self, model: nn.Module, watched: dict[str, str], hessian: bool) -> None:
-        self.model, self.watched, self.hessian = model, watched, hessian
+    def __init__(self, model: nn.Module, watched: dict[str, str], hessian: bool, examples: int) -> None:
+        self.model, self.watched, self.hessian, self.examples = model, watched, hessian, examples
         self.statistics: dict[str, InputStatistics] = {}
         self.called: set[str] = set()
         self._last: tuple[Tensor, Seen] | None = None
@@ -219,7 +223,7 @@ class _Collector:
                 if seen.tokens and layer not in self.statistics:
                     self.statistics[layer] = InputStatistics.empty(x.shape[-1], x.device, hessian=self.hessian)
                 if seen.tokens:
-                    self.statistics[layer].add(seen)
+                    self.statistics[layer].add(seen, examples=self.examples)
         except CanopyError as error:
             raise CanopyError(f"{layers[0]}: {error}") from None
 
@@ -291,5 +295,5 @@ def _result(collector: _Collector, data: list[Batch], by_blocks: bool) -> Calibr
         if layer in collector.statistics:
             found[layer] = collector.statistics[layer]
     if samples < 2:
-        warnings.warn(found.notes()[0], stacklevel=3)
+        warnings.warn(f"calibrated on {found.notes()[1]}", stacklevel=3)
     return found

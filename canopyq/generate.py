@@ -19,7 +19,7 @@ FAMILIES = ("llama", "mistral", "qwen2")
 LOOK = 16  # tokens between two looks at whether all sequences have ended
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fast_generate(
     model: nn.Module, input_ids: Tensor, max_new_tokens: int = 100, *, eos_token_id: int | None = None
 ) -> Tensor:
@@ -79,7 +79,7 @@ class Decoder:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.notes = self._notes(device, dtype, d)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, input_ids: Tensor, max_new_tokens: int, *, eos_token_id: int | None = None) -> Tensor:
         """As `fast_generate`, for prompts (batch, T) that fit."""
         batch, start = input_ids.shape

@@ -30,7 +30,7 @@ class Histogram:
         largest = float(torch.linalg.vector_norm(values, ord=float("inf"), dtype=torch.float32))
         self._grow(max(largest, SMALLEST))
         for chunk in values.flatten().split(CHUNK):
-            index = (chunk.float() * (BINS / 2 / self.reach)).floor_().long().add_(BINS // 2)
+            index = (chunk.float() * (BINS / 2 / self.reach)).floor_().int().add_(BINS // 2)
             self.counts += torch.bincount(index, minlength=BINS)
 
     def values(self) -> Tensor:

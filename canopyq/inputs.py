@@ -1,4 +1,4 @@
-"""What calibration remembers of a linear layer's inputs: ranges, counts and sums, never the inputs themselves."""
+"""What calibration remembers of a linear layer's inputs: ranges, counts, sums, and a few of the inputs if asked for."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class InputStatistics:
         mean_abs: mean |x| of each input feature, float32 (K,).
         ranges: smallest and largest value of each sample, in the order of the data, float32 (samples, 2).
         histogram: counts of all values.
+        examples: some of the inputs themselves, spread evenly over the data, float32 (rows, K); none unless asked for.
         hessian: Σ x xᵀ / tokens, float32 (K, K), or None. Half the second derivative of the mean squared output error
             with respect to one row of the weight (Frantar et al. 2022, "GPTQ", section 3).
     """
@@ -31,6 +32,7 @@ class InputStatistics:
     mean_abs: Tensor
     ranges: Tensor
     histogram: Histogram = field(repr=False)
+    examples: Tensor = field(repr=False)
     hessian: Tensor | None = field(default=None, repr=False)
 
     @classmethod
@@ -39,10 +41,11 @@ class InputStatistics:
         infinite = torch.full((features,), torch.inf, device=device)
         zeros = torch.zeros(features, device=device)
         square = torch.zeros(features, features, device=device) if hessian else None
-        return cls(0, infinite, -infinite, zeros, torch.empty(0, 2), Histogram(device), square)
+        none = torch.empty(0, features, device=device)
+        return cls(0, infinite, -infinite, zeros, torch.empty(0, 2), Histogram(device), none, square)
 
-    def add(self, seen: Seen) -> None:
-        """Take the inputs of one more batch into account."""
+    def add(self, seen: Seen, *, examples: int = 0) -> None:
+        """Take the inputs of one more batch into account, and keep up to ``examples`` of them."""
         if not seen.tokens:
             return
         share = seen.tokens / (self.tokens + seen.tokens)
@@ -52,7 +55,18 @@ class InputStatistics:
             self.hessian.lerp_(seen.second_moment(), share)
         self.ranges = torch.cat([self.ranges, seen.ranges])
         self.histogram.add(seen.rows)
+        if examples:
+            picked = torch.linspace(0, seen.tokens - 1, min(examples, seen.tokens)).long()
+            self.examples = torch.cat([self.examples, seen.rows[picked.to(seen.rows.device)]])
         self.tokens += seen.tokens
+
+    def divided(self, scales: Tensor) -> InputStatistics:
+        """The same for inputs that are divided by ``scales`` (K,) first, but for the ranges and the histogram, which
+        do not tell features apart and are left empty."""
+        hessian = None if self.hessian is None else self.hessian / (scales[:, None] * scales)
+        lo, hi, mean_abs = (x / scales for x in (self.lo, self.hi, self.mean_abs))
+        empty = Histogram(self.lo.device)
+        return InputStatistics(self.tokens, lo, hi, mean_abs, torch.empty(0, 2), empty, self.examples / scales, hessian)
 
     def running(self) -> Tensor:
         """The range of the first 1, 2, 3 … samples together, (samples, 2)."""

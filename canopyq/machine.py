@@ -61,7 +61,8 @@ def kernels() -> list[Check]:
     found = []
     for kernel in KERNELS:
         recipe = Recipe.parse(kernel.example)
-        problem = Problem(recipe.weights, recipe.activations, 4096, 4096, torch.bfloat16, torch.device("cpu"))
+        device = torch.device(kernel.device)
+        problem = Problem(recipe.weights, recipe.activations, 4096, 4096, torch.bfloat16, device)
         reason = kernel.refuse(problem)
         found.append(Check(kernel.name, reason is None, reason or f"runs here, e.g. {kernel.example}", needed=False))
     return [*found, Check("dequantize, then multiply on CUDA", why_not is None, why_not or gpu(), needed=False)]

@@ -13,15 +13,19 @@ from canopyq.embedding import QuantizedEmbedding
 from canopyq.errors import CanopyError
 from canopyq.experts import QuantizedExpert, QuantizedExperts
 from canopyq.explain import require_fast
+from canopyq.hadamard import OnlineHadamard, online_hadamard
 from canopyq.linear import QuantizedLinear
 from canopyq.memory import bytes_held
+from canopyq.methods.driver import Rounded, round_weights
+from canopyq.methods.method import Method
+from canopyq.methods.rotation import rotate_
+from canopyq.methods.undo import Undo
 from canopyq.output_error import output_errors
-from canopyq.report import LayerReport, Plan, Report, sqnr_db
+from canopyq.report import LayerReport, Plan, Report
 from canopyq.scheme import Recipe
 from canopyq.static_range import static_scale
 from canopyq.targets import Target, find_targets
-from canopyq.tensor import QuantizedTensor, quantize, quantized_bytes
-from canopyq.track import track
+from canopyq.tensor import QuantizedTensor, quantized_bytes
 
 
 def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
@@ -51,34 +55,41 @@ def quantize_(
     model: nn.Module,
     recipe: str | Recipe,
     *,
+    method: str = "rtn",
     calibration: Any = None,
     tokenizer=None,
     strict: bool = False,
 ) -> Report:
     """Replace the linear layers of ``model`` by quantized ones, in place.
 
-    Weights are rounded to the nearest code and kept packed. Every layer is quantized before the first is replaced, so
-    that an error leaves the model as it was. A layer that the model uses in several places is quantized once and stays
+    Weights are rounded by ``method`` and kept packed. Every layer is quantized before the first is replaced, so that an
+    error leaves the model as it was. A layer that the model uses in several places is quantized once and stays
     shared. The output head and the embedding stay as they are, unless the recipe's name has ``+head`` or ``+embed``; a
     head that shared its weight with the embedding then has one of its own.
 
     Args:
         model: any torch module; GPT-2's Conv1D and transformers' fused experts are known beside nn.Linear.
         recipe: a name such as ``"w4a16-g128"``, or a `Recipe`.
-        calibration: data from which static activations take their ranges, and on which each layer's output error is
-            measured for the report: batches of token ids (B, T), what a tokenizer returns, or texts (see
-            `batches.read_batches`). Or the `Calibration` that `calibrate` made of such data; then no error is measured.
+        method: how weights are rounded, and what is done to the model before: ``"rtn"`` (round to nearest), ``"clip"``,
+            ``"gptq"``, ``"awq"``, ``"hqq"``, ``"smoothquant"``, ``"rotation"``, or several such as
+            ``"rotation+gptq"``; see `methods.method.Method`.
+        calibration: data for methods that look at inputs, from which static activations take their ranges, and on which
+            each layer's output error is measured for the report: batches of token ids (B, T), what a tokenizer returns,
+            or texts (see `batches.read_batches`). For static activations also the `Calibration` that `calibrate` made
+            of such data; then no error is measured.
         tokenizer: of the model, for texts.
         strict: refuse a layer that would have to run on the slow reference, and any matrix that would be kept for its
             type, instead of only saying so.
 
     Raises:
         CanopyError: for an unknown recipe, a model without linear layers to quantize or that is quantized already, a
-            layer that the recipe's groups do not fit, NaN or infinite weights, data that does not fit the model,
-            static activations without data or for a layer that no token reached, and what ``strict`` refuses. The
-            message names the layer.
+            layer that the recipe's groups do not fit, NaN or infinite weights, data that does not fit the model, a
+            method that does not go with the recipe or the architecture, a method or static activations without data,
+            static activations of a layer that no token reached, and what ``strict`` refuses. The message names the
+            layer.
     """
-    recipe = _parse(model, recipe)
+    recipe, how = _parse(model, recipe), Method.parse(method)
+    how.check(recipe)
     targets, kept = find_targets(model, recipe)
     seen = calibration if isinstance(calibration, Calibration) else None
     batches = None if calibration is None or seen is not None else read_batches(calibration, model, tokenizer)
@@ -86,29 +97,31 @@ def quantize_(
         for name, reason in kept.items():
             if "only plain" in reason:
                 raise CanopyError(f"strict: {name} would be kept as it is, {reason}")
-    inputs: dict[str, tuple[Tensor, Tensor | None]] = {}
-    if recipe.static:
-        watched = [target for target in targets if target.kind != "embedding"]
-        if seen is None and batches is not None:
-            seen = calibrate(model, batches, layers=[target.name for target in watched])
-        inputs = {target.name: _input_scale(target, seen, recipe) for target in watched}
-    bytes_before = bytes_held(model)
-    weights: dict[str, QuantizedTensor] = {}
-    for target in track(targets, f"quantizing to {recipe.name}", len(targets)):
-        with _naming(target.name):
-            weights[target.name] = quantize(target.weight, target.scheme)
-    layers = {
-        target.name: _layer(target, weights[target.name], recipe, inputs.get(target.name, (None, None)))
-        for target in targets
-    }
-    if strict:
-        for name, layer in layers.items():
-            require_fast(name, layer)
-    errors = {} if batches is None else output_errors(model, targets, layers, batches)
-    reports = [_report(target, weights[target.name], errors.get(target.name)) for target in targets]
+    bytes_before, notes = bytes_held(model), []
+    with Undo() as undo:
+        if "rotation" in how.transforms:
+            notes = rotate_(model, undo, online=_needs_online_rotation(recipe))
+            targets, kept = find_targets(model, recipe)  # the head may have a weight of its own now
+        done = round_weights(model, recipe, how, targets, batches, undo)
+        inputs: dict[str, tuple[Tensor, Tensor | None]] = {}
+        if recipe.static:
+            watched = [target for target in targets if target.kind != "embedding"]
+            if batches is not None:
+                seen = calibrate(model, batches, layers=[target.name for target in watched])
+            inputs = {target.name: _input_scale(target, seen, recipe) for target in watched}
+            notes += seen.notes()
+        layers = {
+            target.name: _layer(target, done[target.name].weight, recipe, inputs.get(target.name, (None, None)))
+            for target in targets
+        }
+        if strict:
+            for name, layer in layers.items():
+                require_fast(name, layer)
+        unmeasured = not how.transforms and all(rounded.output_error is None for rounded in done.values())
+        errors = output_errors(model, targets, layers, batches) if unmeasured and batches is not None else {}
+        reports = [_report(target, done[target.name], errors.get(target.name)) for target in targets]
     _replace(model, targets, layers)
-    notes = tuple(seen.notes()) if recipe.static else ()
-    return Report(recipe.name, tuple(reports), kept, bytes_before, bytes_held(model), notes)
+    return Report(recipe.name, tuple(reports), kept, bytes_before, bytes_held(model), how.name, tuple(notes))
 
 
 def _parse(model: nn.Module, recipe: str | Recipe) -> Recipe:
@@ -130,6 +143,11 @@ class _naming:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, CanopyError):
             raise CanopyError(f"{self.name}: {error}") from None
+
+
+def _needs_online_rotation(recipe: Recipe) -> bool:
+    """Whether inputs are so coarse that those of down_proj, which no weight can turn, have to be turned at run time."""
+    return recipe.activations is not None and recipe.activations.format.bits < 8
 
 
 def _input_scale(target: Target, seen: Calibration | None, recipe: Recipe) -> tuple[Tensor, Tensor | None]:
@@ -162,13 +180,19 @@ def _layer(
     if target.kind == "embedding":
         return QuantizedEmbedding(weight, target.module.padding_idx).train(target.module.training)
     bias = None if target.kind == "expert" else target.module.bias
-    return QuantizedLinear(weight, bias, recipe.activations, *inputs).train(target.module.training)
+    layer = QuantizedLinear(weight, bias, recipe.activations, *inputs).train(target.module.training)
+    if (size := online_hadamard(target.module)) is not None:
+        layer.register_forward_pre_hook(OnlineHadamard(size))
+    return layer
 
 
-def _report(target: Target, weight: QuantizedTensor, error: float | None) -> LayerReport:
-    before = target.weight.numel() * target.weight.element_size()
-    noise = sqnr_db(target.weight, weight)
-    return LayerReport(target.name, tuple(weight.shape), weight.bits_per_value, before, weight.nbytes, noise, error)
+def _report(target: Target, rounded: Rounded, measured: float | None) -> LayerReport:
+    before, weight = target.weight.numel() * target.weight.element_size(), rounded.weight
+    error = rounded.output_error if measured is None else measured
+    return LayerReport(
+        target.name, tuple(weight.shape), weight.bits_per_value, before, weight.nbytes, rounded.sqnr_db, error,
+        rounded.notes,
+    )  # fmt: skip
 
 
 def _replace(model: nn.Module, targets: list[Target], layers: dict[str, QuantizedLinear]) -> None:

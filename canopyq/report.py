@@ -11,6 +11,8 @@ from torch import Tensor
 from canopyq.memory import human
 from canopyq.tensor import QuantizedTensor
 
+MOST_NOTES = 6  # on layers that are printed; all of them are in the report
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -23,6 +25,7 @@ class LayerReport:
         sqnr_db: signal to quantization noise of the weight.
         output_error: ‖y − ŷ‖ / ‖y‖ over the calibration data, y of the layer before and ŷ after; None without data, or
             where none of it passed.
+        notes: what the method did to this layer, in words.
     """
 
     name: str
@@ -32,6 +35,7 @@ class LayerReport:
     bytes_after: int
     sqnr_db: float
     output_error: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 class _Text:
@@ -79,7 +83,8 @@ class Report(_Text):
         layers: the quantized layers, in the model's order.
         kept: module name -> why its weight stayed as it is. Nothing that holds a weight is left out of both lists.
         bytes_before, bytes_after: storage behind the whole model's parameters and buffers.
-        notes: what to know of the calibration data.
+        method: how the weights were rounded.
+        notes: what the method did to the model as a whole, and what to know of the calibration data.
     """
 
     recipe: str
@@ -87,6 +92,7 @@ class Report(_Text):
     kept: dict[str, str]
     bytes_before: int
     bytes_after: int
+    method: str = "rtn"
     notes: tuple[str, ...] = ()
 
     @property
@@ -97,14 +103,22 @@ class Report(_Text):
     def __str__(self) -> str:
         weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
         bits = sum(8 * layer.bytes_after for layer in self.layers) / weights
+        how = "" if self.method == "rtn" else f" by {self.method}"
         lines = [
-            f"{self.recipe}: {len(self.layers)} linear layers quantized, {bits:.3f} bits per weight; "
+            f"{self.recipe}: {len(self.layers)} linear layers quantized{how}, {bits:.3f} bits per weight; "
             f"model {human(self.bytes_before)} -> {human(self.bytes_after)}"
         ]
         for x in self.worst[:3]:
             error = "" if x.output_error is None else f", output off by {100 * x.output_error:.2g} %"
             lines.append(f"  noisiest: {x.name} {x.shape[0]}x{x.shape[1]}, SQNR {x.sqnr_db:.1f} dB{error}")
-        return "\n".join(lines + [f"  {note}" for note in self.notes] + kept_lines(self.kept))
+        said: dict[str, list[str]] = {}
+        for layer in self.layers:
+            for note in layer.notes:
+                said.setdefault(note, []).append(layer.name)
+        told = _by_reason("", said)
+        if len(told) > MOST_NOTES:
+            told = [*told[:MOST_NOTES], f"  and {len(told) - MOST_NOTES} more notes on layers, in .layers"]
+        return "\n".join(lines + told + [f"  {note}" for note in self.notes] + kept_lines(self.kept))
 
 
 def kept_lines(kept: dict[str, str]) -> list[str]:
@@ -112,8 +126,12 @@ def kept_lines(kept: dict[str, str]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for name, reason in kept.items():
         reasons.setdefault(reason, []).append(name)
+    return _by_reason("kept: ", reasons)
+
+
+def _by_reason(begin: str, reasons: dict[str, list[str]]) -> list[str]:
     return [
-        f"  kept: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({reason})"
+        f"  {begin}{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({reason})"
         for reason, names in reasons.items()
     ]
 

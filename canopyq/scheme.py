@@ -96,6 +96,8 @@ class Recipe:
         static: the activations' ranges are fixed beforehand, from calibration data, by the observer of their scheme:
             one for all tokens.
         cache: the KV cache that belongs to it, such as ``"kv4"``, or None. The weights do not depend on it.
+        exceptions: (module, scheme) pairs for weights that are quantized otherwise; modules are named as in ``ignore``,
+            and the first that fits counts.
         ignore: modules that stay as they are, by name or by any dotted part of it: ``"lm_head"``, ``"layers.0"``,
             ``"mlp.down_proj"``. The output head does by default: it is the most sensitive layer, and often shares its
             weight with the embedding.
@@ -112,6 +114,7 @@ class Recipe:
     activations: Scheme | None = None
     static: bool = False
     cache: str | None = None
+    exceptions: tuple[tuple[str, Scheme], ...] = ()
 
     def __post_init__(self) -> None:
         if self.cache is not None and self.cache not in CACHE_FORMATS:
@@ -126,7 +129,11 @@ class Recipe:
 
     def ignores(self, module: str) -> bool:
         """Whether the module of this name stays as it is."""
-        return any(f".{part}." in f".{module}." for part in self.ignore)
+        return any(_is_part(part, module) for part in self.ignore)
+
+    def scheme_of(self, module: str) -> Scheme:
+        """How the weight of the module of this name is quantized."""
+        return next((scheme for part, scheme in self.exceptions if _is_part(part, module)), self.weights)
 
     @classmethod
     def parse(cls, spec: str | Recipe) -> Recipe:
@@ -139,7 +146,7 @@ class Recipe:
         ``+embed`` quantize the output head and the embedding too.
 
         ``w8a8`` quantizes the inputs as well: to as many bits as follow the ``a`` (2 to 8), each token by its own
-        range, or with ``-static`` all by one that is calibrated for the least squared error. Here ``-asym`` gives the
+        range, or with ``-static`` all by one that is calibrated. Here ``-asym`` gives the
         inputs the zero point, and the weights have none. ``fp8`` and ``fp8-static`` are the same with both in E4M3.
 
         ``+kv8``, ``+kv4``, ``+kv2`` and ``+kv-fp8`` say which KV cache belongs to the recipe; without the plus they are
@@ -196,10 +203,16 @@ class Recipe:
 
 
 def _inputs(format: str, *, static: bool, symmetric: bool = True) -> Scheme:
-    """A scheme for activations. A static scale is stored, so it is rounded as those of weights are."""
+    """A scheme for activations. A static scale is stored, so it is rounded as those of weights are; its range is that
+    of the least squared error, but for floats, whose step near zero hardly depends on how far the range reaches."""
     if not static:
         return Scheme(format, "token", symmetric)
-    return Scheme(format, "tensor", symmetric, observer="mse", scale_dtype=torch.bfloat16)
+    observer = "minmax" if format == "fp8" else "mse"
+    return Scheme(format, "tensor", symmetric, observer=observer, scale_dtype=torch.bfloat16)
+
+
+def _is_part(part: str, module: str) -> bool:
+    return f".{part}." in f".{module}."
 
 
 RECIPES = ("w8a16", "w8a16-g128", "w4a16-channel", "w4a16-g128", "w4a16-g128-asym", "w4a16-g64", "w4a16-g32",

@@ -58,12 +58,14 @@ def find_targets(model: nn.Module, recipe: Recipe) -> tuple[list[Target], dict[s
             if not name:
                 raise CanopyError(f"a bare {kind} has no place to be replaced in; use QuantizedLinear.from_linear")
             weight = module.weight if linear == "linear" else module.weight.t()
-            targets.append(Target(name, module, linear, weight, recipe.weights))
+            targets.append(Target(name, module, linear, weight, recipe.scheme_of(name)))
         elif linear == "expert":
             found = expert_weights(module).items()
-            targets += [Target(f"{name}.{part}", module, "expert", weight, recipe.weights) for part, weight in found]
+            for part, weight in found:
+                label = f"{name}.{part}"
+                targets.append(Target(label, module, "expert", weight, recipe.scheme_of(label)))
         elif type(module) is nn.Embedding and recipe.embeddings and name:
-            targets.append(Target(name, module, "embedding", module.weight, recipe.weights))
+            targets.append(Target(name, module, "embedding", module.weight, recipe.scheme_of(name)))
         elif isinstance(module, nn.Embedding):
             kept[label] = "an embedding: rows are looked up, not multiplied"
         elif all(weight.dim() < 2 for weight in weights):

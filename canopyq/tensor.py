@@ -97,6 +97,18 @@ class QuantizedTensor:
         )
         return granularity.from_rows(rows, shape).reshape(self.shape)
 
+    def with_codes(
+        self, codes: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None
+    ) -> QuantizedTensor:
+        """The same shape and scheme with other codes (in the original shape), and on other scales and zero points if
+        they are given: one for each of the present ones, in their order."""
+        changed = {"data": _pack_codes(codes, self.scheme.format)}
+        if scale is not None:
+            changed["scale"] = scale.reshape(self.scale.shape).to(self.scale.dtype)
+        if zero_point is not None:
+            changed["zero_point"] = zero_point.reshape(self.scale.shape)
+        return replace(self, **changed)
+
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """The same on another device."""
         return replace(self, **{name: part.to(device) for name, part in self.parts.items()})
@@ -267,10 +279,15 @@ def _quantize_chunk(
         )
         step = scale
     codes = granularity.from_rows(affine.quantize(rows, step, zero_point, fmt, restricted=scheme.restricted), x.shape)
+    shape = granularity.scale_shape(x.shape)
+    return _pack_codes(codes, fmt), scale.reshape(shape), None if zero_point is None else zero_point.reshape(shape)
+
+
+def _pack_codes(codes: Tensor, fmt: Format) -> Tensor:
+    """Codes as `QuantizedTensor.data` holds them: under 8 bits in int32 words along the last dimension."""
     if _is_packed(fmt):
         codes = packing.pack_unchecked(codes, fmt.bits, -fmt.qmin if isinstance(fmt, IntFormat) else 0)
-    shape = granularity.scale_shape(x.shape)
-    return codes.contiguous(), scale.reshape(shape), None if zero_point is None else zero_point.reshape(shape)
+    return codes.contiguous()
 
 
 def _is_packed(fmt: Format) -> bool:

@@ -808,3 +808,119 @@ def test_chat_says_when_the_context_is_full(say) -> None:
 )
 def test_chat_of_what_cannot_be(arguments: list[str], message: str, say) -> None:
     assert message in failure(say(["Hello"], *arguments))
+
+
+# canopyq quantize --method --------------------------------------------------------------------------------------------
+
+
+def test_quantize_by_a_method_that_needs_no_data_and_load_it_in_plain_transformers(tmp_path: Path, canopyq) -> None:
+    from transformers import AutoModelForCausalLM
+
+    done = canopyq("quantize", "tutor", "--method", "hqq", "--recipe", "w4a16-g64", "--out", str(tmp_path / "w4"))
+    assert done.code == 0 and "quantized by hqq" in done.out
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "w4", dtype=torch.float32)
+    ours = cq.load(tmp_path / "w4", dtype=torch.float32)
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(loaded(ids).logits, ours(ids).logits, rtol=0, atol=0.2)
+    report = reading(canopyq("inspect", str(tmp_path / "w4"), "--json").out)
+    assert report
+
+
+def test_quantize_by_a_method_on_a_text(folder: Path, tmp_path: Path, canopyq) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("What is 17 + 25?\nIt is 42.\n" * 5, encoding="utf-8")
+    arguments = ("quantize", str(folder), "--method", "gptq", "--recipe", "w4a16-g32", "--calibration", str(text))
+    done = canopyq(*arguments, "--out", str(tmp_path / "out"))
+    assert done.code == 0 and "quantized by gptq" in done.out and "tokens for" in done.out, done
+    assert "transformers" in canopyq("inspect", str(tmp_path / "out")).out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "words"),
+    [
+        (["--method", "gptq"], " ", "holds no text to calibrate on"),
+        (["--method", "gptq"], None, "looks at the inputs of every layer: name a file"),
+        (["--method", "gptq", "--calibration", "/no/such/file"], None, "cannot be read"),
+        (["--method", "smoothquant"], "Any.", "quantizes only the weights"),
+        (["--method", "hqq"], "Any.", "hqq needs no data for w4a16-g32; leave --calibration"),
+        (["--method", "gptk"], None, "did you mean 'gptq'"),
+        (["--method", "gptq", "--recipe", "w3a16-g32"], None, "packs 3-bit codes differently"),
+    ],
+)
+def test_quantize_says_what_a_method_cannot_do(
+    arguments: list[str], text: str | None, words: str, folder: Path, tmp_path: Path, canopyq
+) -> None:
+    if text is not None:
+        (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+        arguments = [*arguments, "--calibration", str(tmp_path / "text.txt")]
+    if "--recipe" not in arguments:
+        arguments = [*arguments, "--recipe", "w4a16-g32"]
+    done = canopyq("quantize", str(folder), *arguments, "--out", str(tmp_path / "out"))
+    assert words in failure(done) and not (tmp_path / "out").exists()
+
+
+# Activations ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_chats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration on so few chats that it takes a second."""
+    from canopyq.cli import calibrated
+
+    monkeypatch.setattr(calibrated, "CHATS", 2)
+
+
+@pytest.mark.usefixtures("few_chats")
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-static", "fp8", "fp8-static"])
+def test_eval_of_activations(recipe: str, canopyq) -> None:
+    done = canopyq("eval", "tutor", "--recipe", recipe, "--questions", "17")
+    assert done.code == 0 and f"{recipe}: 56 linear layers quantized, 8.0" in done.out
+    calibrated = "calibrated on 2 samples, 1,024 tokens: chats of the validation split, none of them scored"
+    assert (calibrated in done.out) is recipe.endswith("static")
+    assert re.search(r"right answers +100.0 % .* (100.0|94.1) %", done.out)
+
+
+@pytest.mark.usefixtures("few_chats")
+def test_quantize_eval_explain_and_inspect_a_static_recipe(canopyq, tmp_path: Path) -> None:
+    out = str(tmp_path / "w8")
+    plan = reading(canopyq("quantize", "tutor", "--recipe", "w8a8-static", "--out", out, "--dry-run", "--json").out)
+    assert plan["out"] is None and len(plan["layers"]) == 56 and not Path(out).exists()
+    done = reading(canopyq("quantize", "tutor", "--recipe", "w8a8-static", "--out", out, "--json").out)
+    assert done["out"] == out and done["bytes"] == plan["bytes"] and "2 samples" in done["notes"][0]
+    disk = reading(canopyq("eval", out, "--questions", "9", "--json").out)
+    memory = reading(canopyq("eval", "tutor", "--recipe", "w8a8-static", "--questions", "9", "--json").out)
+    for key in ("reference", "model", "kl", "lost", "gained"):
+        assert disk[key] == memory[key], key
+    assert memory["notes"] == done["notes"] and memory["model"]["bytes"] == done["bytes"]["after"]
+    assert "int8 tensor symmetric mse static" in canopyq("explain", "tutor", "--recipe", "w8a8-static").out
+    assert "input int8 tensor symmetric static" in canopyq("inspect", out).out
+    again = failure(canopyq("quantize", "tutor", "--recipe", "w8a8-static", "--out", out))
+    assert "is not empty" in again
+
+
+def test_quantize_another_model_on_a_file_of_texts(canopyq, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("What is 3 + 4?\n\nSpell meadow.\nName the days.\n")
+    options = ("--recipe", "fp8-static", "--out", str(tmp_path / "out"))
+    folder = str(loading.path())
+    done = canopyq("quantize", folder, *options, "--calibration", str(tmp_path / "texts.txt"))
+    assert done.code == 0 and "calibrated on 3 samples, 19 tokens\n" in done.out and "not settled" in done.out
+    assert "fp8_e4m3 tensor static" in canopyq("inspect", str(tmp_path / "out")).out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{model}", "--recipe", "w8a8-static"), "name a file with a text in each line by --calibration, or use w8a8"),
+        (("tutor", "--recipe", "w8a8-static", "--calibration", "{nothing}"), "cannot be read as text"),
+        (("tutor", "--recipe", "w8a8-static", "--calibration", "{empty}"), "holds no text to calibrate on"),
+        (("tutor", "--recipe", "w8a8-static", "--calibration", "{binary}"), "cannot be read as text"),
+        (("tutor", "--recipe", "w4a16", "--calibration", "{empty}"), "w4a16 needs no calibration"),
+    ],
+)
+def test_quantize_without_good_calibration(arguments: tuple[str, ...], message: str, canopyq, tmp_path: Path) -> None:
+    places = {name: str(tmp_path / name) for name in ("nothing", "empty", "binary")} | {"model": str(loading.path())}
+    (tmp_path / "empty").write_text("\n \n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    given = [argument.format(**places) for argument in arguments]
+    assert message in failure(canopyq("quantize", *given, "--out", str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()

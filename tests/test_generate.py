@@ -99,6 +99,27 @@ def test_what_cannot_be_joined_is_run_separately_and_says_why() -> None:
         assert torch.equal(both(x), torch.cat([layer(x) for layer in layers], dim=-1))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU that torch can use")
+@pytest.mark.parametrize("recipe", [None, "w4a16-g128", "w4a16-g128-asym", "w8a16"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_graph_gives_what_its_steps_give(recipe, rows) -> None:
+    sizes = dict(hidden_size=512, num_attention_heads=8, num_key_value_heads=4, intermediate_size=1024)
+    model = llama(**sizes, dtype=torch.bfloat16).to("cuda", torch.bfloat16)
+    if recipe:
+        cq.quantize_(model, recipe)
+    ids = prompts(rows, 9)
+    decoder = Decoder(model, rows, 60)
+    assert decoder.notes == []
+    found = decoder.generate(ids, 40)
+    logits = model(found[:, :-1].contiguous()).logits[:, -1].float()
+    assert (decoder.logits.float() - logits).norm() < 0.02 * logits.norm()
+    assert decoder.graph is not None
+    decoder._record = lambda: None
+    decoder.graph = None
+    assert torch.equal(decoder.generate(ids, 40), found)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -100,8 +100,9 @@ def test_kernels_say_why_they_do_not_run(no_gpu: None) -> None:
     found = kernels()
     assert any(check.ok and "reference" in check.name for check in found)
     assert not any(check.needed for check in found), "the reference always runs, so that no kernel is a must"
-    [cuda] = [check for check in found if "CUDA" in check.name]
-    assert not cuda.ok and "CPU build" in cuda.detail
+    *kernels_, plain = [check for check in found if "CUDA" in check.name]
+    assert not plain.ok and "CPU build" in plain.detail
+    assert kernels_ and all(not check.ok and "without CUDA" in check.detail for check in kernels_)
 
 
 def test_a_processor_without_integer_products_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ def test_unknown_recipes_suggest_the_nearest(name: object, message: str) -> None
         ("w4a8-channel", "int4 channel symmetric", "int8 token symmetric", False),
         ("w3a6-g64-static", "int3 g64 symmetric", "int6 tensor symmetric mse", True),
         ("fp8", "fp8_e4m3 channel", "fp8_e4m3 token", False),
-        ("fp8-static", "fp8_e4m3 channel", "fp8_e4m3 tensor mse", True),
+        ("fp8-static", "fp8_e4m3 channel", "fp8_e4m3 tensor", True),
     ],
 )
 def test_recipes_of_activations(name: str, weights: str, inputs: str, static: bool) -> None:

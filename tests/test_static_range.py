@@ -87,7 +87,7 @@ def test_mse_errs_less_than_the_others(
     assert errors["mse"] == min(errors.values())
     brute = min(
         squared_error(values, *(end * shrink for end in static_range(seen, Scheme(name, symmetric=symmetric))), scheme)
-        for shrink in torch.linspace(1, 0.01, 128).tolist()
+        for shrink in torch.linspace(1, 0.01, 64).tolist()
     )
     assert errors["mse"] == pytest.approx(brute, rel=2e-2)
 
@@ -96,7 +96,7 @@ def test_entropy_cuts_the_tail_where_the_histogram_of_the_values_does(
     seen: InputStatistics, values: torch.Tensor
 ) -> None:
     _, hi = static_range(seen, Scheme("int8", observer="entropy"))
-    _, direct = entropy(values.reshape(1, -1), get_format("int8"), smallest=0.01, candidates=128, bins=1024)
+    _, direct = entropy(values.reshape(1, -1), get_format("int8"), smallest=0.01, candidates=64, bins=1024)
     assert 0 < hi < float(values.abs().max()) and hi == pytest.approx(float(direct), rel=0.3)
     with pytest.raises(CanopyError, match="evenly spaced levels"):
         static_range(seen, Scheme("fp8", observer="entropy"))

@@ -135,6 +135,8 @@ def make_plan(source: Checkpoint, recipe: Recipe, shard_bytes: int = SHARD_BYTES
         raise CanopyError(f"{source.folder} is quantized already; start from the original checkpoint")
     if shard_bytes < 1:
         raise CanopyError(f"files of {shard_bytes} bytes hold nothing; use {SHARD_BYTES:,}")
+    if recipe.exceptions:
+        raise CanopyError(f"{recipe.name} quantizes some layers otherwise; use cq.quantize_ and cq.save")
     if recipe.static:
         raise CanopyError(
             f"{recipe.name} needs its activations calibrated, which takes the whole model in memory: load it, use "

@@ -26,6 +26,7 @@ from canopyq.embedding import QuantizedEmbedding
 from canopyq.errors import CanopyError
 from canopyq.experts import QuantizedExperts
 from canopyq.formats import IntFormat
+from canopyq.hadamard import online_hadamard
 from canopyq.linear import QuantizedLinear, quantized_layers
 from canopyq.memory import human
 from canopyq.mode import eval_mode
@@ -144,6 +145,11 @@ def _groups(model: nn.Module) -> tuple[list[Group], list[str]]:
             )
         if isinstance(module, QuantizedLinear):
             weights, activations = module.scheme, module.activations
+            if online_hadamard(module) is not None:
+                raise CanopyError(
+                    f"{name} has a Hadamard transform at run time, which no file holds; rotate under a recipe with "
+                    "activations of 8 bits or more"
+                )
             if type(shape.get(name)) is not nn.Linear:
                 raise CanopyError(f"{name} was a {type(shape.get(name)).__name__}; only nn.Linear is written")
             try:

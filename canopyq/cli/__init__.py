@@ -7,6 +7,7 @@ import sys
 import typer
 
 from canopyq.cli.advise import advise
+from canopyq.cli.bench import bench
 from canopyq.cli.chat import chat
 from canopyq.cli.doctor import doctor
 from canopyq.cli.evaluate import evaluate
@@ -29,6 +30,7 @@ app.command()(chat)
 app.command()(explain)
 app.command()(quantize)
 app.command()(inspect)
+app.command()(bench)
 app.command()(advise)
 
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import canopyq as cq
+from canopyq.cli.calibrated import quantize_tutor
 from canopyq.cli.shown import console, print_plain
 from canopyq.conversation import Conversation
 from canopyq.errors import CanopyError
@@ -62,7 +63,7 @@ def _load(model: str, recipe: Recipe | None):
         return cq.load(model), tokenizer
     loaded, tokenizer = cq.tutor.load()
     if recipe is not None and recipe.weights is not None:
-        cq.quantize_(loaded, recipe)
+        quantize_tutor(loaded, tokenizer, recipe)
     return loaded, tokenizer
 
 

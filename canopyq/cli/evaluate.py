@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import canopyq as cq
+from canopyq.cli.calibrated import quantize_tutor
 from canopyq.cli.shown import JsonFlag, print_json, print_plain
 from canopyq.errors import CanopyError
 from canopyq.scheme import Recipe
@@ -30,7 +31,7 @@ def evaluate(
     """Examine the tutor on held-out questions; with --recipe, before and after quantizing.
 
     A folder that `canopyq quantize` wrote is examined beside the original; with it goes a recipe of the cache alone,
-    such as kv4.
+    such as kv4. Static activations are calibrated on chats of the validation split, none of which is scored.
     """
     from canopyq.evaluate import compare, examine
     from canopyq.tutor.loading import TUTOR, VARIABLE, source
@@ -58,7 +59,7 @@ def evaluate(
         result, report = compare(original, original, tokenizer, asked, cache=cache), None
     else:
         quantized, _ = cq.tutor.load()
-        report = cq.quantize_(quantized, parsed)
+        report = quantize_tutor(quantized, tokenizer, parsed)
         result = compare(original, quantized, tokenizer, asked, cache=cache)
     if as_json:
         print_json(_eval_json(model if saved else source(), original, asked, result, report, cache))
@@ -82,4 +83,5 @@ def _eval_json(examined: str, original, asked: list, result, report, cache: str 
     size["bits_per_quantized_weight"] = sum(8 * x["bytes_after"] for x in layers) / sum(
         x["shape"][0] * x["shape"][1] for x in layers
     )
-    return out | {"recipe": report.recipe, "size": size} | result.to_dict() | {"layers": layers, "kept": report.kept}
+    about = {"layers": layers, "kept": report.kept, "notes": list(report.notes)}
+    return out | {"recipe": report.recipe, "size": size} | result.to_dict() | about

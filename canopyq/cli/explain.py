@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import canopyq as cq
+from canopyq.cli.calibrated import quantize_tutor
 from canopyq.cli.shown import JsonFlag, check_device, console, print_json
 from canopyq.scheme import Recipe
 
@@ -23,8 +24,8 @@ def explain(
     check_device(device)
     if model == "tutor":
         parsed = Recipe.of_weights(recipe)
-        loaded, _ = cq.tutor.load()
-        cq.quantize_(loaded, parsed)
+        loaded, tokenizer = cq.tutor.load()
+        quantize_tutor(loaded, tokenizer, parsed, chats=2)  # which kernel runs does not depend on the ranges
         loaded.to(device)
     else:
         loaded = cq.load(model, device=device)

@@ -10,6 +10,7 @@ import typer
 
 from canopyq.cli.shown import JsonFlag, print_json, print_plain
 from canopyq.errors import CanopyError
+from canopyq.methods.method import Method
 from canopyq.scheme import Recipe
 
 
@@ -17,19 +18,33 @@ def quantize(
     model: Annotated[str, typer.Argument(help="A folder with config.json and safetensors, or 'tutor'.")],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet, or be empty.")],
     recipe: Annotated[str, typer.Option(help="How to quantize, e.g. w4a16-g128, w8a16.")] = "w4a16-g128",
+    method: Annotated[
+        str, typer.Option(help="How to round: rtn, clip, gptq, awq, hqq, smoothquant, rotation; rotation+gptq …")
+    ] = "rtn",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="For static recipes and methods that need data: a file with a text in each line."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Quantize a checkpoint from disk to disk, in the memory of one layer.
 
-    Started again after an interruption, it continues.
+    Started again after an interruption, it continues. A recipe with static activations, and any method but rounding to
+    nearest, takes the whole model in memory instead: it is calibrated on the texts of a file, and 'tutor' on chats of
+    its own.
     """
     from canopyq.checkpoint.stream import prepare, quantize_checkpoint
 
     say = (lambda line: None) if as_json else print_plain
     try:
-        parsed = Recipe.parse(recipe)
+        parsed, how = Recipe.parse(recipe), Method.parse(method)
         folder = _folder(model)
+        if parsed.static or how.name != "rtn":
+            _in_memory(model, folder, parsed, how, out, calibration, dry_run, as_json)
+            return
+        if calibration is not None:
+            raise CanopyError(f"{parsed.name} needs no calibration; leave --calibration out")
         if dry_run:
             plan, _ = prepare(folder, parsed, out, say=say)
             resumed = 0
@@ -47,6 +62,45 @@ def quantize(
              "files": list(plan.shards), "files_finished_before": resumed}
         )  # fmt: skip
     elif not dry_run:
+        print_plain(f"written to {out}")
+
+
+def _in_memory(
+    model: str,
+    folder: Path,
+    recipe: Recipe,
+    method: Method,
+    out: Path,
+    texts: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    import canopyq as cq
+    from canopyq.checkpoint.files import Checkpoint
+    from canopyq.checkpoint.layout import disk_format
+    from canopyq.checkpoint.plan import meta_model
+    from canopyq.cli.calibrated import quantize_in_memory
+
+    method.check(recipe)
+    disk_format(recipe.weights, recipe.activations)
+    source = Checkpoint(folder)
+    if "quantization_config" in source.config:
+        raise CanopyError(f"{folder} is quantized already; start from the original checkpoint")
+    plan = cq.plan(meta_model(source), recipe)
+    if dry_run:
+        done, notes = plan, ()
+    else:
+        done = quantize_in_memory(model, source, recipe, method, out, texts)
+        notes = done.notes
+    if as_json:
+        size = {"before": plan.bytes_before, "after": plan.bytes_after, "peak": plan.bytes_peak}
+        print_json(
+            {"source": str(folder), "out": None if dry_run else str(out), "recipe": recipe.name,
+             "method": method.name, "bytes": size, "layers": list(plan.layers), "kept": plan.kept, "notes": list(notes)}
+        )  # fmt: skip
+        return
+    print_plain(done)
+    if not dry_run:
         print_plain(f"written to {out}")
 
 

@@ -9,6 +9,7 @@ from .exercise import exercise
 from .predict import predict
 from .progress import progress
 from .quiz import quiz
+from .recorded import recorded
 from .tables import table
 
-__all__ = ["exercise", "explore", "plots", "predict", "progress", "quiz", "table"]
+__all__ = ["exercise", "explore", "plots", "predict", "progress", "quiz", "recorded", "table"]

@@ -22,11 +22,12 @@ from .explore_clip import ClipView
 from .explore_float import FloatView
 from .explore_groups import GroupsView
 from .explore_outlier import OutlierView
+from .explore_speed import SpeedView
 from .look import card, heading, section, table
 from .shown import Shown
 from .text import inline
 
-__all__ = ["Explorer", "answers", "bits", "clip", "float_bits", "groups", "outlier"]
+__all__ = ["Explorer", "answers", "bits", "clip", "float_bits", "groups", "outlier", "speed"]
 
 
 class Explorer(Shown):
@@ -121,3 +122,9 @@ def outlier(x: torch.Tensor, title: str = "One value grows, the others pay") -> 
     """One large value beside ordinary ones: the step, how many codes are left to the others, their error."""
     view = OutlierView(x)
     return Explorer("outlier", title, view.controls(), view.draw, view.rows)
+
+
+def speed(title: str = "What sets the time of a layer?") -> Explorer:
+    """Tokens from 1 to 4096 and the weights' format: the time of the bytes, that of the arithmetic, the longer one."""
+    view = SpeedView()
+    return Explorer("speed", title, view.controls(), view.draw, view.rows)

@@ -91,6 +91,8 @@ def fp8_by_fp8(x: QuantizedTensor, held: Held, problem: Problem) -> Tensor:
 
 
 INT8 = Kernel(
-    "int8 by int8, int32 sums (cuBLAS)", EIGHT_BITS, refuse_int8, int8_by_int8, example="w8a8", takes_codes=True
+    "int8 by int8, int32 sums (cuBLAS)", EIGHT_BITS, refuse_int8, int8_by_int8, None, "w8a8", "cuda", takes_codes=True
 )
-FP8 = Kernel("FP8 by FP8, float32 sums (cuBLAS)", EIGHT_BITS, refuse_fp8, fp8_by_fp8, example="fp8", takes_codes=True)
+FP8 = Kernel(
+    "FP8 by FP8, float32 sums (cuBLAS)", EIGHT_BITS, refuse_fp8, fp8_by_fp8, None, "fp8", "cuda", takes_codes=True
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,8 +64,10 @@ class Kernel:
         layout: the layout that it reads.
         refuse: why it cannot run a problem, in words that tell what to change; None if it can.
         run: (x (M, K), held, problem) -> (M, N) in x's dtype, without the bias.
-        most_rows: it is taken for inputs of at most so many rows; None for any.
+        most_rows: it is taken for inputs of at most so many rows; None for any; a function if that depends on the
+            problem.
         example: a recipe that it is for.
+        device: the type of device that it is for.
         takes_codes: x is a `QuantizedTensor`, where the others get quantized inputs dequantized.
     """
 
@@ -73,6 +75,11 @@ class Kernel:
     layout: Layout
     refuse: Callable[[Problem], str | None]
     run: Callable[..., Tensor]
-    most_rows: int | None = None
+    most_rows: int | Callable[[Problem], int] | None = None
     example: str = "w4a16-g128"
+    device: str = "cpu"
     takes_codes: bool = False
+
+    def settled(self, problem: Problem) -> Kernel:
+        """The same with a number for ``most_rows``, or None."""
+        return replace(self, most_rows=self.most_rows(problem)) if callable(self.most_rows) else self

@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from canopyq.ops import cpu_int4, cpu_int8, cublas, reference, skinny, sliced
+from canopyq.ops.cuda import weight_only
 from canopyq.ops.kernel import Kernel, Layout, Problem
 
 # Fastest first: a layer is held in the layout of the first that can run it, and of those that read this layout the
 # first whose `most_rows` allows it runs.
 KERNELS: tuple[Kernel, ...] = (
+    weight_only.DECODE,
+    weight_only.WARPGROUP,
+    weight_only.LIBRARY,
     cpu_int4.PACKED,
     cpu_int4.SLICED,
     cpu_int8.WEIGHT_ONLY,
@@ -35,9 +39,9 @@ class Verdict:
 
 
 def usable(problem: Problem) -> tuple[Kernel, ...]:
-    """The kernels that share the best layout for a problem, fastest first. The reference is always among them, or a
-    kernel of its layout that takes any number of rows."""
-    able = [kernel for kernel in KERNELS if kernel.refuse(problem) is None]
+    """The kernels that share the best layout for a problem, fastest first, settled for it. The reference is always
+    among them, or a kernel of its layout that takes any number of rows."""
+    able = [kernel.settled(problem) for kernel in KERNELS if kernel.refuse(problem) is None]
     return tuple(kernel for kernel in able if kernel.layout == able[0].layout)
 
 
@@ -46,25 +50,28 @@ def layout_for(problem: Problem) -> Layout:
 
 
 def pick(kernels: tuple[Kernel, ...], rows: int) -> Kernel:
-    """The first kernel that takes inputs of so many rows."""
+    """The first of `usable` kernels that takes inputs of so many rows."""
     return next(kernel for kernel in kernels if kernel.most_rows is None or rows <= kernel.most_rows)
 
 
 def verdicts(problem: Problem) -> Iterator[Verdict]:
     """Every kernel there is, whether it runs this problem and for how many rows (tokens), or why not."""
-    chosen = usable(problem)
+    chosen = {kernel.name: kernel for kernel in usable(problem)}
+    layout = next(iter(chosen.values())).layout
     taken = 0  # rows that an earlier kernel takes
     everything = False
     for kernel in KERNELS:
         if reason := kernel.refuse(problem):
             yield Verdict(kernel.name, None, reason)
-        elif kernel not in chosen:
-            yield Verdict(kernel.name, None, f"the weight is held {chosen[0].layout.name}, which it does not read")
+        elif kernel.name not in chosen:
+            yield Verdict(kernel.name, None, f"the weight is held {layout.name}, which it does not read")
         elif everything:
             yield Verdict(kernel.name, None, "a faster kernel takes every input")
-        elif kernel.most_rows is None:
+        elif (most := chosen[kernel.name].most_rows) is None:
             everything = True
             yield Verdict(kernel.name, f"{taken + 1} rows and more" if taken else "any number of rows", None)
+        elif most <= taken:
+            yield Verdict(kernel.name, None, "another kernel is faster for every number of rows")
         else:
-            yield Verdict(kernel.name, f"{taken + 1} to {kernel.most_rows} rows", None)
-            taken = kernel.most_rows
+            yield Verdict(kernel.name, f"{taken + 1} to {most} rows" if most > taken + 1 else f"{most} rows", None)
+            taken = most

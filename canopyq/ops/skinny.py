@@ -40,9 +40,6 @@ def run(x: QuantizedTensor, held: Held, problem: Problem) -> Tensor:
     return eight_bits.multiply_codes(x.data, scale, held["weight"], held["weight_scale"], x.dtype)
 
 
-INT8 = Kernel(
-    "int8 by int8, few rows (CUDA)", cublas.EIGHT_BITS, refuse_int8, run, eight_bits.MOST_ROWS, "w8a8", takes_codes=True
-)
-FP8 = Kernel(
-    "FP8 by FP8, few rows (CUDA)", cublas.EIGHT_BITS, refuse_fp8, run, eight_bits.MOST_ROWS, "fp8", takes_codes=True
-)
+LAYOUT, FEW = cublas.EIGHT_BITS, eight_bits.MOST_ROWS
+INT8 = Kernel("int8 by int8, few rows (CUDA)", LAYOUT, refuse_int8, run, FEW, "w8a8", "cuda", takes_codes=True)
+FP8 = Kernel("FP8 by FP8, few rows (CUDA)", LAYOUT, refuse_fp8, run, FEW, "fp8", "cuda", takes_codes=True)

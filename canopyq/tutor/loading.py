@@ -103,6 +103,20 @@ def load_folder(
         ) from error
 
 
+def load_other(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Any causal language model in a folder, in float32 on the CPU, and its tokenizer.
+
+    Raises:
+        CanopyError: if transformers cannot read it without running code from the folder.
+    """
+    try:
+        return _read(folder, None, None, offline=True)
+    except CanopyError:
+        raise
+    except Exception as error:
+        raise CanopyError(f"{folder} cannot be loaded as a model with a tokenizer ({_one_line(error)})") from error
+
+
 def _read(
     source: Path | str, dtype: torch.dtype | str | None, device: torch.device | str | None, offline: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

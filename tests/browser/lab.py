@@ -31,7 +31,7 @@ SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {"windowingMode": "defer"},
 }
-RUN_TIMEOUT = 180_000  # ms for all cells of a notebook
+RUN_TIMEOUT = 300_000  # ms for all cells of a notebook
 CONTROLS = ".noUi-target, .widget-toggle-buttons"
 DRAWN = "[...at.querySelectorAll('.canopyq-line, img')].map(part => part.src || part.innerHTML).join()"
 

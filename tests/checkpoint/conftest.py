@@ -16,6 +16,7 @@ SIZES = {
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 TOKENS = torch.arange(3, 51).reshape(2, 24)
+CALIBRATION = [torch.randint(3, 96, (8, 24), generator=torch.Generator().manual_seed(0))]
 
 
 def _llama(dtype: torch.dtype = torch.bfloat16, **changes: object) -> nn.Module:
@@ -63,7 +64,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def save(recipe: str) -> Path:
         if recipe not in folders:
             model = _llama()
-            cq.quantize_(model, recipe)
+            cq.quantize_(model, recipe, calibration=CALIBRATION if "static" in recipe else None)
             folders[recipe] = tmp_path_factory.mktemp("saved") / recipe
             cq.save(model, folders[recipe], check=False)
         return folders[recipe]

@@ -16,7 +16,8 @@ from canopyq.errors import CanopyError
 from canopyq.scheme import Recipe, Scheme
 
 RECIPES = ["w4a16-g128", "w4a16-g32", "w4a16-channel", "w4a16-g64-asym", "w8a16", "w8a16-g32-asym", "w2a16-g32",
-           "w4a16-tensor", "w8a8", "fp8"]  # fmt: skip
+           "w4a16-tensor", "w8a8", "w8a8-static", "w8a8-asym", "w8a8-static-asym", "w4a8-g32", "w4a4-g128", "fp8",
+           "fp8-static"]  # fmt: skip
 PLAIN = {  # the shortest form that transformers loads
     "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
     "ignore": ["lm_head"],
@@ -42,6 +43,7 @@ def changed(**changes: object) -> dict:
 def test_there_and_back(name: str) -> None:
     recipe = Recipe.parse(name)
     (group,) = read_config(json.loads(json.dumps(quantization_config(recipe, ["lm_head"])))).groups
+    assert group.static is recipe.static
     for ours, other in [(group.weights, recipe.weights), (group.activations, recipe.activations)]:
         assert (ours is None) == (other is None)
         if ours is not None:
@@ -74,7 +76,9 @@ def test_compressed_tensors_understands_it(name: str) -> None:
     assert weights.group_size == recipe.weights.granularity.group_size
     assert (theirs.input_activations is None) == (recipe.activations is None)
     if theirs.input_activations is not None:
-        assert theirs.input_activations.dynamic is True and theirs.input_activations.strategy == "token"
+        inputs = theirs.input_activations
+        assert inputs.dynamic is not recipe.static and inputs.strategy == ("tensor" if recipe.static else "token")
+        assert (inputs.num_bits, inputs.symmetric) == (recipe.activations.format.bits, recipe.activations.symmetric)
 
 
 def test_the_short_form_and_older_spellings() -> None:
@@ -165,6 +169,9 @@ def test_the_same_layers_as_compressed_tensors(targets: list, ignore: list, llam
         (changed(weights__group_size=None), "group_size None"),
         (changed(weights__group_size=1.5), "group_size 1.5"),
         (changed(weights__dynamic=True), "marked dynamic"),
+        (changed(group__input_activations={"num_bits": 8, "dynamic": "local"}), "are dynamic 'local'"),
+        (changed(group__input_activations={"num_bits": 8, "strategy": "token"}), "'token' of input_.*; tensor"),
+        (changed(group__input_activations={"num_bits": 8, "strategy": "channel", "dynamic": True}), "tensor, group, t"),
         (changed(weights__actorder="group"), "needs a g_idx"),
         (changed(weights__colour="blue"), "'colour' in weights of group_0 is not understood"),
         (changed(group__colour="blue"), "'colour' in group_0 is not understood"),

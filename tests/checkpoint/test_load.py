@@ -55,6 +55,10 @@ def weights_of(config: dict) -> dict:
     return config["config_groups"]["group_0"]["weights"]
 
 
+def inputs_of(config: dict) -> dict:
+    return config["config_groups"]["group_0"]["input_activations"]
+
+
 # What is loaded -------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +213,32 @@ def test_bad_checkpoints(damage: Callable[[Path], object], part: str, folder: Pa
         cq.load(folder)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+BAD_INPUTS = {
+    "no scale": (lambda f: rewrite(f, lambda x: x.pop(f"{Q}.input_scale")), "input_scale is missing"),
+    "no zero point": (lambda f: rewrite(f, lambda x: x.pop(f"{Q}.input_zero_point")), "input_zero_point is missing"),
+    "NaN scale": (lambda f: poke(f, f"{Q}.input_scale", math.nan), f"{Q}: input_scale holds values that are not"),
+    "zero scale": (lambda f: poke(f, f"{Q}.input_scale", 0.0), "input_scale holds values that are not"),
+    "a scale for each feature": (lambda f: rewrite(f, lambda x: x.update({f"{Q}.input_scale": torch.ones(64)})),
+                                 r"input_scale is float32 \(64,\), by the config it has to be .* \(1,\)"),
+    "a wide zero point": (lambda f: rewrite(f, lambda x: x.update({f"{Q}.input_zero_point": torch.ones(1)})),
+                          "input_zero_point is float32"),
+    "dynamic": (lambda f: requantize(f, lambda q: inputs_of(q).update(dynamic=True, strategy="token")),
+                "input_scale has no place"),
+    "symmetric": (lambda f: requantize(f, lambda q: inputs_of(q).update(symmetric=True)),
+                  "input_zero_point has no place"),
+    "4 bits": (lambda f: (requantize(f, lambda q: inputs_of(q).update(num_bits=4)),
+                          poke(f, f"{Q}.input_zero_point", 100)), "holds values outside the codes of int4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "part"), BAD_INPUTS.values(), ids=[name.replace(" ", "_") for name in BAD_INPUTS])
+def test_bad_static_ranges(damage: Callable[[Path], object], part: str, saved: Callable, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved("w8a8-static-asym"), tmp_path / "model"))
+    damage(folder)
+    with pytest.raises(CanopyError, match=part):
+        cq.load(folder)
 
 
 @pytest.mark.parametrize("name", ["cut in the data", "unknown format", "NaN scale", "a pickle", "a head of 2^33"])

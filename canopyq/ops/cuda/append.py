@@ -55,8 +55,8 @@ def append(
 
 
 @append.register_kernel("cpu")
-def _(keys, values, recent_keys, recent_values, key_codes, key_scale, key_offset, value_codes, value_scale, value_offset,
-      before, format, window):  # fmt: skip
+def _(keys, values, recent_keys, recent_values, key_codes, key_scale, key_offset, value_codes, value_scale,
+      value_offset, before, format, window):  # fmt: skip
     _check(keys, values, recent_keys, key_codes, before, format)
     start, count, ring = int(before), keys.shape[2], recent_keys.shape[2]
     if start + count > key_codes.shape[2]:
@@ -75,9 +75,7 @@ def _(*_: object) -> None:
     return None
 
 
-def store(
-    x: Tensor, token: int, format: str, per: str, codes: Tensor, scale: Tensor, offset: Tensor | None
-) -> None:
+def store(x: Tensor, token: int, format: str, per: str, codes: Tensor, scale: Tensor, offset: Tensor | None) -> None:
     """Quantize whole blocks (B, kv_heads, T, D) and write them from a token on, itself a multiple of 64."""
     states = QuantizedStates.quantize(x, get_cache_format(format), per)
     for to, made in zip((codes, scale, offset), states.tensors, strict=False):

@@ -35,7 +35,7 @@ struct Place {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-decode(const uint4* __restrict__ codes, const u32* __restrict__ scales, const u32* __restrict__ zeros,
+decode(const unsigned char* __restrict__ codes, const u32* __restrict__ scales, const u32* __restrict__ zeros,
        const u16* __restrict__ x, u16* __restrict__ y, int rows, int n, int k, int row_blocks, int steps, int groups) {
     extern __shared__ __align__(128) unsigned char memory[];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -62,11 +62,12 @@ decode(const uint4* __restrict__ codes, const u32* __restrict__ scales, const u3
             for (int b = 0; b < TILE_BLOCKS; b++) {
                 const int block = min(ahead.tile * TILE_BLOCKS + b, row_blocks - 1);
                 const u32 slot = ring + (slot_ahead * TILE_BLOCKS + b) * SLOT_BYTES;
-                const uint4* from = codes + (size_t(block) * steps + ahead.step) * (STEP_BYTES / 16) + lane;
+                const unsigned char* from = codes + codes_at(block, ahead.step, steps) + lane * 16;
 #pragma unroll
-                for (int p = 0; p < PIECES; p++) copy_16(slot + p * PIECE_BYTES + lane * 16, from + p * WARP);
+                for (int p = 0; p < PIECES; p++)
+                    copy_16(slot + p * PIECE_BYTES + lane * 16, from + p * PIECE_BYTES);
                 if (lane < STEP_GROUPS * 8) {
-                    const size_t meta = (size_t(block) * groups + group) * 8 + lane;
+                    const size_t meta = pairs_at(block, group + lane / 8, groups) + lane % 8;
                     copy_4(slot + STEP_BYTES + lane * 4, scales + meta);
                     if (ASYMMETRIC) copy_4(slot + STEP_BYTES + META_BYTES + lane * 4, zeros + meta);
                 }

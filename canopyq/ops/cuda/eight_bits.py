@@ -166,9 +166,7 @@ def multiply_codes(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Ten
         )
     (m, k), n = x.shape, weight.shape[0]
     if m > MOST_ROWS or k % 16 or k > 2**31 // 2**15:
-        raise CanopyError(
-            f"the kernel takes up to {MOST_ROWS} rows, columns in multiples of 16; these are {m} by {k}"
-        )
+        raise CanopyError(f"the kernel takes up to {MOST_ROWS} rows, columns in multiples of 16; these are {m} by {k}")
     if x_scale.numel() != m or x_scale.dtype != torch.float32 or weight_scale.numel() != n:
         raise CanopyError(
             f"{m} rows and {n} features need as many scales, got {x_scale.numel()} {weight_scale.numel()}"

@@ -1,10 +1,11 @@
 // How a quantized weight lies in memory for the tensor cores, and how its codes become 16-bit floats.
 //
-// The weight (N, K) is cut into blocks of 16 rows, and these into pieces of 512 bytes: 64 columns of 4-bit codes or 32 of
-// 8-bit codes. In a piece each of a warp's 32 lanes finds 16 bytes, which are its share of the operand `a` of
-// m16n8k16 (16 rows, 16 columns) for 4 or 2 products in a row. So a warp reads a piece with one 16-byte load per lane, and
-// no lane needs anything from another. Scales lie in the same order: for each block of 16 rows and each group, 8 pairs
-// (row g, row g + 8). Zero points, as 16-bit integers, likewise.
+// The weight (N, K) is cut into slabs of 64 rows, and a slab into steps of 128 columns, which lie one after the other. In a
+// step lie 4 blocks of 16 rows, and in a block pieces of 512 bytes: 64 columns of 4-bit codes or 32 of 8-bit codes. In a
+// piece each of a warp's 32 lanes finds 16 bytes, its share of the operand `a` of m16n8k16 (16 rows, 16 columns) for 4 or
+// 2 products in a row. So a warp reads a piece with one 16-byte load per lane, and no lane needs anything from another.
+// Scales lie in the same order: for each slab, group and block 8 pairs (row g, row g + 8). Zero points, as 16-bit
+// integers, likewise.
 //
 // A code u is unsigned: the weight is (u − z) · s with z = 8 or 128 if symmetric. To make it a float without a
 // conversion, its bits are set into the mantissa of a number so large that its last bit counts 1: 128 + u in bfloat16 is
@@ -12,7 +13,7 @@
 #pragma once
 #include "device.cuh"
 
-constexpr int BLOCK_ROWS = 16;
+constexpr int BLOCK_ROWS = 16, SLAB_BLOCKS = 4, SLAB_ROWS = SLAB_BLOCKS * BLOCK_ROWS;
 constexpr int PIECE_BYTES = 512;
 constexpr int STEP = 128;                                    // columns that a warp takes at a time
 constexpr int PIECE_COLUMNS = PIECE_BYTES * 8 / BITS / BLOCK_ROWS;
@@ -25,6 +26,15 @@ constexpr int GROUP_BYTES = BLOCK_ROWS * 2;                  // of scales, or of
 
 constexpr u32 MAGIC = ELEMENT_BF16 ? 0x43004300u : 0x64006400u;        // (128, 128) or (1024, 1024)
 constexpr u32 SIGN2 = 0x80008000u;
+
+// Where the step of a block of 16 rows begins, in bytes of codes; and a group of it, in pairs of scales or zero points.
+__device__ __forceinline__ size_t codes_at(int block, int step, int steps) {
+    return ((size_t(block / SLAB_BLOCKS) * steps + step) * SLAB_BLOCKS + block % SLAB_BLOCKS) * STEP_BYTES;
+}
+
+__device__ __forceinline__ size_t pairs_at(int block, int group, int groups) {
+    return ((size_t(block / SLAB_BLOCKS) * groups + group) * SLAB_BLOCKS + block % SLAB_BLOCKS) * 8;
+}
 
 // Where the groups of a step begin.
 __device__ __forceinline__ int first_group(int step) {

@@ -17,22 +17,18 @@ def unavailable(device: torch.device) -> str | None:
     """Why kernels of this folder cannot run for a layer on ``device``, or None if they can."""
     if device.type != "cuda":
         return f"it is for NVIDIA GPUs; the layer lies on {device}"
-    return _unavailable(
-        torch.cuda.current_device() if device.index is None and torch.cuda.is_available() else device.index or 0
-    )
-
-
-@cache
-def _unavailable(index: int) -> str | None:
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
         return "torch finds no GPU or no driver"
-    if (capability := torch.cuda.get_device_capability(index)) < nvrtc.OLDEST:
+    if (capability := torch.cuda.get_device_capability(device)) < nvrtc.OLDEST:
         have, need = (".".join(map(str, c)) for c in (capability, nvrtc.OLDEST))
         return f"it needs compute capability {need} or newer; this GPU has {have}"
-    if reason := nvrtc.missing():
-        return reason
+    return nvrtc.missing() or _no_driver()
+
+
+@cache
+def _no_driver() -> str | None:
     try:
         from cuda.bindings import driver
 
@@ -52,7 +48,7 @@ class Function:
             64-bit integer, ``128s`` 128 bytes such as a tensor map (aligned to 64).
         device: index of the GPU.
         threads: to a block.
-        shared: bytes of dynamic shared memory.
+        shared: bytes of dynamic shared memory, where a launch does not say otherwise.
         cluster: blocks along z that form a cluster and read each other's shared memory (compute capability 9.0).
         overlap: start before the kernel ahead in the stream has ended (programmatic dependent launch; 9.0). The kernel
             must call ``wait_for_earlier_kernels`` before it touches what that one reads or writes.
@@ -77,7 +73,7 @@ class Function:
     ) -> None:
         from cuda.bindings import driver
 
-        self._driver, self.name, self._device = driver, f"{name} of {file}", device
+        self._driver, self.name, self._device, self._shared = driver, f"{name} of {file}", device, shared
         capability = torch.cuda.get_device_capability(device)
         torch.cuda.init()
         self.compiled = nvrtc.compile(file, constants, nvrtc.architecture(capability), extra=extra)
@@ -85,13 +81,18 @@ class Function:
             torch.cuda.current_stream().synchronize()  # creates the context that the driver loads into
             library = self._check(driver.cuLibraryLoadData(self.compiled.cubin, [], [], 0, [], [], 0))
             kernel = self._check(driver.cuLibraryGetKernel(library, name.encode()))
-            if shared > 48 * 1024:
-                attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                self._check(driver.cuKernelSetAttribute(attribute, shared, kernel, driver.CUdevice(device)))
+            of_kernel, of_device = driver.CUfunction_attribute, driver.CUdevice_attribute
+            most = of_device.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+            gpu = self._check(driver.cuDeviceGet(device))
+            static = self._check(
+                driver.cuKernelGetAttribute(of_kernel.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, kernel, gpu)
+            )
+            self.most_shared = self._check(driver.cuDeviceGetAttribute(most, gpu)) - static
+            attribute = of_kernel.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._check(driver.cuKernelSetAttribute(attribute, self.most_shared, kernel, gpu))
         self._function = driver.CUfunction(int(kernel))
         self._config = config = driver.CUlaunchConfig()
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = shared
         attributes = []
         if overlap and capability >= (9, 0):
             attribute = driver.CUlaunchAttribute()
@@ -122,21 +123,22 @@ class Function:
         self._address = ctypes.addressof(self._pointers)
         self._lock = threading.Lock()
 
-    def __call__(self, grid: tuple[int, int, int], *values: object) -> None:
+    def __call__(self, grid: tuple[int, int, int], *values: object, shared: int | None = None) -> None:
         """Launch ``grid`` blocks on the current stream of the function's device."""
+        shared = self._shared if shared is None else shared
         stream = torch.cuda.current_stream(self._device).cuda_stream
         if torch.cuda.current_device() != self._device:
             with torch.cuda.device(self._device):
-                return self._launch(grid, stream, values)
-        return self._launch(grid, stream, values)
+                return self._launch(grid, shared, stream, values)
+        return self._launch(grid, shared, stream, values)
 
-    def _launch(self, grid: tuple[int, int, int], stream: int, values: tuple[object, ...]) -> None:
+    def _launch(self, grid: tuple[int, int, int], shared: int, stream: int, values: tuple[object, ...]) -> None:
         with self._lock:
             for (pack, offset), value in zip(self._packers, values, strict=True):
                 pack(self._memory, offset, value)
             config = self._config
             config.gridDimX, config.gridDimY, config.gridDimZ = grid
-            config.hStream = stream
+            config.sharedMemBytes, config.hStream = shared, stream
             self._check(self._driver.cuLaunchKernelEx(config, self._function, self._address, 0))
 
     def _check(self, returned: tuple):

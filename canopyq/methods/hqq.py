@@ -1,0 +1,80 @@
+"""HQQ: scales and zero points that fit the weight with an error that may be sparse. It needs no data.
+
+Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models". Instead of Σ |e|² it lowers
+Σ |e|^p with p < 1, which forgives a few large errors for many small ones. The half-quadratic trick introduces z, the
+part of the error that is forgiven, and takes turns: z by shrinking the error, then scale and zero point by least
+squares on w − z.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from canopyq import affine
+from canopyq.errors import CanopyError
+from canopyq.formats import IntFormat
+from canopyq.observers import minmax
+from canopyq.scheme import Scheme
+from canopyq.tensor import QuantizedTensor, quantize
+
+
+def hqq(
+    weight: Tensor, scheme: Scheme, *, p: float = 0.7, beta: float = 10.0, growth: float = 1.01, steps: int = 20
+) -> QuantizedTensor:
+    """Codes of a weight by the half-quadratic solver.
+
+    The published solver keeps the scale and moves a zero point of 16 bits. A checkpoint's zero points are integers, and
+    symmetric weights have none, so here the scale moves too, and zero points are rounded in every step. Each row keeps
+    the best of what it has been, min-max included.
+
+    Args:
+        weight: (N, K).
+        scheme: integers of any granularity.
+        p: power of the error; 1 is absolute error.
+        beta, growth: how strictly w − z is fitted at first, and the factor by which that grows.
+        steps: at most.
+
+    Raises:
+        CanopyError: for formats other than integers, and as `quantize`.
+    """
+    if not isinstance(scheme.format, IntFormat):
+        raise CanopyError(f"HQQ fits the step of evenly spaced codes, which {scheme.format.name} has not; use gptq")
+    plain = quantize(weight, replace(scheme, observer="minmax"))
+    fmt, granularity, dtype = scheme.format, scheme.granularity, plain.scheme.scale_dtype
+    rows = granularity.rows(weight.float())
+    lo, hi = minmax(rows, fmt, symmetric=scheme.symmetric)
+    scale, zero = affine.scale_and_zero_point(
+        lo, hi, fmt, symmetric=scheme.symmetric, restricted=scheme.restricted, scale_dtype=dtype
+    )
+    unit = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)  # the solver's constants are for weights of size 1
+    best_scale, best_zero, best = scale, zero, torch.full_like(lo, torch.inf)
+    for _ in range(steps):
+        codes = affine.quantize(rows, scale, zero, fmt, restricted=scheme.restricted).float()
+        levels = codes if zero is None else codes - zero
+        error = rows - levels * scale.float()
+        cost = (error / unit).abs().pow(p).sum(dim=1, keepdim=True)
+        better = cost < best
+        if not bool(better.any()):
+            break
+        best, best_scale = torch.where(better, cost, best), torch.where(better, scale, best_scale)
+        if zero is not None:
+            best_zero = torch.where(better, zero, best_zero)
+        fitted = rows - unit * _shrink(error / unit, beta, p)
+        if zero is not None:
+            middle = (codes - fitted / scale.float()).mean(dim=1, keepdim=True).round()
+            zero = middle.clamp(fmt.qmin, fmt.qmax).to(torch.int8)
+            levels = codes - zero
+        ratio = (fitted * levels).sum(dim=1, keepdim=True) / levels.square().sum(dim=1, keepdim=True)
+        scale = torch.where(ratio.isfinite() & (ratio > 0), ratio, scale.float()).to(dtype)
+        beta *= growth
+    codes = affine.quantize(rows, best_scale, best_zero, fmt, restricted=scheme.restricted)
+    return plain.with_codes(granularity.from_rows(codes, weight.shape), best_scale, best_zero)
+
+
+def _shrink(error: Tensor, beta: float, p: float) -> Tensor:
+    """The minimiser z of |z|^p + β/2 (z − e)², by the generalised soft threshold that the paper uses."""
+    size = error.abs()
+    return error.sign() * (size - size.clamp(min=1e-8).pow(p - 1) / beta).clamp(min=0)

@@ -1,0 +1,125 @@
+"""Rotation: turn the residual stream so that no channel is louder than the others.
+
+Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs". An RMS norm without gain commutes with a
+rotation R, so the stream may be turned where it is written (embedding, o_proj, down_proj) and turned back where it is
+read (q, k, v, gate, up, head), all in the weights and before the model is used. The gains are folded into the readers
+first. The values of each head are turned in v_proj and back in o_proj the same way. What goes into down_proj is a
+product of two outputs and cannot be turned in a weight: there the Hadamard transform runs with the model, and only if
+asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from canopyq.hadamard import OnlineHadamard, hadamard, largest_power_of_two
+from canopyq.methods.structure import require_known
+from canopyq.methods.undo import Undo
+
+
+def random_rotation(size: int, generator: torch.Generator) -> Tensor:
+    """An orthogonal matrix (size, size), float64, that spreads every channel over all others.
+
+    A Hadamard matrix with random signs for a power of two; otherwise one of the odd factor's size, drawn at random, in
+    Kronecker product with the Hadamard matrix of the rest.
+    """
+    power = largest_power_of_two(size)
+    odd = size // power
+    mixed = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64)).Q.contiguous()
+    spread = hadamard(torch.eye(power, dtype=torch.float64), power)
+    signs = torch.randint(0, 2, (size, 1), generator=generator) * 2.0 - 1
+    return signs * torch.kron(mixed, spread)
+
+
+def rotate_(model: nn.Module, undo: Undo, *, seed: int = 0, online: bool = False) -> list[str]:
+    """Rotate a model in place; its outputs stay the same, to rounding.
+
+    Args:
+        model: of an architecture that `structure` knows.
+        undo: takes the changes back if something later fails.
+        seed: of the random signs.
+        online: also transform what goes into down_proj while the model runs. `OnlineHadamard` hooks do it until the
+            layer is quantized.
+
+    Returns:
+        What was done, in lines for the report.
+
+    Raises:
+        CanopyError: for another architecture.
+    """
+    require_known(model, "rotation")
+    generator = torch.Generator().manual_seed(seed)
+    config, body, head = model.config, model.model, model.lm_head
+    notes = _untie(model, undo)
+    for layer in body.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        _fold(layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj), undo)
+        _fold(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), undo)
+    _fold(body.norm, (head,), undo)
+
+    device = body.embed_tokens.weight.device
+    stream = random_rotation(config.hidden_size, generator).to(device)
+    _turn_inputs(body.embed_tokens, stream, undo)
+    _turn_inputs(head, stream, undo)
+    for layer in body.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for reader in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+            _turn_inputs(reader, stream, undo)
+        for writer in (attention.o_proj, mlp.down_proj):
+            _turn_outputs(writer, stream, undo)
+        values = random_rotation(attention.head_dim, generator).to(device)
+        _turn_outputs(attention.v_proj, values, undo)
+        _turn_inputs(attention.o_proj, values, undo)
+    notes.append(
+        f"rotated the residual stream ({config.hidden_size}) and the values of each head ({attention.head_dim})"
+    )
+    if online:
+        size = largest_power_of_two(config.intermediate_size)
+        for layer in body.layers:
+            down = layer.mlp.down_proj
+            undo.change(down.weight, hadamard(down.weight.double(), size))
+            hook = OnlineHadamard(size)
+            undo.on_failure(down.register_forward_pre_hook(hook).remove)
+        notes.append(
+            f"down_proj's inputs pass a Hadamard transform of {size} at run time: plain transformers cannot do it"
+        )
+    return notes
+
+
+def _untie(model: nn.Module, undo: Undo) -> list[str]:
+    """Give the head a weight of its own: the final gain is folded into it, and not into the embedding."""
+    head, embedding = model.lm_head, model.model.embed_tokens
+    if head.weight is not embedding.weight:
+        return []
+    config, shared, tied = model.config, head.weight, model.config.tie_word_embeddings
+
+    def tie() -> None:
+        head.weight, config.tie_word_embeddings = shared, tied
+
+    undo.on_failure(tie)
+    head.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+    config.tie_word_embeddings = False
+    return [f"the head no longer shares the embedding's weight: {shared.nbytes:,} bytes more"]
+
+
+def _fold(norm: nn.Module, readers: tuple[nn.Linear, ...], undo: Undo) -> None:
+    for reader in readers:
+        undo.change(reader.weight, reader.weight.double() * norm.weight.double())
+    undo.change(norm.weight, torch.ones_like(norm.weight))
+
+
+def _turn_inputs(module: nn.Module, rotation: Tensor, undo: Undo) -> None:
+    """weight (N, K) -> weight · R, in runs of R's size along K."""
+    weight = module.weight
+    turned = weight.double().reshape(-1, len(rotation)) @ rotation
+    undo.change(weight, turned.reshape(weight.shape))
+
+
+def _turn_outputs(module: nn.Linear, rotation: Tensor, undo: Undo) -> None:
+    """weight (N, K) -> Rᵀ · weight, in runs of R's size along N; the bias likewise."""
+    weight, size = module.weight, len(rotation)
+    turned = rotation.t() @ weight.double().reshape(-1, size, weight.shape[1])
+    undo.change(weight, turned.reshape(weight.shape))
+    if module.bias is not None:
+        undo.change(module.bias, (module.bias.double().reshape(-1, size) @ rotation).flatten())

@@ -1,0 +1,64 @@
+"""SmoothQuant: move outliers from the inputs into the weights, which can take them.
+
+Xiao et al. 2022, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", section 4.
+Input j is divided by s_j = max |x_j|^α / max |w_j|^(1 − α) and column j multiplied by it. The paper takes one α for the
+whole model; here each place gets the α whose outputs, computed with rounded inputs and weights on some real inputs, are
+best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from canopyq.scheme import Scheme
+from canopyq.tensor import quantize
+
+ALPHAS = tuple(step / 20 for step in range(4, 19))  # 0.2 … 0.9
+
+
+def smooth_scales(
+    weights: Mapping[str, Tensor],
+    inputs: Tensor,
+    absmax: Tensor,
+    schemes: Mapping[str, Scheme],
+    activations: Scheme,
+    share: Callable[[Tensor], Tensor] = lambda x: x,
+) -> tuple[Tensor, float | None]:
+    """The input scales for which rounded inputs times rounded weights come closest to the true outputs.
+
+    Args:
+        weights: (N, K) of every layer that reads these inputs.
+        inputs: some of them, (M, K).
+        absmax: largest magnitude of each input feature over all data, (K,).
+        schemes: of the weights of the layers that will be quantized; the others do not count.
+        activations: of the inputs.
+        share: gives inputs that have to share a scale the largest of their values (K,).
+
+    Returns:
+        The scales (K,), and their α; all 1 and None if no α beats leaving the inputs alone.
+    """
+    loud = share(absmax.float()).clamp(min=1e-5)
+    heavy = share(torch.stack([weights[name].float().abs().amax(0) for name in schemes]).amax(0)).clamp(min=1e-5)
+    plain = torch.ones_like(loud)
+    best_scales, best_alpha, best = plain, None, _error(weights, inputs, plain, schemes, activations)
+    for alpha in ALPHAS:
+        scales = (loud.pow(alpha) / heavy.pow(1 - alpha)).clamp(min=1e-5)
+        error = _error(weights, inputs, scales, schemes, activations)
+        if error < best:
+            best_scales, best_alpha, best = scales, alpha, error
+    return best_scales, best_alpha
+
+
+def _error(
+    weights: Mapping[str, Tensor], inputs: Tensor, scales: Tensor, schemes: Mapping[str, Scheme], activations: Scheme
+) -> float:
+    rounded = quantize(inputs.float() / scales, activations).dequantize(torch.float32)
+    total = 0.0
+    for name, scheme in schemes.items():
+        weight = weights[name].float()
+        there = quantize(weight * scales, scheme).dequantize(torch.float32)
+        total += float((inputs.float() @ weight.t() - rounded @ there.t()).square().sum())
+    return total

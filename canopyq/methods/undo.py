@@ -1,0 +1,43 @@
+"""Changing a model step by step so that a failure leaves it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+
+class Undo:
+    """A context in which a model is changed: if it is left by an error, every change is taken back, the last one first.
+
+    Values that are changed are kept twice until the end.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[int, tuple[Tensor, Tensor]] = {}
+        self._steps: list[Callable[[], None]] = []
+
+    @torch.no_grad()
+    def change(self, tensor: Tensor, values: Tensor) -> None:
+        """Give ``tensor`` other values, in place."""
+        if id(tensor) not in self._values:
+            self._values[id(tensor)] = (tensor, tensor.detach().clone())
+        tensor.copy_(values)
+
+    def on_failure(self, step: Callable[[], None]) -> None:
+        """Call ``step`` if it comes to that."""
+        self._steps.append(step)
+
+    def __enter__(self) -> Undo:
+        return self
+
+    @torch.no_grad()
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            return
+        for tensor, values in reversed(self._values.values()):
+            tensor.copy_(values)
+        for step in reversed(self._steps):
+            step()

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+COMMON = {"vocab_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+          "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+          "intermediate_size": 128, "head_dim": 32}  # fmt: skip
+MODELS = {
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**COMMON)),
+    "llama tied": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**COMMON, tie_word_embeddings=True)),
+    "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**COMMON)),
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**(COMMON | {"hidden_size": 128}))),
+    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**COMMON)),
+    "gemma": lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**COMMON)),
+    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=96, n_positions=64, n_embd=64, n_layer=2, n_head=2)),
+    "mixtral": lambda: tf.MixtralForCausalLM(
+        tf.MixtralConfig(**COMMON, num_local_experts=3, num_experts_per_tok=2)
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def make() -> Callable[[str], nn.Module]:
+    """A tiny random model whose gains, biases and channels differ from each other as those of trained models do."""
+
+    def build(name: str) -> nn.Module:
+        torch.manual_seed(0)
+        model = MODELS[name]().eval()
+        with torch.no_grad():
+            for module in model.modules():
+                if "Norm" in type(module).__name__:
+                    module.weight.copy_((0.5 + torch.rand_like(module.weight)).to(torch.bfloat16))
+                if getattr(module, "bias", None) is not None:
+                    module.bias.normal_(std=0.1)
+            model.get_input_embeddings().weight[:, 5] *= 20  # a loud channel of the residual stream
+            for layer in getattr(model.model if hasattr(model, "model") else model, "layers", []):
+                if hasattr(layer.mlp, "up_proj"):
+                    layer.mlp.up_proj.weight[3] *= 15  # and one of what goes into down_proj
+        return model
+
+    return build
+
+
+@pytest.fixture
+def ids() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 96, (3, 24), generator=generator) for _ in range(4)]
+
+
+@pytest.fixture
+def layer() -> tuple[Tensor, Tensor]:
+    """A weight (N, K) and the second moment of correlated inputs with some loud features."""
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(24, 48, generator=generator) * 0.1
+    mix = torch.randn(48, 48, generator=generator) * 0.4 + torch.eye(48)
+    x = torch.randn(400, 48, generator=generator) @ mix
+    x[:, [4, 30]] *= 12
+    return weight, x.t() @ x / len(x)

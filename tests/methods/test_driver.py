@@ -1,0 +1,155 @@
+"""Methods over whole models: what `quantize_` promises of them, and that plain transformers reads what they leave."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import canopyq as cq
+from canopyq.errors import CanopyError
+from canopyq.linear import quantized_layers
+from canopyq.methods import driver
+from canopyq.methods.method import Method
+
+SAVED = ("gptq", "hqq", "awq", "smoothquant", "rotation", "rotation+gptq")
+
+
+def distance(one: torch.nn.Module, other: torch.nn.Module, ids: torch.Tensor) -> float:
+    with torch.no_grad():
+        a, b = (model(ids).logits.float() for model in (one, other))
+    return float((a - b).norm() / a.norm())
+
+
+@pytest.mark.parametrize("method", SAVED)
+def test_methods_round_trip_through_plain_transformers(method: str, make, ids, tmp_path: Path) -> None:
+    recipe = "w8a8" if method == "smoothquant" else "w4a16-g32"
+    original, model = make("llama tied"), make("llama tied")
+    report = cq.quantize_(model, recipe, method=method, calibration=ids)
+    assert report.method == method and len(report.layers) == 14
+    assert all(layer.output_error is not None for layer in report.layers)
+    assert distance(original, model, ids[0]) < (0.05 if recipe == "w8a8" else 0.6)
+    cq.save(model, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert distance(model, loaded, ids[0]) < 0.02
+    assert distance(model, cq.load(tmp_path / "out", dtype=torch.float32), ids[0]) < 1e-3
+
+
+def test_gptq_and_rotation_help(make, ids) -> None:
+    original, found = make("llama"), {}
+    for method in ("rtn", "clip", "gptq", "rotation+gptq"):
+        model = make("llama")
+        cq.quantize_(model, "w3a16-g32", method=method, calibration=ids)
+        found[method] = distance(original, model, ids[0])
+    assert found["gptq"] < 0.8 * found["rtn"] and found["clip"] < found["rtn"]
+    assert found["rotation+gptq"] < found["rtn"]
+
+
+def test_coarse_activations_get_an_online_transform_which_no_file_holds(make, ids, tmp_path: Path) -> None:
+    original, plain, rotated = make("llama"), make("llama"), make("llama")
+    cq.quantize_(plain, "w4a4-g32", calibration=ids)
+    report = cq.quantize_(rotated, "w4a4-g32", method="rotation", calibration=ids)
+    assert any("at run time" in note for note in report.notes)
+    assert distance(original, rotated, ids[0]) < distance(original, plain, ids[0])
+    with pytest.raises(CanopyError, match=r"down_proj.*Hadamard transform at run time"):
+        cq.save(rotated, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_gptq_on_other_kinds_of_layers(name: str, make, ids) -> None:
+    original, nearest, model = make(name), make(name), make(name)
+    cq.quantize_(nearest, "w3a16-g32")
+    report = cq.quantize_(model, "w3a16-g32", method="gptq", calibration=ids)
+    assert distance(original, model, ids[0]) < distance(original, nearest, ids[0])
+    kinds = {layer.name.rpartition(".")[2] for layer in report.layers}
+    assert "c_attn" in kinds if name == "gpt2" else "down_proj" in kinds
+
+
+def test_layers_without_data_are_rounded_to_nearest_and_said(make, ids) -> None:
+    model = make("llama")
+    report = cq.quantize_(model, "w4a16-g32+head+embed", method="gptq", calibration=ids)
+    notes = {layer.name: layer.notes for layer in report.layers}
+    assert notes["model.embed_tokens"] == ("no data reached it: rounded to nearest",)
+    assert notes["lm_head"] == () and "no data reached it" in str(report)
+
+
+@pytest.mark.parametrize("recipe", ["w8a8-static", "w8a8"])
+def test_smoothing_with_fixed_ranges(recipe: str, make, ids) -> None:
+    original, plain, smooth = make("llama"), make("llama"), make("llama")
+    cq.quantize_(plain, recipe, calibration=ids)
+    report = cq.quantize_(smooth, recipe, method="smoothquant", calibration=ids)
+    assert distance(original, smooth, ids[0]) < distance(original, plain, ids[0])
+    assert any("smoothed with α" in note for layer in report.layers for note in layer.notes)
+
+
+@pytest.mark.parametrize("method", ["rotation+gptq", "awq", "smoothquant"])
+def test_an_error_late_leaves_the_model_as_it_was(method: str, make, ids, monkeypatch) -> None:
+    model = make("llama tied")
+    before, hooks = copy.deepcopy(model.state_dict()), _hooks(model)
+    rounding = driver._round
+
+    def fail(weight, hessian, scheme, how):
+        if weight.shape == (96, 128) and model.model.layers[1].mlp.down_proj.weight is weight:
+            raise CanopyError("something in the last block")
+        return rounding(weight, hessian, scheme, how)
+
+    monkeypatch.setattr(driver, "_round", fail)
+    recipe = "w8a8" if method == "smoothquant" else "w4a4-g32" if "rotation" in method else "w4a16-g32"
+    with pytest.raises(CanopyError, match=r"model.layers.1.mlp.down_proj: something in the last block"):
+        cq.quantize_(model, recipe, method=method, calibration=ids)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+    assert _hooks(model) == hooks and not list(quantized_layers(model))
+
+
+def _hooks(model: torch.nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("method", "recipe", "words"),
+    [
+        ("smoothquant", "w4a16-g32", "quantizes only the weights: that would harm them"),
+        ("awq", "w8a8", "quantizes the inputs; use smoothquant"),
+        ("awq+smoothquant", "w8a8", "rescale the same channels"),
+        ("hqq", "nf4", "evenly spaced codes, which nf4 has not"),
+        ("clip", "mxfp4", "no ranges to choose"),
+        ("gptq+hqq", "w4a16", "weights are rounded once"),
+        ("gptq+gptq", "w4a16", "names a part twice"),
+        ("gtpq", "w4a16", "did you mean 'gptq'"),
+        ("gptq", "w4a16-g32", "looks at the inputs of every layer; give calibration="),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_the_reason(method: str, recipe: str, words: str, make) -> None:
+    model = make("llama")
+    with pytest.raises(CanopyError) as error:
+        cq.quantize_(model, recipe, method=method)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not list(quantized_layers(model))
+
+
+@pytest.mark.parametrize("method", ["rotation", "awq"])
+def test_transforms_refuse_architectures_that_they_do_not_know(method: str, make, ids) -> None:
+    with pytest.raises(CanopyError, match="not known for gpt2 models"):
+        cq.quantize_(make("gpt2"), "w4a16-g32", method=method, calibration=ids)
+
+
+def test_layers_of_zeros_and_constants_go_through(make, ids) -> None:
+    for method in ("gptq", "awq", "hqq", "clip", "rotation+gptq"):
+        model = make("llama")
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.zero_()
+            model.model.layers[1].self_attn.q_proj.weight.fill_(0.125)
+        report = cq.quantize_(model, "w4a16-g32", method=method, calibration=ids)
+        assert model(ids[0]).logits.isfinite().all()
+        if method == "gptq":
+            notes = {layer.name: layer.notes for layer in report.layers}
+            assert "128 of 128 inputs were zero" in notes["model.layers.0.mlp.down_proj"][0]
+
+
+def test_names_of_methods() -> None:
+    assert Method.parse("AWQ").rounding == "clip" and Method.parse("awq+gptq").rounding == "gptq"
+    assert Method.parse("gptq+rotation").transforms == ("rotation",) and not Method.parse("rotation").needs_data
