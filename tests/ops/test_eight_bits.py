@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -197,5 +199,7 @@ def test_scales_in_float32_are_undone_bit_for_bit() -> None:
 def test_few_rows_take_our_kernel_and_many_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skinny.launch, "unavailable", lambda device: None)
     monkeypatch.setattr(cublas.torch.cuda, "is_available", lambda: True)
+    wide = dataclasses.replace(problem("fp8"), n=2**14)
+    assert skinny.FP8.settled(problem("fp8")).most_rows == 16 and skinny.FP8.settled(wide).most_rows == 8
     kernels = select.usable(problem("w8a8"))
     assert select.pick(kernels, 1) is skinny.INT8 and select.pick(kernels, 1000) is cublas.INT8
