@@ -189,7 +189,8 @@ class ModelBytes:
 
 @cache
 def model_bytes(shape: ModelShape, recipe: Recipe | None = None) -> ModelBytes:
-    """What a bfloat16 model of this shape holds once it is quantized by a recipe; None leaves it as it is.
+    """What a bfloat16 model of this shape holds once it is quantized by a recipe; None leaves it as it is, and so
+    does a recipe of the cache alone.
 
     It is what `bytes_held` reads from such a model, the few bytes of rotary frequencies aside.
 
@@ -199,7 +200,7 @@ def model_bytes(shape: ModelShape, recipe: Recipe | None = None) -> ModelBytes:
     matrices = list(shape.linears())
     table = (shape.vocab, shape.hidden)
     plain = 2 * (shape.parameters - shape.linear_parameters)
-    if recipe is None:
+    if recipe is None or recipe.weights is None:
         return ModelBytes(0, 0, 0, plain + 2 * shape.linear_parameters)
     if not recipe.ignores("lm_head"):
         matrices.append(("lm_head", table))
@@ -260,6 +261,28 @@ def tensors_held(model: nn.Module) -> dict[str, Tensor]:
 def bytes_held(model: nn.Module) -> int:
     """Bytes of storage behind a model's parameters and buffers, each storage counted once. Read, not computed."""
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors_held(model).values())
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Like `bytes_held`, but meta tensors count as what they would hold: of a model that lies elsewhere or nowhere."""
+    ties, storages = meta_ties(model), {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        storage = tensor.untyped_storage()
+        storages[ties.get(storage._cdata, storage._cdata)] = storage.nbytes()
+    return sum(storages.values())
+
+
+def meta_ties(model: nn.Module) -> dict[int, int]:
+    """Meta tensors that are another one by a second name -> that other one, by the identity of their storage:
+    accelerate gives each name a meta tensor of its own."""
+    pairs = getattr(model, "all_tied_weights_keys", None)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    found = {}
+    for second, first in (pairs if isinstance(pairs, dict) else {}).items():
+        one, other = named.get(second), named.get(first)
+        if one is not None and other is not None and one.is_meta and other.is_meta:
+            found[one.untyped_storage()._cdata] = other.untyped_storage()._cdata
+    return found
 
 
 def human(count: float) -> str:

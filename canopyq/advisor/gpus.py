@@ -3,6 +3,7 @@
 The thresholds are those of vLLM's table "Supported Hardware" (docs.vllm.ai, version 0.14): weight-only kernels (Marlin)
 from Ampere (8.0), INT8 activations from Turing (7.5) to Hopper (9.0), FP8 from Ada (8.9). INT8 activations end at
 Hopper: the table does not list Blackwell, and vLLM's page on INT8 W8A8 advises FP8 there.
+Group sizes are those of Marlin in vLLM (``MARLIN_SUPPORTED_GROUP_SIZES``).
 """
 
 from __future__ import annotations
@@ -73,6 +74,9 @@ def remarks(recipe: Recipe | None, cache: str | None, capability: float | None, 
         )
     if cache in ("kv8", "kv4", "kv2"):
         said.append(f"+{cache} is a cache of canopyq's; vLLM quantizes its cache to FP8 only")
+    group = recipe.weights.granularity.group_size if weight_only else None
+    if group not in (None, 32, 64, 128) and capability != 0:
+        said.append(f"vLLM's fast kernels (Marlin) read groups of 32, 64 or 128, or whole rows, and none of {group}")
     if weight_only and isinstance(recipe.weights.format, IntFormat) and recipe.weights.format.bits not in (4, 8):
         said.append(f"vLLM has no kernel for {recipe.weights.format.bits}-bit weights; canopyq runs them")
     return said

@@ -83,5 +83,5 @@ def noise_of(known: Iterable[Measurement]) -> float:
 
 
 def damage(measured: Measurement, noise: float) -> float:
-    """KL, with the noise of 16-bit arithmetic that every recipe has when it is served."""
-    return noise if measured.recipe == ORIGINAL else measured.kl + noise
+    """KL with the noise of 16-bit arithmetic, which every recipe has when served; the original was measured with it."""
+    return max(measured.kl, noise) if measured.parts[0] is None else measured.kl + noise

@@ -5,6 +5,7 @@ lessons.progress()              lessons.plots.four_panels(q, x)         lessons.
 """
 
 from . import explore, plots
+from .capstone import capstone
 from .exercise import exercise
 from .predict import predict
 from .progress import progress
@@ -12,4 +13,4 @@ from .quiz import quiz
 from .recorded import recorded
 from .tables import table
 
-__all__ = ["exercise", "explore", "plots", "predict", "progress", "quiz", "recorded", "table"]
+__all__ = ["capstone", "exercise", "explore", "plots", "predict", "progress", "quiz", "recorded", "table"]

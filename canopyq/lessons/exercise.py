@@ -25,6 +25,8 @@ _BOX = {"passed": "good", "todo": "info"}
 class ExerciseCard(Shown):
     """The card of one exercise: what to write, hints, a check of the reader's own function, and the solution."""
 
+    css = "canopyq-exercise"
+
     def __init__(self, name: str) -> None:
         self.spec = load(name)
 
@@ -41,12 +43,16 @@ class ExerciseCard(Shown):
 
     def check(self, function: object) -> Fixed:
         """Try ``function`` on the exercise's inputs and say what is right or wrong with it."""
-        finding = diagnose(self.spec, function)
+        finding = self.judge(function)
         self._count(finding)
         locked = "" if finding.kind in ("passed", "todo") else self._outlook()
         kind = _BOX.get(finding.kind, "bad")
         html = box(kind, _finding_html(finding, kind) + locked + _notice())
         return Fixed(html, f"Exercise {self.spec.id}: {_line(finding)}")
+
+    def judge(self, answer: object) -> Finding:
+        """What is to be said about the reader's answer."""
+        return diagnose(self.spec, answer)
 
     def hint(self, number: int) -> Fixed:
         """Hint 1, 2 or 3, where the buttons do not work."""
@@ -102,7 +108,7 @@ class ExerciseCard(Shown):
         _displayed[spec.id].add(self)
         row = HBox([*buttons, self._button], layout=Layout(flex_flow="row wrap", overflow="visible"))
         return card(
-            [HTML(self._head()), row, self._hints, self._solution], "canopyq-exercise", f"canopyq-exercise-{spec.id}"
+            [HTML(self._head()), row, self._hints, self._solution], self.css, f"{self.css}-{spec.id}"
         )
 
     def _refresh(self) -> None:

@@ -18,16 +18,18 @@ from canopyq.tutor.questions import Question
 from .canvas import detached, png
 from .explore_answers import AnswersView
 from .explore_bits import BitsView
+from .explore_choose import TREE, ChooseView
 from .explore_clip import ClipView
 from .explore_float import FloatView
 from .explore_groups import GroupsView
 from .explore_outlier import OutlierView
 from .explore_speed import SpeedView
+from .explore_words import WordsView
 from .look import card, heading, section, table
 from .shown import Shown
 from .text import inline
 
-__all__ = ["Explorer", "answers", "bits", "clip", "float_bits", "groups", "outlier", "speed"]
+__all__ = ["Explorer", "answers", "bits", "choose", "clip", "float_bits", "groups", "outlier", "speed", "words"]
 
 
 class Explorer(Shown):
@@ -38,6 +40,7 @@ class Explorer(Shown):
         controls: widgets with a ``value``, by name.
         draw: gets the controls' values and a figure; draws (or leaves the figure alone) and returns HTML.
         rows: header and rows of the table that stands for the explorer where nothing moves.
+        about: HTML above that table.
     """
 
     def __init__(
@@ -47,8 +50,10 @@ class Explorer(Shown):
         controls: Mapping[str, Widget],
         draw: Callable[..., str],
         rows: Callable[[], tuple[Sequence[str], list[Sequence[str]]]],
+        about: str = "",
     ) -> None:
         self.name, self.title, self.controls, self._draw, self._rows = name, title, dict(controls), draw, rows
+        self.about = about
         self.image = Image(format="png", layout=Layout(max_width="100%", width="768px", display="none"))
         self.line = HTML("")
         self.line.add_class("canopyq-line")
@@ -77,7 +82,7 @@ class Explorer(Shown):
         note = (
             '<p style="margin:4px 0;font-size:13px;opacity:.8">In a live notebook there is something to move here.</p>'
         )
-        return section(heading("Explore", self.title) + table(head, rows) + note)
+        return section(heading("Explore", self.title) + self.about + table(head, rows) + note)
 
     def plain(self) -> str:
         return f"Explore {self.name}: {self.title} ({inline(', '.join(self.controls))})"
@@ -124,7 +129,19 @@ def outlier(x: torch.Tensor, title: str = "One value grows, the others pay") -> 
     return Explorer("outlier", title, view.controls(), view.draw, view.rows)
 
 
+def choose(measurements: Sequence | None = None, title: str = "From needs to a recipe") -> Explorer:
+    """The decision tree with its bytes, and the advisor's recommendation at the end of it."""
+    view = ChooseView(measurements)
+    return Explorer("choose", title, view.controls(), view.draw, view.rows, TREE)
+
+
 def speed(title: str = "What sets the time of a layer?") -> Explorer:
     """Tokens from 1 to 4096 and the weights' format: the time of the bytes, that of the arithmetic, the longer one."""
     view = SpeedView()
     return Explorer("speed", title, view.controls(), view.draw, view.rows)
+
+
+def words(x: torch.Tensor, title: str = "What is in a word?") -> Explorer:
+    """The first row of a matrix, packed: which bits belong to which weight, in the word and in the file."""
+    view = WordsView(x)
+    return Explorer("words", title, view.controls(), view.draw, view.rows)

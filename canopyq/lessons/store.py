@@ -19,7 +19,7 @@ FILE_NAME = ".canopyq-progress.json"
 # What an entry of each section may hold; anything of another type is left out when the file is read.
 FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "quizzes": {"answer": str, "right": bool, "tries": int},
-    "exercises": {"passed": bool, "tries": int, "solution_seen": bool},
+    "exercises": {"passed": bool, "tries": int, "solution_seen": bool, "started": (int, float)},
     "predictions": {"guess": (int, float)},
 }
 

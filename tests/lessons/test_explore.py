@@ -14,6 +14,7 @@ from canopyq.lessons.explore_clip import ClipView
 from canopyq.lessons.explore_float import FORMATS, split_bits, stored
 from canopyq.lessons.explore_groups import GroupsView
 from canopyq.lessons.explore_outlier import OutlierView
+from canopyq.lessons.explore_words import WordsView
 from canopyq.tensor import quantize
 from canopyq.tutor.questions import Question
 
@@ -37,7 +38,9 @@ EXPLORERS = {
     "float-bits": lambda: explore.float_bits(0.1),
     "clip": lambda: explore.clip(X),
     "outlier": lambda: explore.outlier(X),
+    "choose": lambda: explore.choose(),
     "groups": lambda: explore.groups(X.reshape(15, 100)),
+    "words": lambda: explore.words(X.reshape(15, 100)),
 }
 MOVES = {
     "answers": ("bits", 2),
@@ -45,7 +48,9 @@ MOVES = {
     "float-bits": ("number", 17.3),
     "clip": ("clip", 0.4),
     "outlier": ("outlier", 200.0),
+    "choose": ("memory", 20.0),
     "groups": ("scale", "g32"),
+    "words": ("word", 3),
 }
 
 
@@ -57,7 +62,7 @@ def test_moving_a_control_updates_and_prints_nothing(name: str, capsys: pytest.C
     control, value = MOVES[name]
     explorer.controls[control].value = value
     assert explorer.line.value != line
-    if name != "float-bits":
+    if name not in ("float-bits", "choose"):
         assert explorer.image.value != picture and bytes(explorer.image.value).startswith(b"\x89PNG")
         assert len(explorer.image.value) < 60_000
     assert capsys.readouterr() == ("", "")
@@ -183,3 +188,35 @@ def test_a_tensor_of_zeros() -> None:
                      explore.outlier(zeros)):  # fmt: skip
         explorer.widget()
         explorer.static_html()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("columns", [1, 7, 40, 100])
+def test_words_come_apart_as_they_were_packed(bits: int, columns: int) -> None:
+    x = X[: 3 * columns].reshape(3, columns)
+    view = WordsView(x)
+    codes = quantize(x, f"int{bits}", "channel").codes[0]
+    many = 32 // bits
+    for place in range(view.last + 1):
+        word = view.word(place, bits)
+        assert word.codes == codes[place * many : (place + 1) * many].tolist()
+        unpacked = [(word.number >> (bits * i)) % 2**bits - 2 ** (bits - 1) for i in range(len(word.codes))]
+        assert unpacked == word.codes and int.from_bytes(word.bytes, "little") == word.number
+        view.draw(plt.figure(), place, bits)
+        plt.close("all")
+
+
+def test_words_say_the_worked_value() -> None:
+    word = WordsView(torch.tensor([[-8.0, -7, -1, 0, 1, 2, 6, 7]]) * 15 / 16).word(0, 4)
+    assert word.number == 0xFEA98710 and word.bytes.hex() == "1087a9fe"
+
+
+def test_every_control_of_the_tree_changes_what_it_says() -> None:
+    explorer = explore.choose()
+    explorer.widget()
+    for control, value in [("priority", "compression"), ("model", "llama-2-7b"), ("memory", 40.0), ("context", 0)]:
+        before = explorer.line.value
+        explorer.controls[control].value = value
+        assert explorer.line.value != before, control
+    explorer.controls["memory"].value = 1.0
+    assert "Nothing fits" in explorer.line.value and "more memory" in explorer.line.value
