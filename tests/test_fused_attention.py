@@ -190,6 +190,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         return attend_in_words(query, *cut, keys[:, :, slots], values[:, :, slots], format, scaling, starts)
 
     monkeypatch.setattr(cpu_attention, "refuse", lambda *_: "it is not asked")
+    monkeypatch.setattr(fused_attention, "refuse", lambda *_: None)
     monkeypatch.setattr(attention, "refuse", lambda *_: None)
     monkeypatch.setattr(attention, "attend", attend)
 
