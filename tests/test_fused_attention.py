@@ -29,6 +29,8 @@ def attend_in_words(query, key_codes, key_scale, key_offset, value_codes, value_
     """What the kernel does, from the definition."""
 
     def whole(codes: Tensor, scale: Tensor, offset: Tensor, per: str, recent: Tensor) -> Tensor:
+        if not codes.shape[2]:
+            return recent.double()
         states = QuantizedStates(codes, scale, offset, get_cache_format(format), per)
         old = states.dequantize(torch.empty(*codes.shape[:3], recent.shape[3]))
         return torch.cat([old.double(), recent.double()], 2)
