@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 # What needs transformers, matplotlib or ipywidgets loads on first use, so that `import canopyq` stays quick.
 _LATER = {
     "QuantizedCache": "canopyq.kv_cache",
+    "StaticQuantizedCache": "canopyq.kv_static",
     "advise": "canopyq.advisor",
     "compare": "canopyq.evaluate",
     "fast_generate": "canopyq.generate",
@@ -36,9 +37,9 @@ _MODULES = ("advisor", "lessons", "tutor")
 
 __all__ = [
     "FORMATS", "RECIPES", "CanopyError", "Granularity", "Plan", "QuantizedCache", "QuantizedLinear", "QuantizedTensor",
-    "Recipe", "Report", "Scheme", "advise", "advisor", "compare", "examine", "explain", "fast_generate",
-    "fuse_attention", "get_format", "inspect", "lessons", "load", "mixed_precision", "plan", "quantize", "quantize_",
-    "save", "sensitivity", "tutor",
+    "Recipe", "Report", "Scheme", "StaticQuantizedCache", "advise", "advisor", "compare", "examine", "explain",
+    "fast_generate", "fuse_attention", "get_format", "inspect", "lessons", "load", "mixed_precision", "plan",
+    "quantize", "quantize_", "save", "sensitivity", "tutor",
 ]  # fmt: skip
 
 
