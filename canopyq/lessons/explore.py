@@ -20,16 +20,19 @@ from .explore_answers import AnswersView
 from .explore_bits import BitsView
 from .explore_choose import TREE, ChooseView
 from .explore_clip import ClipView
+from .explore_context import ContextView
 from .explore_float import FloatView
 from .explore_groups import GroupsView
 from .explore_outlier import OutlierView
 from .explore_speed import SpeedView
+from .explore_turns import Grown, TurnsView
 from .explore_words import WordsView
 from .look import card, heading, section, table
 from .shown import Shown
 from .text import inline
 
-__all__ = ["Explorer", "answers", "bits", "choose", "clip", "float_bits", "groups", "outlier", "speed", "words"]
+__all__ = ["Explorer", "answers", "bits", "choose", "clip", "context", "float_bits", "groups", "outlier", "speed",
+           "turns", "words"]  # fmt: skip
 
 
 class Explorer(Shown):
@@ -127,6 +130,18 @@ def outlier(x: torch.Tensor, title: str = "One value grows, the others pay") -> 
     """One large value beside ordinary ones: the step, how many codes are left to the others, their error."""
     view = OutlierView(x)
     return Explorer("outlier", title, view.controls(), view.draw, view.rows)
+
+
+def context(title: str = "When does the cache outgrow the weights?") -> Explorer:
+    """The length and number of chats, from 1k to 1M tokens: bytes of weights and cache in several precisions."""
+    view = ContextView()
+    return Explorer("context", title, view.controls(), view.draw, view.rows)
+
+
+def turns(caches: Mapping[str, Grown], weights: int, title: str = "A chat, turn by turn") -> Explorer:
+    """One chat turn by turn: the cache grows and the weights do not. ``caches`` holds (tokens, bytes) of each turn."""
+    view = TurnsView(caches, weights)
+    return Explorer("turns", title, view.controls(), view.draw, view.rows)
 
 
 def choose(measurements: Sequence | None = None, title: str = "From needs to a recipe") -> Explorer:

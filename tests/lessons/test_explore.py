@@ -40,6 +40,10 @@ EXPLORERS = {
     "outlier": lambda: explore.outlier(X),
     "choose": lambda: explore.choose(),
     "groups": lambda: explore.groups(X.reshape(15, 100)),
+    "context": lambda: explore.context(),
+    "turns": lambda: explore.turns(
+        {"full": [(9, 90), (20, 200), (31, 310)], "kv4": [(9, 90), (20, 80), (31, 95)]}, 200
+    ),
     "words": lambda: explore.words(X.reshape(15, 100)),
 }
 MOVES = {
@@ -50,6 +54,8 @@ MOVES = {
     "outlier": ("outlier", 200.0),
     "choose": ("memory", 20.0),
     "groups": ("scale", "g32"),
+    "context": ("context", "256k"),
+    "turns": ("turn", 3),
     "words": ("word", 3),
 }
 
@@ -188,6 +194,23 @@ def test_a_tensor_of_zeros() -> None:
                      explore.outlier(zeros)):  # fmt: skip
         explorer.widget()
         explorer.static_html()
+
+
+def test_context_shows_the_bytes_of_the_arithmetic() -> None:
+    explorer = explore.context()
+    explorer.widget()
+    explorer.controls["model"].value = "llama-2-7b"
+    assert "17.2 GB in BF16" in explorer.line.value  # 524,288 bytes a token, 32,768 tokens
+    explorer.controls["chats"].value = 16
+    assert "16 chats of 32,768 tokens" in explorer.line.value and "275 GB in BF16" in explorer.line.value
+
+
+def test_turns_show_what_was_measured() -> None:
+    explorer = EXPLORERS["turns"]()
+    explorer.widget()
+    explorer.controls["turn"].value, explorer.controls["cache"].value = 3, "kv4"
+    assert "31 tokens" in explorer.line.value and "95 B, 48 % of the weights" in explorer.line.value
+    assert "full" in explorer.static_html() and "310 B" in explorer.static_html()
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
