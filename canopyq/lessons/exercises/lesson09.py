@@ -56,13 +56,13 @@ def pairs() -> list[tuple]:
     made = [(torch.tensor([0.4, 0.4]), torch.tensor([[1.0, 0.9], [0.9, 1.0]]), 1.0)]
     for seed in range(200):
         w, mixed = normal(seed, 2), normal(seed + 1000, 2, 6)
-        mixed[1] = (mixed[1] + mixed[0]) * (0.6 if seed % 2 else 1.7)  # inputs that go together, one of them louder
+        mixed[1] = (mixed[1] + mixed[0]) * (0.35 if seed % 2 else 0.6)  # inputs that go together, the first louder
         hessian, scale = mixed @ mixed.t() / 6, 0.2
         error = w[0] - (w[0] / scale).round() * scale
         moves = [error * hessian[0, 1] / hessian[1, 1], error * 0, error * hessian[0, 1] / hessian[0, 0], error]
         ends = torch.stack([w[1] + move for move in (*moves, -moves[0])]) / scale
         points = torch.cat([w[:1] / scale, ends])
-        if len(ends.round().unique()) >= 3 and ((points - points.floor() - 0.5).abs() > 0.04).all():
+        if len(ends.round().unique()) >= 3 and ((points - points.floor() - 0.5).abs() > 0.03).all():
             made.append((w, hessian, scale))
     return made[:24]
 
