@@ -6,6 +6,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from canopyq.calibration import Calibration, calibrate
 from canopyq.errors import CanopyError
 from canopyq.explain import explain
 from canopyq.formats import FORMATS, get_format
@@ -36,10 +37,10 @@ _LATER = {
 _MODULES = ("advisor", "lessons", "tutor")
 
 __all__ = [
-    "FORMATS", "RECIPES", "CanopyError", "Granularity", "Plan", "QuantizedCache", "QuantizedLinear", "QuantizedTensor",
-    "Recipe", "Report", "Scheme", "StaticQuantizedCache", "advise", "advisor", "compare", "examine", "explain",
-    "fast_generate", "fuse_attention", "get_format", "inspect", "lessons", "load", "mixed_precision", "plan",
-    "quantize", "quantize_", "save", "sensitivity", "tutor",
+    "FORMATS", "RECIPES", "Calibration", "CanopyError", "Granularity", "Plan", "QuantizedCache", "QuantizedLinear",
+    "QuantizedTensor", "Recipe", "Report", "Scheme", "StaticQuantizedCache", "advise", "advisor", "calibrate",
+    "compare", "examine", "explain", "fast_generate", "fuse_attention", "get_format", "inspect", "lessons", "load",
+    "mixed_precision", "plan", "quantize", "quantize_", "save", "sensitivity", "tutor",
 ]  # fmt: skip
 
 

@@ -154,6 +154,9 @@ VARIANTS = [
 ] + [
     ("quantize_rows.cu", {"CODE": code, "ELEMENT_BF16": 1, "INPUT": source}, arch)
     for code, source, arch in ((8, 0, "sm_80"), (8, 1, "sm_90a"), (0, 2, "sm_90a"), (0, 0, "sm_100"))
+] + [
+    ("append.cu", {"CODE": code, "HEAD_DIM": head_dim, "ELEMENT_BF16": 1}, arch)
+    for code, head_dim, arch in ((8, 128, "sm_80"), (4, 128, "sm_90a"), (2, 64, "sm_90a"), (0, 128, "sm_100"))
 ]
 
 
