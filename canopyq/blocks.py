@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from canopyq.batches import Batch
+from canopyq.offload import input_device
 
 PROBE = 8  # tokens on which running by blocks is compared with running whole
 
@@ -113,8 +114,7 @@ def find_blocks(model: nn.Module, layers: Collection[str], batch: Batch) -> Bloc
 
 def call(model: nn.Module, batch: Batch) -> None:
     """Run the model on a batch; only what its hooks see matters."""
-    weight = next(model.parameters(), None)
-    device = batch.ids.device if weight is None or weight.is_meta else weight.device  # meta: accelerate moves inputs
+    device = input_device(model)
     if hasattr(model, "config"):
         model(**{name: tensor.to(device) for name, tensor in batch.arguments.items()}, use_cache=False)
     else:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from canopyq.errors import CanopyError
 from canopyq.memory import bytes_held
+from canopyq.offload import input_device
 from canopyq.tutor.chat import prompt_ids
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Conversation:
             raise CanopyError(
                 f"with this question the chat has {len(new)} tokens, and the model takes {self.limit}; start a new chat"
             )
-        ids = torch.tensor([new], device=self.model.device)
+        ids = torch.tensor([new], device=input_device(self.model))
         pad = self.tokenizer.pad_token_id
         with torch.inference_mode():
             output = self.model.generate(

@@ -26,6 +26,7 @@ from canopyq.errors import CanopyError
 from canopyq.kv_codes import BLOCK
 from canopyq.memory import bytes_held, human
 from canopyq.mode import eval_mode
+from canopyq.offload import input_device
 from canopyq.stats import Share, mcnemar
 from canopyq.track import track
 from canopyq.tutor.chat import encode
@@ -326,7 +327,7 @@ def _maker(cache: str | CacheMaker | None) -> CacheMaker | None:
 
 def _log_probs(model: nn.Module, ids: Tensor, cache: Any = None) -> Tensor:
     """Next-token log-probabilities (B, T − 1, vocabulary), float32."""
-    ids = ids.to(next(model.parameters()).device)
+    ids = ids.to(input_device(model))
     if cache is None:
         logits = model(input_ids=ids, use_cache=False).logits
     else:
@@ -349,7 +350,7 @@ def _full_cache_bytes(model: nn.Module) -> int:
     from canopyq.kv_cache import cache_nbytes
 
     cache = DynamicCache(config=model.config)
-    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
     model(input_ids=token, past_key_values=cache, use_cache=True)
     return cache_nbytes(cache)
 

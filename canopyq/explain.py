@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from canopyq.errors import CanopyError
 from canopyq.linear import QuantizedLinear, quantized_layers
 from canopyq.memory import human
+from canopyq.offload import is_away, lies, runs_on
 from canopyq.ops import reference, select
+from canopyq.ops.kernel import Problem
 from canopyq.ops.select import Verdict
 
 
@@ -21,7 +24,7 @@ class LayerExplained:
     Attributes:
         name, shape, scheme: of the layer.
         nbytes: that its weight holds, read from storage.
-        device: where it lies.
+        device: where it runs, and where its weight lies if that is elsewhere.
         verdicts: what becomes of each kernel.
     """
 
@@ -89,8 +92,8 @@ def explain(model: nn.Module) -> Explanation:
             (layer.out_features, layer.in_features),
             str(layer.scheme) + (f", input {layer.input_words}" if layer.activations else ""),
             sum(tensor.nbytes for tensor in layer.held.values()),
-            str(layer.problem.device),
-            tuple(select.verdicts(layer.problem)),
+            _place(layer),
+            tuple(select.verdicts(_problem(layer, runs_on(layer)))),
         )
         for name, layer in quantized_layers(model)
         if type(layer) is QuantizedLinear
@@ -100,15 +103,27 @@ def explain(model: nn.Module) -> Explanation:
     return Explanation(tuple(layers))
 
 
-def require_fast(name: str, layer: QuantizedLinear) -> None:
+def require_fast(name: str, layer: QuantizedLinear, device: torch.device | None = None) -> None:
     """Raise unless a kernel other than the reference runs single tokens through the layer.
+
+    Args:
+        device: where the layer will run, if not where it lies.
 
     Raises:
         CanopyError: with the reason of every kernel that refused.
     """
     if type(layer) is not QuantizedLinear:
         return
-    kernel = select.pick(select.usable(layer.problem), 1)
+    problem = _problem(layer, device)
+    kernel = select.pick(select.usable(problem), 1)
     if kernel == reference.REFERENCE:
-        reasons = "; ".join(f"{v.kernel}: {v.reason}" for v in select.verdicts(layer.problem) if v.reason)
+        reasons = "; ".join(f"{v.kernel}: {v.reason}" for v in select.verdicts(problem) if v.reason)
         raise CanopyError(f"strict: {name} would run on the reference. {reasons}")
+
+
+def _problem(layer: QuantizedLinear, device: torch.device | None) -> Problem:
+    return layer.problem if device is None else replace(layer.problem, device=device)
+
+
+def _place(layer: QuantizedLinear) -> str:
+    return f"{runs_on(layer)}, its weight {lies(layer)}" if is_away(layer) else str(layer.problem.device)

@@ -1,8 +1,8 @@
-"""Attention that reads the codes of a `QuantizedCache`, for transformers models on an NVIDIA GPU: `fuse_attention`.
+"""Attention that reads the codes of a `QuantizedCache`, for transformers models: `fuse_attention`.
 
 transformers lets a model's attention be chosen by name. Under the name that is registered here a cache hands out codes
-instead of dequantized keys and values, for passes over few tokens, and the CUDA kernel takes them. Every other pass is
-transformers' own attention on dequantized values.
+instead of dequantized keys and values, for passes over few tokens. On an NVIDIA GPU the CUDA kernel takes them, on a
+CPU `ops/cpu_attention.py`. Every other pass is transformers' own attention on dequantized values.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 from canopyq.errors import CanopyError
 from canopyq.kv_cache import ATTENTION, CachedStates
 from canopyq.kv_codes import GROUP, CacheFormat, get_cache_format
+from canopyq.ops import cpu_attention
 from canopyq.ops.cuda import attention
 
 
@@ -48,6 +49,8 @@ def refuse(model: nn.Module, format: str | CacheFormat = "kv8") -> str | None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     weight = next(model.parameters())
     name = get_cache_format(format).name
+    if weight.device.type == "cpu":
+        return cpu_attention.refuse(weight.dtype, "channel", weight.device)
     return attention.refuse(name, head_dim, weight.dtype, "channel", min(GROUP, head_dim), weight.device)
 
 
@@ -63,12 +66,15 @@ def attend_cached(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (B, heads, n, D) -> (B, n, heads, D)."""
     if isinstance(key, CachedStates):
+        keys, values = key.quantized_keys, key.quantized_values
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        if dropout == 0.0 and cpu_attention.refuse(query.dtype, keys.per, query.device) is None:
+            if attention_mask is None or attention_mask.dtype == torch.bool:
+                return cpu_attention.attend(query, keys, values, key.keys, key.values, scale, attention_mask), None
         starts, simple = _starts(attention_mask, key)
         if simple and dropout == 0.0 and _readable(query, key):
-            keys, values = key.quantized_keys, key.quantized_values
             parts = (keys.codes, keys.scale, keys.offset, values.codes, values.scale, values.offset)
             recent = (key.keys.contiguous(), key.values.contiguous())
-            scale = query.shape[3] ** -0.5 if scaling is None else scaling
             return attention.attend(query, *parts, *recent, keys.format.name, scale, starts), None
         key, value = key.joined()
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -77,8 +83,7 @@ def attend_cached(
 def _readable(query: Tensor, held: CachedStates) -> bool:
     """A cache may be of another form than the one that `fuse_attention` was asked about."""
     keys, values = held.quantized_keys, held.quantized_values
-    group = values.codes.shape[3] * 8 // values.format.bits // values.scale.shape[3]
-    return attention.refuse(keys.format.name, query.shape[3], query.dtype, keys.per, group, query.device) is None
+    return attention.refuse(keys.format.name, query.shape[3], query.dtype, keys.per, values.group, query.device) is None
 
 
 def _starts(mask: Tensor | None, held: CachedStates) -> tuple[Tensor | None, bool]:

@@ -9,7 +9,7 @@ section 3.2).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,27 +108,43 @@ class QuantizedStates:
 
     def dequantize(self, out: Tensor) -> Tensor:
         """Write x̂ into ``out`` (B, H, T, D), of any float dtype, computed in float32."""
-        tile = self.tokens
-        if out.device.type == "cpu":  # temporaries that stay in the processor's cache
-            tile = max(1, TILE // (out[:, :, :BLOCK].numel() or 1)) * BLOCK
-        for start in range(0, self.tokens, tile):
-            self._dequantize_tile(start, min(start + tile, self.tokens), out)
+        for start, part in self.tiles():
+            part._dequantize(out[:, :, start : start + part.tokens])
         return out
 
-    def _dequantize_tile(self, start: int, stop: int, out: Tensor) -> None:
-        codes, scale, *offset = (_rows(x, start, stop, self.tokens) for x in self.tensors)
+    def _dequantize(self, out: Tensor) -> None:
+        codes, scale = self.codes, self.scale.float()
         if self.format.is_float:
-            codes, scale = _e4m3_to_float(codes), scale.float() * 256
+            codes, scale = e4m3_to_float(codes), scale * 256
         else:
-            codes, scale = unpack_bytes(codes, self.format.bits).float(), scale.float()
-        group = codes.shape[3] // scale.shape[3]
-        codes, axis = _split(codes, self.per, group)
-        out, _ = _split(out[:, :, start:stop], self.per, group)
-        codes.mul_(scale.unsqueeze(axis))
-        if offset:
-            torch.add(codes, offset[0].float().unsqueeze(axis), out=out)
+            codes = unpack_bytes(codes, self.format.bits).float()
+        codes, axis = _split(codes, self.per, self.group)
+        out, _ = _split(out, self.per, self.group)
+        if self.offset is None:
+            out.copy_(codes.mul_(scale.unsqueeze(axis)))
+        elif self.per == "channel" and out.dtype == torch.float32:  # neighbours have scales of their own: one pass
+            torch.addcmul(self.offset.float().unsqueeze(axis), codes, scale.unsqueeze(axis), out=out)
         else:
-            out.copy_(codes)
+            torch.add(codes.mul_(scale.unsqueeze(axis)), self.offset.float().unsqueeze(axis), out=out)
+
+    @property
+    def group(self) -> int:
+        """Channels of a token that share a scale; per channel it is 1."""
+        return self.codes.shape[3] * (1 if self.format.is_float else 8 // self.format.bits) // self.scale.shape[3]
+
+    def tiles(self) -> Iterator[tuple[int, QuantizedStates]]:
+        """The tokens in parts, each with the number of its first token. On a CPU what is computed from a part stays in
+        the processor's cache, and never more than a part is dequantized; elsewhere all is one part."""
+        tokens = self.tokens
+        if self.codes.device.type == "cpu":
+            row = self.codes[:, :, 0].numel() * 8 // self.format.bits
+            tokens = max(1, TILE // max(1, row * BLOCK)) * BLOCK
+        for start in range(0, self.tokens, tokens):
+            yield start, self.part(start, min(start + tokens, self.tokens))
+
+    def part(self, start: int, stop: int) -> QuantizedStates:
+        """A view of the tokens from ``start`` to ``stop``, both multiples of 64."""
+        return self.map(lambda x: _rows(x, start, stop, self.tokens))
 
     def append(self, other: QuantizedStates) -> QuantizedStates:
         """These tokens, then the other's."""
@@ -137,7 +153,7 @@ class QuantizedStates:
     def narrow(self, start: int, stop: int) -> QuantizedStates:
         """The tokens from ``start`` to ``stop``, both multiples of 64, in storage of their own."""
 
-        return self.map(lambda x: _rows(x, start, stop, self.tokens).clone())
+        return self.part(start, stop).map(torch.clone)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> QuantizedStates:
         """``change`` done to every tensor."""
@@ -168,7 +184,7 @@ def _upward(x: Tensor) -> Tensor:
     return (x * (1 + 2**-10)).clamp(min=torch.finfo(torch.float16).smallest_normal).half()
 
 
-def _e4m3_to_float(codes: Tensor) -> Tensor:
+def e4m3_to_float(codes: Tensor) -> Tensor:
     """What finite E4M3 codes stand for, divided by 256, as float32.
 
     E4M3 and float16 differ in the bias of the exponent (7 and 15) and the length of the mantissa, so the bits only need

@@ -263,6 +263,28 @@ def bytes_held(model: nn.Module) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors_held(model).values())
 
 
+def bytes_of(model: nn.Module) -> int:
+    """Like `bytes_held`, but meta tensors count as what they would hold: of a model that lies elsewhere or nowhere."""
+    ties, storages = meta_ties(model), {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        storage = tensor.untyped_storage()
+        storages[ties.get(storage._cdata, storage._cdata)] = storage.nbytes()
+    return sum(storages.values())
+
+
+def meta_ties(model: nn.Module) -> dict[int, int]:
+    """Meta tensors that are another one by a second name -> that other one, by the identity of their storage:
+    accelerate gives each name a meta tensor of its own."""
+    pairs = getattr(model, "all_tied_weights_keys", None)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    found = {}
+    for second, first in (pairs if isinstance(pairs, dict) else {}).items():
+        one, other = named.get(second), named.get(first)
+        if one is not None and other is not None and one.is_meta and other.is_meta:
+            found[one.untyped_storage()._cdata] = other.untyped_storage()._cdata
+    return found
+
+
 def human(count: float) -> str:
     """A number of bytes in decimal units, as disk and model sizes are given: 1 GB = 10^9 bytes."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canopyq.batches import Batch
@@ -27,7 +26,7 @@ def output_errors(
     def watch(target: Target):
         def hook(module: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> None:
             x, y = (part.reshape(-1, part.shape[-1])[real.to(part.device)] for part in (given[0], y))
-            change = F.linear(x, target.weight, module.bias) - layers[target.name](x)
+            change = y - layers[target.name](x)
             noise[target.name] = noise.get(target.name, 0.0) + float(change.double().square().sum())
             signal[target.name] = signal.get(target.name, 0.0) + float(y.double().square().sum())
 

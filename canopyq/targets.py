@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -10,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from canopyq.errors import CanopyError
 from canopyq.experts import expert_weights, is_experts
 from canopyq.linear import QuantizedLinear
+from canopyq.offload import is_away, values
 from canopyq.scheme import Recipe, Scheme
 
 
@@ -31,6 +33,19 @@ class Target:
     kind: str
     weight: Tensor
     scheme: Scheme
+
+    def read(self) -> Tensor:
+        """The weight with its values, wherever accelerate keeps them.
+
+        Raises:
+            CanopyError: if they cannot be read.
+        """
+        if not self.weight.is_meta or not is_away(self.module):
+            return self.weight
+        held = values(self.module)
+        if self.kind == "expert":
+            return expert_weights(SimpleNamespace(**held))[".".join(self.name.split(".")[-2:])]
+        return held["weight"].t() if self.kind == "conv1d" else held["weight"]
 
 
 def find_targets(model: nn.Module, recipe: Recipe) -> tuple[list[Target], dict[str, str]]:

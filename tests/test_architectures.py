@@ -215,7 +215,7 @@ def test_activations_are_quantized_per_token(recipe: str) -> None:
     scheme = Recipe.parse(recipe)
     expected = cq.quantize(x, scheme.activations).dequantize() @ cq.quantize(weight, scheme.weights).dequantize().t()
     got = model.model.layers[0].mlp.gate_proj(x)
-    assert float((got - expected).norm() / expected.norm()) < 1e-5
+    assert float((got - expected).norm() / expected.norm()) < 4e-3  # few tokens: a kernel may round outputs to bfloat16
 
 
 class Plain(nn.Linear):

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import canopyq as cq
 from canopyq import fused_attention
 from canopyq.kv_codes import QuantizedStates, get_cache_format
+from canopyq.ops import cpu_attention
 from canopyq.ops.cuda import attention
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU that torch can use")
@@ -52,6 +53,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(query.shape[2])
         return attend_in_words(query, *rest)
 
+    monkeypatch.setattr(cpu_attention, "refuse", lambda *_: "it is not asked")
+    monkeypatch.setattr(fused_attention, "refuse", lambda *_: None)
     monkeypatch.setattr(attention, "refuse", lambda *_: None)
     monkeypatch.setattr(attention, "attend", stand_in)
     return found
@@ -86,6 +89,28 @@ def test_codes_and_dequantized_values_give_the_same(format: str, padding: int, c
     assert torch.equal(logits(model, ids, cq.QuantizedCache(model.config, format), given), plain)
 
 
+@pytest.mark.parametrize("format", ["kv8", "kv4", "kv2", "kv-fp8"])
+@pytest.mark.parametrize("mask", ["none", "padding", "holes"])
+def test_codes_are_read_on_a_cpu(format: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, given = tiny(), torch.randint(97, (2, 206)), None
+    if mask != "none":
+        given = torch.ones(2, 206, dtype=torch.long)
+        given[1, slice(0, 70) if mask == "padding" else slice(30, 40)] = 0
+    plain = logits(model, ids, cq.QuantizedCache(model.config, format), given)
+    cq.fuse_attention(model)
+    monkeypatch.setattr(QuantizedStates, "dequantize", None)
+    fused = logits(model, ids, cq.QuantizedCache(model.config, format), given)
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_keys_per_token_and_long_passes_are_dequantized_on_a_cpu() -> None:
+    model, ids = tiny(), torch.randint(97, (1, 206))
+    plain = logits(model, ids, cq.QuantizedCache(model.config, "kv4", keys="token"))
+    cq.fuse_attention(model)
+    fused = logits(model, ids, cq.QuantizedCache(model.config, "kv4", keys="token"))
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+
+
 def test_other_masks_and_caches_are_dequantized(calls: list[int]) -> None:
     model = cq.fuse_attention(tiny())
     ids, holes = torch.randint(97, (1, 206)), torch.ones(1, 206, dtype=torch.long)
@@ -105,9 +130,12 @@ def test_generate_says_the_same(calls: list[int]) -> None:
     assert torch.equal(plain, fused) and calls
 
 
-@pytest.mark.parametrize(("change", "words"), [({"attn_logit_softcapping": 30.0}, "capped"), ({}, "lies on cpu")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"attn_logit_softcapping": 30.0}, "capped"), ({"dtype": torch.bfloat16}, "computes in float32")],
+)
 def test_a_refusal_leaves_the_model_as_it_was(change: dict, words: str) -> None:
-    model = tiny(**change)
+    model = tiny(**change) if "dtype" not in change else tiny().to(change["dtype"])
     before = model.config._attn_implementation
     with pytest.raises(cq.CanopyError, match=words):
         cq.fuse_attention(model)

@@ -120,6 +120,7 @@ def clean(nb: NotebookNode) -> list[str]:
             cell.metadata.pop(key, None)
         if cell.cell_type != "code":
             continue
+        cell.outputs = joined(cell.outputs)
         for output in cell.outputs:
             if output.output_type == "stream" and output.name == "stderr":
                 notes += [f"cell {index} said on stderr: {line}" for line in plain_lines(output.text)][:3]
@@ -137,6 +138,18 @@ def clean(nb: NotebookNode) -> list[str]:
             o for o in cell.outputs if not (o.output_type == "stream" and (o.name == "stderr" or not o.text))
         ]
     return notes
+
+
+def joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Pieces of one stream put together again: a kernel sends what was printed whenever it likes."""
+    result: list[NotebookNode] = []
+    for output in outputs:
+        last = result[-1] if result else None
+        if output.output_type == "stream" and last is not None and last.get("name") == output.name:
+            last.text += output.text
+        else:
+            result.append(output)
+    return result
 
 
 def plain_lines(stderr: str) -> list[str]:

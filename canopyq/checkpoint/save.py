@@ -30,6 +30,7 @@ from canopyq.hadamard import online_hadamard
 from canopyq.linear import QuantizedLinear, quantized_layers
 from canopyq.memory import human
 from canopyq.mode import eval_mode
+from canopyq.offload import is_away, lies
 from canopyq.scheme import Recipe, Scheme
 
 NOTE = "canopyq.json"  # what canopyq itself says of a checkpoint
@@ -139,6 +140,11 @@ def _groups(model: nn.Module) -> tuple[list[Group], list[str]]:
     kinds: dict[tuple, tuple[QuantizedLinear, list[str]]] = {}
     ignore = []
     for name, module in model.named_modules(remove_duplicate=False):
+        if is_away(module):
+            raise CanopyError(
+                f"{name} lies {lies(module)}, and save needs the whole model at hand; load it without offloading, or "
+                "quantize from disk to disk: canopyq quantize FOLDER --out DIR"
+            )
         if isinstance(module, (QuantizedEmbedding, QuantizedExperts)):
             raise CanopyError(
                 f"{name}: quantized embeddings and experts are not written yet; leave them out of the recipe"

@@ -20,15 +20,19 @@ from .explore_answers import AnswersView
 from .explore_bits import BitsView
 from .explore_choose import TREE, ChooseView
 from .explore_clip import ClipView
+from .explore_context import ContextView
 from .explore_float import FloatView
 from .explore_groups import GroupsView
 from .explore_outlier import OutlierView
 from .explore_speed import SpeedView
+from .explore_turns import Grown, TurnsView
+from .explore_words import WordsView
 from .look import card, heading, section, table
 from .shown import Shown
 from .text import inline
 
-__all__ = ["Explorer", "answers", "bits", "choose", "clip", "float_bits", "groups", "outlier", "speed"]
+__all__ = ["Explorer", "answers", "bits", "choose", "clip", "context", "float_bits", "groups", "outlier", "speed",
+           "turns", "words"]  # fmt: skip
 
 
 class Explorer(Shown):
@@ -128,6 +132,18 @@ def outlier(x: torch.Tensor, title: str = "One value grows, the others pay") -> 
     return Explorer("outlier", title, view.controls(), view.draw, view.rows)
 
 
+def context(title: str = "When does the cache outgrow the weights?") -> Explorer:
+    """The length and number of chats, from 1k to 1M tokens: bytes of weights and cache in several precisions."""
+    view = ContextView()
+    return Explorer("context", title, view.controls(), view.draw, view.rows)
+
+
+def turns(caches: Mapping[str, Grown], weights: int, title: str = "A chat, turn by turn") -> Explorer:
+    """One chat turn by turn: the cache grows and the weights do not. ``caches`` holds (tokens, bytes) of each turn."""
+    view = TurnsView(caches, weights)
+    return Explorer("turns", title, view.controls(), view.draw, view.rows)
+
+
 def choose(measurements: Sequence | None = None, title: str = "From needs to a recipe") -> Explorer:
     """The decision tree with its bytes, and the advisor's recommendation at the end of it."""
     view = ChooseView(measurements)
@@ -138,3 +154,9 @@ def speed(title: str = "What sets the time of a layer?") -> Explorer:
     """Tokens from 1 to 4096 and the weights' format: the time of the bytes, that of the arithmetic, the longer one."""
     view = SpeedView()
     return Explorer("speed", title, view.controls(), view.draw, view.rows)
+
+
+def words(x: torch.Tensor, title: str = "What is in a word?") -> Explorer:
+    """The first row of a matrix, packed: which bits belong to which weight, in the word and in the file."""
+    view = WordsView(x)
+    return Explorer("words", title, view.controls(), view.draw, view.rows)

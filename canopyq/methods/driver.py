@@ -117,15 +117,16 @@ class _Work:
         hessian = None if inputs is None else inputs.hessian
         notes = self.notes.setdefault(target.name, [])
         try:
-            weight, said = _round(target.weight, hessian, target.scheme, self.method.rounding)
+            before = target.read()
+            weight, said = _round(before, hessian, target.scheme, self.method.rounding)
         except CanopyError as error:
             raise CanopyError(f"{target.name}: {error}") from None
         if hessian is None and self.method.needs_data:
             said = [*said, "no data reached it: rounded to nearest"]
         if hessian is not None and inputs.tokens < len(hessian):
             said = [*said, f"only {inputs.tokens} tokens for {len(hessian)} inputs: give more data"]
-        error = None if hessian is None else _output_error(target.weight, weight, hessian)
-        self.done[target.name] = Rounded(weight, sqnr_db(target.weight, weight), error, (*notes, *said))
+        error = None if hessian is None else _output_error(before, weight, hessian)
+        self.done[target.name] = Rounded(weight, sqnr_db(before, weight), error, (*notes, *said))
         if write:
             self.undo.change(target.weight, weight.dequantize(target.weight.dtype))
 

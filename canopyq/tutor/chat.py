@@ -52,9 +52,11 @@ def ask(
     """The model's answer, each token the most likely one. A ``Question`` brings its own history."""
     import torch
 
+    from canopyq.offload import input_device
+
     if not isinstance(question, str):
         history, question = [*history, *question.turns[:-1]], question.prompt
-    ids = torch.tensor([prompt_ids(tokenizer, history, question)], device=model.device)
+    ids = torch.tensor([prompt_ids(tokenizer, history, question)], device=input_device(model))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.inference_mode():
         output = model.generate(

@@ -14,6 +14,7 @@ from canopyq.lessons.explore_clip import ClipView
 from canopyq.lessons.explore_float import FORMATS, split_bits, stored
 from canopyq.lessons.explore_groups import GroupsView
 from canopyq.lessons.explore_outlier import OutlierView
+from canopyq.lessons.explore_words import WordsView
 from canopyq.tensor import quantize
 from canopyq.tutor.questions import Question
 
@@ -39,6 +40,11 @@ EXPLORERS = {
     "outlier": lambda: explore.outlier(X),
     "choose": lambda: explore.choose(),
     "groups": lambda: explore.groups(X.reshape(15, 100)),
+    "context": lambda: explore.context(),
+    "turns": lambda: explore.turns(
+        {"full": [(9, 90), (20, 200), (31, 310)], "kv4": [(9, 90), (20, 80), (31, 95)]}, 200
+    ),
+    "words": lambda: explore.words(X.reshape(15, 100)),
 }
 MOVES = {
     "answers": ("bits", 2),
@@ -48,6 +54,9 @@ MOVES = {
     "outlier": ("outlier", 200.0),
     "choose": ("memory", 20.0),
     "groups": ("scale", "g32"),
+    "context": ("context", "256k"),
+    "turns": ("turn", 3),
+    "words": ("word", 3),
 }
 
 
@@ -185,6 +194,44 @@ def test_a_tensor_of_zeros() -> None:
                      explore.outlier(zeros)):  # fmt: skip
         explorer.widget()
         explorer.static_html()
+
+
+def test_context_shows_the_bytes_of_the_arithmetic() -> None:
+    explorer = explore.context()
+    explorer.widget()
+    explorer.controls["model"].value = "llama-2-7b"
+    assert "17.2 GB in BF16" in explorer.line.value  # 524,288 bytes a token, 32,768 tokens
+    explorer.controls["chats"].value = 16
+    assert "16 chats of 32,768 tokens" in explorer.line.value and "275 GB in BF16" in explorer.line.value
+
+
+def test_turns_show_what_was_measured() -> None:
+    explorer = EXPLORERS["turns"]()
+    explorer.widget()
+    explorer.controls["turn"].value, explorer.controls["cache"].value = 3, "kv4"
+    assert "31 tokens" in explorer.line.value and "95 B, 48 % of the weights" in explorer.line.value
+    assert "full" in explorer.static_html() and "310 B" in explorer.static_html()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("columns", [1, 7, 40, 100])
+def test_words_come_apart_as_they_were_packed(bits: int, columns: int) -> None:
+    x = X[: 3 * columns].reshape(3, columns)
+    view = WordsView(x)
+    codes = quantize(x, f"int{bits}", "channel").codes[0]
+    many = 32 // bits
+    for place in range(view.last + 1):
+        word = view.word(place, bits)
+        assert word.codes == codes[place * many : (place + 1) * many].tolist()
+        unpacked = [(word.number >> (bits * i)) % 2**bits - 2 ** (bits - 1) for i in range(len(word.codes))]
+        assert unpacked == word.codes and int.from_bytes(word.bytes, "little") == word.number
+        view.draw(plt.figure(), place, bits)
+        plt.close("all")
+
+
+def test_words_say_the_worked_value() -> None:
+    word = WordsView(torch.tensor([[-8.0, -7, -1, 0, 1, 2, 6, 7]]) * 15 / 16).word(0, 4)
+    assert word.number == 0xFEA98710 and word.bytes.hex() == "1087a9fe"
 
 
 def test_every_control_of_the_tree_changes_what_it_says() -> None:

@@ -1,6 +1,7 @@
 """What nbval needs to judge the course, loaded by ``-p tests.notebooks.nbval_plugin``.
 
 * stderr is not compared: progress bars never come out twice alike, and `tools/notebooks.py` does not store them.
+* A bar in stdout, which appears after two seconds and is wiped out at the end, is not compared either.
 * Cells run as in JupyterLab, with history: nbval's own way shows what a ``;`` at the end of a line should keep quiet.
 * After a timeout nbval marks the rest of the notebook as expected to fail. Here nothing is: a failure is a failure.
 * Every notebook starts with no progress and none of the learner's settings.
@@ -14,6 +15,7 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+import nbval.plugin
 import pytest
 from nbval.kernel import RunningKernel
 
@@ -29,9 +31,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.option.runxfail = True
     RunningKernel.execute_cell_input = execute_with_history
+    nbval.plugin.coalesce_streams = without_blank_streams
     config.pluginmanager.register(FreshStart(), "canopyq-fresh-start")
     if not hasattr(config, "workerinput"):  # with -n, only the process that sees every notebook keeps the time
         config.pluginmanager.register(Stopwatch(config), "canopyq-stopwatch")
+
+
+def without_blank_streams(outputs: list, join=nbval.plugin.coalesce_streams) -> list:
+    """What nbval compares, less the streams of which nothing is left to see."""
+    return [output for output in join(outputs) if output.output_type != "stream" or output.text.strip()]
 
 
 def execute_with_history(kernel: RunningKernel, source: str, allow_stdin: bool | None = None) -> str:

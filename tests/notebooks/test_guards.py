@@ -244,6 +244,25 @@ def test_execute_stores_what_git_should_hold(tmp_path: Path, learner: Path, caps
     assert learner.read_text(encoding="utf-8") == "{}"
 
 
+def test_a_bar_that_came_in_pieces_is_wiped_out() -> None:
+    def said(*pieces: str) -> list[str]:
+        cell = new_code_cell("x", outputs=[new_output("stream", name="stdout", text=text) for text in pieces])
+        notebooks.clean(new_notebook(cells=[cell]))
+        return [output.text for output in cell.outputs]
+
+    assert said("\rhalf: 50%|#", "####     | 1/2", "\r           ", "\r") == []
+    assert said("one\n", "\rhalf: 50%|", "\r     \r", "two\n") == ["one\ntwo\n"]
+
+
+def test_nbval_compares_no_bar() -> None:
+    from tests.notebooks.nbval_plugin import without_blank_streams
+
+    bar = [new_output("stream", name="stdout", text=text) for text in ("\rhalf: 50%|#", "\r        \r")]
+    value = new_output("display_data", data={"text/plain": "3"})
+    assert without_blank_streams([*bar, value]) == [value] and without_blank_streams([]) == []
+    assert without_blank_streams([*bar, new_output("stream", name="stdout", text="done\n")])[0].text == "done\n"
+
+
 @pytest.mark.slow
 def test_execute_leaves_a_failing_notebook_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nb = good()

@@ -45,8 +45,7 @@ Write `smooth_scales(x, w, alpha)`: SmoothQuant's scale for each input feature o
 
 - `x` are inputs, (tokens, features), and `w` is the weight, (outputs, features).
 - A feature's scale is the largest magnitude that its inputs have, to the power of `alpha`, divided by the largest
-  magnitude
-  of its weights, to the power of `1 - alpha`.
+  magnitude of its weights, to the power of `1 - alpha`.
 - Return shape (features,). Inputs will be *divided* by it and the columns of `w` multiplied.
 """,
     function="smooth_scales",

@@ -1,0 +1,117 @@
+"""Attention that reads the codes of a KV cache, in PyTorch, with as few passes over them as there can be.
+
+What scales and offsets do is done to something smaller where that is possible. A block's key offsets meet the query
+once for all its tokens, q · (s ∘ u + o) = q · (s ∘ u) + q · o, and a value token's scale and offset go to its
+probability: Σ p (s u + o) = Σ (p s) u + Σ p o.
+
+Codes of 4 and 2 bits are taken apart field by field: first the codes in the lowest bits of all bytes, then the next.
+That is another order of channels, and the query is brought into the same order, which is far less to move.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from canopyq.kv_codes import BLOCK, QuantizedStates, e4m3_to_float
+
+
+def refuse(query_dtype: torch.dtype, keys: str, device: torch.device) -> str | None:
+    """Why these operations are not the way to read a cache, or None if they are."""
+    if device.type != "cpu":
+        return f"it is for the CPU; these keys lie on {device}"
+    if query_dtype != torch.float32:
+        return f"it computes in float32; these queries are {query_dtype}"
+    if keys != "channel":
+        return f"it reads keys with a scale per channel of a block; these have one per {keys}"
+    return None
+
+
+def attend(
+    query: Tensor,
+    keys: QuantizedStates,
+    values: QuantizedStates,
+    recent_keys: Tensor,
+    recent_values: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """softmax(q · Kᵀ · scaling) · V, where the queries belong to the newest n tokens.
+
+    Args:
+        query: (B, heads, n, D) float32.
+        keys, values: T tokens as codes, the keys with scales per channel.
+        recent_keys, recent_values: (B, kv_heads, R, D): the tokens after those, the newest n included.
+        mask: bool (B or 1, 1, n, T + R), what each query sees; None for all that is not after it.
+
+    Returns:
+        (B, n, heads, D), as transformers' attention functions return it.
+    """
+    batch, heads, n, dim = query.shape
+    q = (query * scaling).reshape(batch, recent_keys.shape[1], -1, dim)  # those that share a key head together
+    scores = torch.cat([*(_scores(q, part) for _, part in keys.tiles()), q @ recent_keys.transpose(2, 3)], 3)
+    if mask is None and n > 1:
+        place = torch.arange(scores.shape[3])
+        mask = place <= (scores.shape[3] - n + torch.arange(n))[:, None]
+    if mask is not None:
+        scores = scores.reshape(batch, heads, n, -1).masked_fill(~mask, float("-inf")).reshape(scores.shape)
+    p = scores.softmax(-1)
+    out = p[..., keys.tokens :] @ recent_values
+    for start, part in values.tiles():
+        out += _weighted(p[..., start : start + part.tokens], part)
+    return out.reshape(batch, heads, n, dim).transpose(1, 2)
+
+
+def _scores(q: Tensor, keys: QuantizedStates) -> Tensor:
+    """q · x̂ᵀ: (B, H, m, D) -> (B, H, m, T)."""
+    codes, factor = _codes(keys)
+    scale = _by_field(keys.scale.float() * factor, keys)
+    codes = codes.unflatten(2, (-1, BLOCK)).mul_(scale.unsqueeze(3)).flatten(2, 3)
+    scores = _by_field(q, keys) @ codes.transpose(2, 3)
+    if keys.offset is not None:
+        scores.unflatten(3, (-1, BLOCK)).add_((q @ keys.offset.float().transpose(2, 3)).unsqueeze(4))
+    return scores
+
+
+def _weighted(p: Tensor, values: QuantizedStates) -> Tensor:
+    """p · x̂: (B, H, m, T) -> (B, H, m, D)."""
+    codes, factor = _codes(values)
+    scale, groups = values.scale.float() * factor, values.scale.shape[3]
+    if groups == 1:
+        out = (p * scale.transpose(2, 3)) @ codes
+    else:
+        fields = codes.shape[3] // values.codes.shape[3]
+        codes.unflatten(3, (fields, groups, -1)).mul_(scale[:, :, :, None, :, None])
+        out = p @ codes
+    out = _by_channel(out, values)
+    if values.offset is not None:
+        out = (out.unflatten(3, (groups, -1)) + (p @ values.offset.float()).unsqueeze(4)).flatten(3)
+    return out
+
+
+def _codes(states: QuantizedStates) -> tuple[Tensor, int]:
+    """Codes as float32 (B, H, T, D), field by field, and what to multiply them by."""
+    codes, bits = states.codes, states.format.bits
+    if states.format.is_float:
+        return e4m3_to_float(codes), 256
+    if bits == 8:
+        return codes.float(), 1
+    last = 8 - bits
+    fields = [
+        codes & (2**bits - 1),
+        *((codes >> shift) & (2**bits - 1) for shift in range(bits, last, bits)),
+        codes >> last,
+    ]
+    return torch.cat(fields, 3).float(), 1
+
+
+def _by_field(x: Tensor, states: QuantizedStates) -> Tensor:
+    """Channels (…, D) in the order of `_codes`."""
+    fields = x.shape[-1] // states.codes.shape[3]
+    return x if fields == 1 else x.unflatten(-1, (-1, fields)).transpose(-1, -2).flatten(-2)
+
+
+def _by_channel(x: Tensor, states: QuantizedStates) -> Tensor:
+    """The inverse of `_by_field`."""
+    fields = x.shape[-1] // states.codes.shape[3]
+    return x if fields == 1 else x.unflatten(-1, (fields, -1)).transpose(-1, -2).flatten(-2)
