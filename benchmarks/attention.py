@@ -1,7 +1,7 @@
 """One decode step's attention on a quantized KV cache, beside its peers: microseconds, error, share of the floor.
 
-    python benchmarks/attention.py            # measure; needs an NVIDIA GPU
-    python benchmarks/attention.py --plot     # draw what was measured last
+    python -m benchmarks.attention            # measure; needs an NVIDIA GPU
+    python -m benchmarks.attention --plot     # draw what was measured last
 
 Writes benchmarks/results/attention.json and attention.png. 32 query heads share 8 key heads of 128 channels; a batch of
 sequences, one new token each. Every result is first compared with float64 attention on the original keys and values.
@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from gpu import graph_microseconds, rotations
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from canopyq.kv_codes import QuantizedStates, get_cache_format
 from canopyq.machine import describe
 from canopyq.ops.cuda import attention
+from canopyq.timing import microseconds, rotations
 
 HEADS, KV_HEADS, D, RECENT = 32, 8, 128, 64
 CASES = [(1, 4096), (1, 32768), (16, 4096), (16, 32768)]
@@ -147,7 +147,7 @@ def measure(batch: int, tokens: int) -> Iterator[dict]:
             continue
         assert bool(out.isfinite().all()) and (name not in FORMATS or torch.equal(out, again)), name
         calls = [run] + [make()[0] for _ in range(rotations(read) - 1)]
-        us = graph_microseconds(calls)
+        us = microseconds(calls)
         floor = read / READ_BYTES_PER_US
         yield row | {"us": round(us, 2), "floor_us": round(floor, 2), "percent_of_floor": round(100 * floor / us, 1),
                      "relative_error": float(f"{error:.2g}")}  # fmt: skip

@@ -1,18 +1,16 @@
 """INT8 by INT8 and FP8 by FP8 linear layers on a GPU, activation quantization included, beside the public kernels.
 
-    python benchmarks/linear_w8a8.py            # measure; needs an NVIDIA GPU
-    python benchmarks/linear_w8a8.py --plot     # draw what was measured last
+    python -m benchmarks.linear_w8a8            # measure; needs an NVIDIA GPU
+    python -m benchmarks.linear_w8a8 --plot     # draw what was measured last
 
 Writes benchmarks/results/linear_w8a8.json and linear_w8a8.png. Every result is first compared with float64. Peers:
 cuBLAS in bfloat16, PyTorch's `_scaled_mm` after our quantization, and vLLM's CUTLASS kernels after vLLM's own, if vLLM
-is installed.
+is installed, or its libraries lie in a folder that CANOPYQ_VLLM names.
 The floor is the larger of two times: to read the weight at 4.57 TB/s, and to do the operations at 1.43 P/s.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -21,15 +19,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from gpu import graph_microseconds, rotations
 from torch import Tensor
 
+from benchmarks.peers import load_vllm
 from canopyq.linear import QuantizedLinear
 from canopyq.machine import describe
 from canopyq.ops import select
 from canopyq.ops.cuda import eight_bits
 from canopyq.scheme import Recipe
 from canopyq.tensor import quantize
+from canopyq.timing import microseconds, rotations
 
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (14336, 4096), (4096, 28672), (8192, 8192),
           (8192, 28672)]  # fmt: skip
@@ -89,12 +88,10 @@ def vllm(format: str) -> Make:
 
 def makers() -> dict[str, Make]:
     found = {"bf16 (cuBLAS)": cublas, "w8a8": ours("w8a8"), "fp8": ours("fp8"), "fp8 (_scaled_mm)": scaled_mm}
-    with contextlib.suppress(ImportError):
-        importlib.import_module("vllm._C")
-    if hasattr(torch.ops._C, "cutlass_scaled_mm"):
-        found |= {"int8 (vLLM CUTLASS)": vllm("int8"), "fp8 (vLLM CUTLASS)": vllm("fp8")}
+    if reason := load_vllm():
+        print(f"not compared with vLLM's CUTLASS kernels: {reason}")
     else:
-        print("vLLM is absent: install it to compare with its CUTLASS kernels")
+        found |= {"int8 (vLLM CUTLASS)": vllm("int8"), "fp8 (vLLM CUTLASS)": vllm("fp8")}
     return found
 
 
@@ -116,7 +113,7 @@ def measure(k: int, n: int, rows: tuple[int, ...]) -> Iterator[dict]:
             exact = x[:64].double() @ exact_weight.t()
             error = float((y[:64].double() - exact).norm() / exact.norm())
             assert error < (0.06 if "fp8" in name else 0.02), (name, m, error)
-            us = graph_microseconds([lambda layer=layer, x=x: layer(x) for layer in layers])
+            us = microseconds([lambda layer=layer, x=x: layer(x) for layer in layers])
             floor = max((read + 2 * m * (n + k)) / READ_BYTES_PER_US, 2 * m * n * k / OPERATIONS_PER_US)
             row |= {"us": round(us, 2), "floor_us": round(floor, 2), "percent_of_floor": round(100 * floor / us, 1),
                     "relative_error": float(f"{error:.2g}")}  # fmt: skip

@@ -68,14 +68,16 @@ def attend_cached(
     if isinstance(key, CachedStates):
         keys, values = key.quantized_keys, key.quantized_values
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        if dropout == 0.0 and cpu_attention.refuse(query.dtype, keys.per, query.device) is None:
+        growing = key.before is None  # the processor's kernel reads what a cache holds, not a buffer of fixed size
+        if growing and dropout == 0.0 and cpu_attention.refuse(query.dtype, keys.per, query.device) is None:
             if attention_mask is None or attention_mask.dtype == torch.bool:
                 return cpu_attention.attend(query, keys, values, key.keys, key.values, scale, attention_mask), None
         starts, simple = _starts(attention_mask, key)
         if simple and dropout == 0.0 and _readable(query, key):
             parts = (keys.codes, keys.scale, keys.offset, values.codes, values.scale, values.offset)
             recent = (key.keys.contiguous(), key.values.contiguous())
-            return attention.attend(query, *parts, *recent, keys.format.name, scale, starts), None
+            last = (keys.format.name, scale, starts, key.before, key.window)
+            return attention.attend(query, *parts, *recent, *last), None
         key, value = key.joined()
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
@@ -101,4 +103,4 @@ def _starts(mask: Tensor | None, held: CachedStates) -> tuple[Tensor | None, boo
         simple = bool((mask == (causal & (place >= starts[:, None, None, None]))).all())
         mask._canopyq_starts = starts.to(torch.int32), simple
     starts, simple = mask._canopyq_starts
-    return starts, simple and mask.shape[3] == held.quantized_keys.tokens + held.keys.shape[2]
+    return starts, simple and mask.shape[3] == held.tokens

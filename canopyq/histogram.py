@@ -27,11 +27,17 @@ class Histogram:
         """Count finite float values, any shape."""
         if not values.numel():
             return
-        largest = float(torch.linalg.vector_norm(values, ord=float("inf"), dtype=torch.float32))
-        self._grow(max(largest, SMALLEST))
+        least, most = (float(end) for end in torch.aminmax(values))
+        self._grow(max(-least, most, SMALLEST))
         for chunk in values.flatten().split(CHUNK):
             index = (chunk.float() * (BINS / 2 / self.reach)).floor_().int().add_(BINS // 2)
             self.counts += torch.bincount(index, minlength=BINS)
+
+    def merge(self, other: Histogram) -> None:
+        """Count what another one counted."""
+        if other.reach:
+            self._grow(other.reach / 2)
+            self.counts += other._regrouped(self.reach)
 
     def values(self) -> Tensor:
         """The middle of every bin, float32 (BINS,)."""
@@ -39,11 +45,15 @@ class Histogram:
         return (index + 0.5 - BINS / 2) * (self.reach / (BINS / 2))
 
     def _grow(self, largest: float) -> None:
+        """Reach beyond ``largest``."""
         reach = 2.0 ** torch.frexp(torch.tensor(largest, dtype=torch.float64)).exponent.item()
-        if reach <= self.reach:
-            return
-        if self.reach:
-            factor = min(round(reach / self.reach), 2 * BINS)  # by then all are in the two bins beside zero
-            index = (torch.arange(BINS, device=self.counts.device) + (factor - 1) * BINS // 2) // factor
-            self.counts = torch.zeros_like(self.counts).index_add_(0, index, self.counts)
-        self.reach = reach
+        if reach > self.reach:
+            self.counts, self.reach = self._regrouped(reach), reach
+
+    def _regrouped(self, reach: float) -> Tensor:
+        """The counts that a reach which is no smaller gives."""
+        if reach == self.reach or not self.reach:
+            return self.counts
+        factor = min(round(reach / self.reach), 2 * BINS)  # by then all are in the two bins beside zero
+        index = (torch.arange(BINS, device=self.counts.device) + (factor - 1) * BINS // 2) // factor
+        return torch.zeros_like(self.counts).index_add_(0, index, self.counts)

@@ -54,10 +54,10 @@ class InputStatistics:
         if self.hessian is not None:
             self.hessian.lerp_(seen.second_moment(), share)
         self.ranges = torch.cat([self.ranges, seen.ranges])
-        self.histogram.add(seen.rows)
         if examples:
             picked = torch.linspace(0, seen.tokens - 1, min(examples, seen.tokens)).long()
             self.examples = torch.cat([self.examples, seen.rows[picked.to(seen.rows.device)]])
+        self.histogram.merge(seen.histogram)
         self.tokens += seen.tokens
 
     def divided(self, scales: Tensor) -> InputStatistics:
@@ -100,7 +100,7 @@ class Seen:
         self.rows, self.tokens = rows, len(rows)
         if not self.tokens:
             return
-        self.lo, self.hi = torch.aminmax(rows, dim=0)
+        self.lo, self.hi = rows.amin(dim=0), rows.amax(dim=0)  # aminmax is several times slower
         if not bool((self.lo.isfinite() & self.hi.isfinite()).all()):
             nans = int(rows.isnan().sum())
             infinite = int(rows.isinf().sum())
@@ -109,11 +109,13 @@ class Seen:
                 "for the layer before it that makes them, or use float32"
             )
         self.mean_abs = rows.abs().mean(dim=0)
-        least, most = torch.aminmax(rows, dim=1)
+        least, most = rows.amin(dim=1), rows.amax(dim=1)
         infinite = torch.full((samples,), torch.inf, device=rows.device)
         low = infinite.scatter_reduce(0, sample, least, "amin")
         high = (-infinite).scatter_reduce(0, sample, most, "amax")
         self.ranges = torch.stack([low, high], dim=1)[low <= high].cpu()
+        self.histogram = Histogram(rows.device)
+        self.histogram.add(rows)
         self._second_moment: Tensor | None = None
 
     def second_moment(self) -> Tensor:

@@ -29,12 +29,22 @@ FEW = 16  # new tokens of a pass, up to which it does
 
 @dataclass(frozen=True, eq=False)
 class CachedStates:
-    """A layer's tokens as the cache holds them: what attention on codes gets in the place of keys and of values."""
+    """A layer's tokens as the cache holds them: what attention on codes gets in the place of keys and of values.
+
+    Attributes:
+        before, window: of a cache of fixed size, see `ops.cuda.attention.attend`.
+    """
 
     quantized_keys: QuantizedStates | None
     quantized_values: QuantizedStates | None
     keys: Tensor
     values: Tensor
+    before: Tensor | None = None
+    window: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return (0 if self.quantized_keys is None else self.quantized_keys.tokens) + self.keys.shape[2]
 
     def joined(self) -> tuple[Tensor, Tensor]:
         """All keys and all values (B, H, T, D), dequantized to the dtype of the newest."""

@@ -14,6 +14,7 @@ from canopyq.errors import CanopyError
 from canopyq.experts import QuantizedExpert, QuantizedExperts
 from canopyq.explain import require_fast
 from canopyq.hadamard import OnlineHadamard, online_hadamard
+from canopyq.kept_columns import OutlierLinear
 from canopyq.linear import QuantizedLinear
 from canopyq.memory import bytes_of, meta_ties
 from canopyq.methods.driver import Rounded, round_weights
@@ -26,7 +27,7 @@ from canopyq.report import LayerReport, Plan, Report
 from canopyq.scheme import Recipe
 from canopyq.static_range import static_scale
 from canopyq.targets import Target, find_targets
-from canopyq.tensor import QuantizedTensor, quantized_bytes
+from canopyq.tensor import quantized_bytes
 
 
 def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
@@ -114,7 +115,7 @@ def quantize_(
             inputs = {target.name: _input_scale(target, seen, recipe) for target in watched}
             notes += seen.notes()
         layers = {
-            target.name: _layer(target, done[target.name].weight, recipe, inputs.get(target.name, (None, None)))
+            target.name: _layer(target, done[target.name], recipe, inputs.get(target.name, (None, None)))
             for target in targets
         }
         if strict:
@@ -188,12 +189,14 @@ def _input_scale(target: Target, seen: Calibration | None, recipe: Recipe) -> tu
 
 
 def _layer(
-    target: Target, weight: QuantizedTensor, recipe: Recipe, inputs: tuple[Tensor | None, Tensor | None]
-) -> QuantizedLinear:
+    target: Target, rounded: Rounded, recipe: Recipe, inputs: tuple[Tensor | None, Tensor | None]
+) -> QuantizedLinear | OutlierLinear:
     if target.kind == "embedding":
-        return QuantizedEmbedding(weight, target.module.padding_idx).train(target.module.training)
+        return QuantizedEmbedding(rounded.weight, target.module.padding_idx).train(target.module.training)
     bias = None if target.kind == "expert" else values(target.module).get("bias")
-    layer = QuantizedLinear(weight, bias, recipe.activations, *inputs).train(target.module.training)
+    layer = QuantizedLinear(rounded.weight, bias, recipe.activations, *inputs).train(target.module.training)
+    if rounded.kept is not None:
+        layer = OutlierLinear(layer, *rounded.kept).train(target.module.training)
     if (size := online_hadamard(target.module)) is not None:
         layer.register_forward_pre_hook(OnlineHadamard(size))
     return layer
@@ -202,8 +205,9 @@ def _layer(
 def _report(target: Target, rounded: Rounded, measured: float | None) -> LayerReport:
     before, weight = target.weight.numel() * target.weight.element_size(), rounded.weight
     error = rounded.output_error if measured is None else measured
+    after = weight.nbytes + sum(part.nbytes for part in rounded.kept or ())
     return LayerReport(
-        target.name, tuple(weight.shape), weight.bits_per_value, before, weight.nbytes, rounded.sqnr_db, error,
+        target.name, tuple(weight.shape), 8 * after / weight.shape.numel(), before, after, rounded.sqnr_db, error,
         rounded.notes,
     )  # fmt: skip
 

@@ -203,11 +203,11 @@ class Recipe:
 
 
 def _inputs(format: str, *, static: bool, symmetric: bool = True) -> Scheme:
-    """A scheme for activations. A static scale is stored, so it is rounded as those of weights are; its range is that
-    of the least squared error, but for floats, whose step near zero hardly depends on how far the range reaches."""
+    """A scheme for activations. A static scale is stored, so it is rounded as those of weights are. Its range leaves
+    the farthest values out, but for floats, whose step near zero hardly depends on how far the range reaches."""
     if not static:
         return Scheme(format, "token", symmetric)
-    observer = "minmax" if format == "fp8" else "mse"
+    observer = "minmax" if format == "fp8" else "percentile"
     return Scheme(format, "tensor", symmetric, observer=observer, scale_dtype=torch.bfloat16)
 
 

@@ -892,7 +892,7 @@ def test_quantize_eval_explain_and_inspect_a_static_recipe(canopyq, tmp_path: Pa
     for key in ("reference", "model", "kl", "lost", "gained"):
         assert disk[key] == memory[key], key
     assert memory["notes"] == done["notes"] and memory["model"]["bytes"] == done["bytes"]["after"]
-    assert "int8 tensor symmetric mse static" in canopyq("explain", "tutor", "--recipe", "w8a8-static").out
+    assert "int8 tensor symmetric percentile static" in canopyq("explain", "tutor", "--recipe", "w8a8-static").out
     assert "input int8 tensor symmetric static" in canopyq("inspect", out).out
     again = failure(canopyq("quantize", "tutor", "--recipe", "w8a8-static", "--out", out))
     assert "is not empty" in again

@@ -62,3 +62,21 @@ def test_the_tutor_answers_as_on_the_cpu(recipe: str) -> None:
     assert on_gpu.model.perplexity == pytest.approx(on_cpu.perplexity, rel=1e-3)
     assert sum(a != b for a, b in zip(on_gpu.model.right, on_cpu.right, strict=True)) <= 1
     assert on_gpu.kl < 0.01
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-asym", "w8a8-static", "w8a8-static-asym", "fp8", "fp8-static"])
+def test_activations_are_quantized_as_on_the_cpu(recipe: str) -> None:
+    model, tokenizer = cq.tutor.load(dtype="float32", device="cuda")
+    at_home, _ = cq.tutor.load()
+    data = cq.tutor.calibration(tokenizer, 4, 64)
+    for each in (model, at_home):
+        cq.quantize_(each, recipe, calibration=data if recipe.count("static") else None)
+    kernels = cq.explain(model).layers[0].runs
+    assert any(name.startswith(("int8 by int8", "FP8 by FP8")) for name in kernels), kernels
+    questions = cq.tutor.questions(17)
+    on_gpu, on_cpu = (cq.examine(each, tokenizer, questions) for each in (model, at_home))
+    assert on_gpu.perplexity == pytest.approx(on_cpu.perplexity, rel=1e-2)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    there, here = (each.model.layers[0].mlp.gate_proj for each in (model, at_home))
+    for rows in (1, 3):  # fewer than cuBLAS takes
+        assert float((there(x[:rows].cuda()).cpu() - here(x[:rows])).norm() / here(x[:rows]).norm()) < 6e-3

@@ -27,6 +27,11 @@ def test_batches_and_their_order_do_not_matter(parts: list[tuple[int, float]], r
     other = filled(tensors)
     assert one.reach == other.reach == whole.reach
     assert torch.equal(one.counts, other.counts) and torch.equal(one.counts, whole.counts)
+    merged = Histogram()
+    for tensor in tensors:
+        merged.merge(filled([tensor]))
+    merged.merge(Histogram())
+    assert merged.reach == whole.reach and torch.equal(merged.counts, whole.counts)
     assert int(one.counts.sum()) == sum(map(len, tensors))
 
 

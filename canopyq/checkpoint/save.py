@@ -27,6 +27,7 @@ from canopyq.errors import CanopyError
 from canopyq.experts import QuantizedExperts
 from canopyq.formats import IntFormat
 from canopyq.hadamard import online_hadamard
+from canopyq.kept_columns import OutlierLinear
 from canopyq.linear import QuantizedLinear, quantized_layers
 from canopyq.memory import human
 from canopyq.mode import eval_mode
@@ -151,6 +152,11 @@ def _groups(model: nn.Module) -> tuple[list[Group], list[str]]:
             )
         if isinstance(module, QuantizedLinear):
             weights, activations = module.scheme, module.activations
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), OutlierLinear):
+                raise CanopyError(
+                    f"{name.rpartition('.')[0]} keeps some inputs in 16 bits beside its codes, which "
+                    "compressed-tensors cannot hold; use a method without outliers"
+                )
             if online_hadamard(module) is not None:
                 raise CanopyError(
                     f"{name} has a Hadamard transform at run time, which no file holds; rotate under a recipe with "

@@ -25,6 +25,7 @@ from .explore_float import FloatView
 from .explore_groups import GroupsView
 from .explore_outlier import OutlierView
 from .explore_speed import SpeedView
+from .explore_static import StaticView
 from .explore_turns import Grown, TurnsView
 from .explore_words import WordsView
 from .look import card, heading, section, table
@@ -32,7 +33,7 @@ from .shown import Shown
 from .text import inline
 
 __all__ = ["Explorer", "answers", "bits", "choose", "clip", "context", "float_bits", "groups", "outlier", "speed",
-           "turns", "words"]  # fmt: skip
+           "static", "turns", "words"]  # fmt: skip
 
 
 class Explorer(Shown):
@@ -160,3 +161,9 @@ def words(x: torch.Tensor, title: str = "What is in a word?") -> Explorer:
     """The first row of a matrix, packed: which bits belong to which weight, in the word and in the file."""
     view = WordsView(x)
     return Explorer("words", title, view.controls(), view.draw, view.rows)
+
+
+def static(x: torch.Tensor, title: str = "One range for all tokens") -> Explorer:
+    """Where the one range of all tokens (tokens, features) ends: who is clipped, who vanishes, beside own ranges."""
+    view = StaticView(x)
+    return Explorer("static", title, view.controls(), view.draw, view.rows)

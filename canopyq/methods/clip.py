@@ -19,7 +19,7 @@ from canopyq.observers import minmax
 from canopyq.scheme import Scheme
 from canopyq.tensor import QuantizedTensor, quantize
 
-SHRINK = (1.0, 0.35, 27)  # first, last and number of the factors by which a min-max range is tried
+SHRINK = (1.0, 0.35, 14)  # first, last and number of the factors by which a min-max range is tried
 
 
 def clip(weight: Tensor, hessian: Tensor, scheme: Scheme) -> QuantizedTensor:

@@ -25,6 +25,7 @@ from canopyq.targets import Target
 from canopyq.tensor import QuantizedTensor, quantize
 from canopyq.track import track
 
+OUTLIERS = 0.01  # of a layer's inputs, the loudest, that ``outliers`` keeps in 16 bits; at least one
 EXAMPLES = 256  # inputs of each layer that SmoothQuant tries its α on
 
 
@@ -37,12 +38,14 @@ class Rounded:
         sqnr_db: of the weight as it was just before rounding.
         output_error: ‖y − ŷ‖ / ‖y‖ over the data, from the second moment of the inputs; None without data.
         notes: what the method did to this layer, in words.
+        kept: indices (k,) and columns (N, k) of inputs that stay in 16 bits; their codes are zero.
     """
 
     weight: QuantizedTensor
     sqnr_db: float
     output_error: float | None
     notes: tuple[str, ...]
+    kept: tuple[Tensor, Tensor] | None = None
 
 
 @torch.no_grad()
@@ -118,17 +121,34 @@ class _Work:
         notes = self.notes.setdefault(target.name, [])
         try:
             before = target.read()
-            weight, said = _round(before, hessian, target.scheme, self.method.rounding)
+        except CanopyError as error:
+            raise CanopyError(f"{target.name}: {error}") from None
+        original, kept = before, None
+        if inputs is not None and "outliers" in self.method.transforms and target.kind != "expert":
+            kept = _loudest(original, inputs)
+            original = original.index_fill(1, kept[0], 0)
+            loudness = hessian.diagonal().mean()
+            hessian = hessian.index_fill(0, kept[0], 0).index_fill_(1, kept[0], 0)
+            hessian.diagonal()[kept[0]] = loudness  # alone, so that these columns neither give nor take
+        try:
+            weight, said = _round(original, hessian, target.scheme, self.method.rounding)
         except CanopyError as error:
             raise CanopyError(f"{target.name}: {error}") from None
         if hessian is None and self.method.needs_data:
             said = [*said, "no data reached it: rounded to nearest"]
         if hessian is not None and inputs.tokens < len(hessian):
             said = [*said, f"only {inputs.tokens} tokens for {len(hessian)} inputs: give more data"]
-        error = None if hessian is None else _output_error(before, weight, hessian)
-        self.done[target.name] = Rounded(weight, sqnr_db(before, weight), error, (*notes, *said))
-        if write:
-            self.undo.change(target.weight, weight.dequantize(target.weight.dtype))
+        if write and target.weight.is_meta:
+            said = [*said, "its weight lies elsewhere: later blocks were calibrated on what it was before rounding"]
+        if kept is not None:
+            said = [f"{len(kept[0])} of {original.shape[1]} inputs kept in 16 bits", *said]
+        values = weight.dequantize(torch.float32)
+        if kept is not None:
+            values[:, kept[0]] = kept[1].float()
+        error = None if inputs is None else _output_error(before, values, inputs.hessian)
+        self.done[target.name] = Rounded(weight, sqnr_db(original, weight), error, (*notes, *said), kept)
+        if write and not target.weight.is_meta:
+            self.undo.change(target.weight, values)
 
 
 def _round(weight: Tensor, hessian: Tensor | None, scheme: Scheme, rounding: str) -> tuple[QuantizedTensor, list[str]]:
@@ -140,7 +160,14 @@ def _round(weight: Tensor, hessian: Tensor | None, scheme: Scheme, rounding: str
     return gptq(weight, hessian, scheme) if rounding == "gptq" else (clip(weight, hessian, scheme), [])
 
 
-def _output_error(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> float:
-    before, error = weight.float(), weight.float() - quantized.dequantize(torch.float32)
+def _loudest(weight: Tensor, inputs: InputStatistics) -> tuple[Tensor, Tensor]:
+    """The inputs with the largest magnitude, and their columns as they are kept."""
+    count = max(1, round(OUTLIERS * weight.shape[1]))
+    columns = torch.maximum(-inputs.lo, inputs.hi).topk(count).indices.sort().values.to(weight.device)
+    return columns, weight[:, columns].to(torch.bfloat16)
+
+
+def _output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
+    before, error = weight.float(), weight.float() - rounded
     noise, signal = (float(((x @ hessian) * x).sum()) for x in (error, before))
     return (max(noise, 0.0) / signal) ** 0.5 if signal > 0 else 0.0

@@ -27,15 +27,16 @@ def hqq(
     """Codes of a weight by the half-quadratic solver.
 
     The published solver keeps the scale and moves a zero point of 16 bits. A checkpoint's zero points are integers, and
-    symmetric weights have none, so here the scale moves too, and zero points are rounded in every step. Each row keeps
-    the best of what it has been, min-max included.
+    symmetric weights have none, so here the scale moves too, and zero points are rounded in every step. A scale that
+    forgives too much would clip the largest weights, which count: of all its steps, min-max included, each row keeps
+    the one with the least squared error.
 
     Args:
         weight: (N, K).
         scheme: integers of any granularity.
         p: power of the error; 1 is absolute error.
         beta, growth: how strictly w − z is fitted at first, and the factor by which that grows.
-        steps: at most.
+        steps: of the solver.
 
     Raises:
         CanopyError: for formats other than integers, and as `quantize`.
@@ -55,10 +56,8 @@ def hqq(
         codes = affine.quantize(rows, scale, zero, fmt, restricted=scheme.restricted).float()
         levels = codes if zero is None else codes - zero
         error = rows - levels * scale.float()
-        cost = (error / unit).abs().pow(p).sum(dim=1, keepdim=True)
+        cost = error.square().sum(dim=1, keepdim=True)
         better = cost < best
-        if not bool(better.any()):
-            break
         best, best_scale = torch.where(better, cost, best), torch.where(better, scale, best_scale)
         if zero is not None:
             best_zero = torch.where(better, zero, best_zero)

@@ -8,7 +8,7 @@ from canopyq.errors import CanopyError, unknown
 from canopyq.formats import BlockFormat, IntFormat
 from canopyq.scheme import Recipe
 
-TRANSFORMS = ("rotation", "smoothquant", "awq")
+TRANSFORMS = ("rotation", "smoothquant", "awq", "outliers")
 ROUNDINGS = ("rtn", "clip", "gptq", "hqq")
 
 
@@ -18,7 +18,8 @@ class Method:
 
     Attributes:
         name: as it was given.
-        transforms: of `TRANSFORMS`, in the order in which they are done. None of them changes what the model computes.
+        transforms: of `TRANSFORMS`, in the order in which they are done. None of them changes what the model computes:
+            ``outliers`` keeps the loudest inputs of every layer, and their columns, in 16 bits.
         rounding: one of `ROUNDINGS`.
     """
 
@@ -53,7 +54,7 @@ class Method:
 
     @property
     def needs_data(self) -> bool:
-        return self.smoothing is not None or self.rounding in ("clip", "gptq")
+        return self.smoothing is not None or "outliers" in self.transforms or self.rounding in ("clip", "gptq")
 
     def check(self, recipe: Recipe) -> None:
         """Raise `CanopyError` if the method makes no sense for the recipe, with the reason."""

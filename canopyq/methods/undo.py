@@ -8,6 +8,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from canopyq.errors import CanopyError
+
 
 class Undo:
     """A context in which a model is changed: if it is left by an error, every change is taken back, the last one first.
@@ -21,7 +23,16 @@ class Undo:
 
     @torch.no_grad()
     def change(self, tensor: Tensor, values: Tensor) -> None:
-        """Give ``tensor`` other values, in place."""
+        """Give ``tensor`` other values, in place.
+
+        Raises:
+            CanopyError: for a meta tensor, whose values accelerate keeps elsewhere.
+        """
+        if tensor.is_meta:
+            raise CanopyError(
+                "the method changes weights that accelerate keeps elsewhere; load the whole model in memory, or use "
+                "gptq, clip or hqq"
+            )
         if id(tensor) not in self._values:
             self._values[id(tensor)] = (tensor, tensor.detach().clone())
         tensor.copy_(values)

@@ -6,15 +6,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from canopyq.ops import cpu_int8
+from canopyq.ops import cpu_int8, reference
 from canopyq.ops.cuda import eight_bits, launch
-from canopyq.ops.kernel import Held, Kernel, Problem
-from canopyq.ops.reference import PLAIN
+from canopyq.ops.kernel import Held, Kernel, Layout, Problem
 from canopyq.tensor import QuantizedTensor
 
 FEWEST_ROWS = 17  # torch._int_mm refuses fewer
 FP8_FROM = (8, 9)  # compute capability: Ada and Hopper have FP8 tensor cores
 ROWWISE_FROM = (9, 0)  # and from Hopper on cuBLAS applies a scale per row and column itself
+
+
+def arrange(weight: QuantizedTensor) -> dict[str, Tensor]:
+    """As in the checkpoint, but scales as products need them: to convert them takes as long as a small product."""
+    held = reference.arrange(weight)
+    if weight.scheme.scale_dtype is not None:
+        held["weight_scale"] = held["weight_scale"].to(torch.float32)
+    return held
+
+
+def restore(held: Held, problem: Problem) -> QuantizedTensor:
+    """The inverse of `arrange`, bit for bit: float32 holds every narrower scale."""
+    scale = held["weight_scale"].to(problem.weights.scale_dtype or held["weight_scale"].dtype)
+    return reference.restore({**held, "weight_scale": scale}, problem)
+
+
+EIGHT_BITS = Layout("as in the checkpoint, scales in float32", arrange, restore, reference.part)
 
 
 def refuse_int8(problem: Problem) -> str | None:
@@ -67,13 +83,16 @@ def fp8_by_fp8(x: QuantizedTensor, held: Held, problem: Problem) -> Tensor:
     token = x.scale.to(torch.float32).reshape(-1, 1).expand(rows, 1).contiguous()
     channel = held["weight_scale"].to(torch.float32).reshape(1, -1).expand(1, problem.n).contiguous()
     if x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(problem.device) >= ROWWISE_FROM:
-        return torch._scaled_mm(x.data, weight, scale_a=token, scale_b=channel, out_dtype=torch.bfloat16)
+        scales = {"scale_a": token, "scale_b": channel}
+        return torch._scaled_mm(x.data, weight, **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
     one = torch.ones((), device=x.data.device)
     sums = torch._scaled_mm(x.data, weight, scale_a=one, scale_b=one, out_dtype=torch.float32)
     return sums.mul_(token).mul_(channel).to(x.dtype)
 
 
 INT8 = Kernel(
-    "int8 by int8, int32 sums (cuBLAS)", PLAIN, refuse_int8, int8_by_int8, None, "w8a8", "cuda", takes_codes=True
+    "int8 by int8, int32 sums (cuBLAS)", EIGHT_BITS, refuse_int8, int8_by_int8, None, "w8a8", "cuda", takes_codes=True
 )
-FP8 = Kernel("FP8 by FP8, float32 sums (cuBLAS)", PLAIN, refuse_fp8, fp8_by_fp8, None, "fp8", "cuda", takes_codes=True)
+FP8 = Kernel(
+    "FP8 by FP8, float32 sums (cuBLAS)", EIGHT_BITS, refuse_fp8, fp8_by_fp8, None, "fp8", "cuda", takes_codes=True
+)

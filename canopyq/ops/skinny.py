@@ -11,7 +11,6 @@ from torch import Tensor
 from canopyq.ops import cpu_int8, cublas
 from canopyq.ops.cuda import eight_bits, launch
 from canopyq.ops.kernel import Held, Kernel, Problem
-from canopyq.ops.reference import PLAIN
 from canopyq.tensor import QuantizedTensor
 
 
@@ -41,5 +40,11 @@ def run(x: QuantizedTensor, held: Held, problem: Problem) -> Tensor:
     return eight_bits.multiply_codes(x.data, scale, held["weight"], held["weight_scale"], x.dtype)
 
 
-INT8 = Kernel("int8 by int8, few rows (CUDA)", PLAIN, refuse_int8, run, 64, "w8a8", "cuda", takes_codes=True)
-FP8 = Kernel("FP8 by FP8, few rows (CUDA)", PLAIN, refuse_fp8, run, 16, "fp8", "cuda", takes_codes=True)
+def few_fp8(problem: Problem) -> int:
+    """A product of many features fills the GPU in cuBLAS already with 16 rows, and codes need not be made halves."""
+    return eight_bits.MOST_ROWS if problem.n < 8192 else eight_bits.MOST_ROWS // 2
+
+
+LAYOUT, FEW = cublas.EIGHT_BITS, eight_bits.MOST_ROWS
+INT8 = Kernel("int8 by int8, few rows (CUDA)", LAYOUT, refuse_int8, run, FEW, "w8a8", "cuda", takes_codes=True)
+FP8 = Kernel("FP8 by FP8, few rows (CUDA)", LAYOUT, refuse_fp8, run, few_fp8, "fp8", "cuda", takes_codes=True)

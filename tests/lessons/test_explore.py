@@ -14,11 +14,13 @@ from canopyq.lessons.explore_clip import ClipView
 from canopyq.lessons.explore_float import FORMATS, split_bits, stored
 from canopyq.lessons.explore_groups import GroupsView
 from canopyq.lessons.explore_outlier import OutlierView
+from canopyq.lessons.explore_static import StaticView
 from canopyq.lessons.explore_words import WordsView
 from canopyq.tensor import quantize
 from canopyq.tutor.questions import Question
 
 X = torch.randn(1500, generator=torch.Generator().manual_seed(0))
+TOKENS = X.reshape(30, 50) * torch.logspace(0, 2, 30)[:, None]  # from small to large
 ASKED = [Question("add", 0, (("What is 2 + 2?", "4."),)), Question("spell", 0, (("Spell *ox*.", "o-x."),))]
 
 
@@ -45,6 +47,7 @@ EXPLORERS = {
         {"full": [(9, 90), (20, 200), (31, 310)], "kv4": [(9, 90), (20, 80), (31, 95)]}, 200
     ),
     "words": lambda: explore.words(X.reshape(15, 100)),
+    "static": lambda: explore.static(TOKENS),
 }
 MOVES = {
     "answers": ("bits", 2),
@@ -57,6 +60,7 @@ MOVES = {
     "context": ("context", "256k"),
     "turns": ("turn", 3),
     "words": ("word", 3),
+    "static": ("reach", 0.1),
 }
 
 
@@ -191,7 +195,7 @@ def test_answers_are_shown_as_they_were_measured() -> None:
 def test_a_tensor_of_zeros() -> None:
     zeros = torch.zeros(10)
     for explorer in (explore.bits(zeros), explore.clip(zeros), explore.groups(zeros.reshape(1, 10)),
-                     explore.outlier(zeros)):  # fmt: skip
+                     explore.outlier(zeros), explore.static(zeros.reshape(2, 5))):  # fmt: skip
         explorer.widget()
         explorer.static_html()
 
@@ -243,3 +247,14 @@ def test_every_control_of_the_tree_changes_what_it_says() -> None:
         assert explorer.line.value != before, control
     explorer.controls["memory"].value = 1.0
     assert "Nothing fits" in explorer.line.value and "more memory" in explorer.line.value
+
+
+def test_one_range_for_all_tokens_clips_some_or_blurs_others() -> None:
+    view = StaticView(TOKENS)
+    wide, middle, own = view.fixed(1.0, 8), view.fixed(0.1, 8), view.own(8)
+    assert wide.clipped == 0 < middle.clipped == int((TOKENS.abs().amax(1) > TOKENS.abs().max() * 0.1).sum())
+    assert wide.spoiled > 5 and own.spoiled == 0 and own.whole < middle.whole
+    q = quantize(TOKENS, "int8", "token").dequantize()
+    torch.testing.assert_close(own.error, (q - TOKENS).norm(dim=1) / TOKENS.norm(dim=1))
+    head, rows = view.rows()
+    assert {len(row) for row in rows} == {len(head)} and rows[-1][0] == "each token's own"

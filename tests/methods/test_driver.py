@@ -14,6 +14,7 @@ from canopyq.errors import CanopyError
 from canopyq.linear import quantized_layers
 from canopyq.methods import driver
 from canopyq.methods.method import Method
+from canopyq.methods.undo import Undo
 
 SAVED = ("gptq", "hqq", "awq", "smoothquant", "rotation", "rotation+gptq")
 
@@ -153,3 +154,8 @@ def test_layers_of_zeros_and_constants_go_through(make, ids) -> None:
 def test_names_of_methods() -> None:
     assert Method.parse("AWQ").rounding == "clip" and Method.parse("awq+gptq").rounding == "gptq"
     assert Method.parse("gptq+rotation").transforms == ("rotation",) and not Method.parse("rotation").needs_data
+
+
+def test_undo_refuses_weights_that_lie_elsewhere() -> None:
+    with pytest.raises(CanopyError, match="accelerate keeps elsewhere"), Undo() as undo:
+        undo.change(torch.empty(2, 2, device="meta"), torch.zeros(2, 2))

@@ -15,7 +15,8 @@ CODES = {"int8": 8, "fp8_e4m3": 0}
 DTYPES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 FP8_FROM = (8, 9)  # compute capability that converts to and from E4M3
-WARPS, RING_BYTES, SUM_STRIDE = 8, 8 * 8 * 1024, 17  # as in skinny.cu
+WARPS, RING_BYTES, SUM_STRIDE = 8, 8 * 12 * 1024, 17  # as in skinny.cu
+MOST_ROWS = 16
 
 
 def constants(format: str, tiles: int, scale: torch.dtype, output: torch.dtype) -> dict[str, int]:
@@ -25,7 +26,7 @@ def constants(format: str, tiles: int, scale: torch.dtype, output: torch.dtype) 
 
 
 def _shared_bytes(tiles: int) -> int:
-    return RING_BYTES + WARPS * tiles * 8 * SUM_STRIDE * 4
+    return RING_BYTES + 2 * WARPS * tiles * 8 * SUM_STRIDE * 4
 
 
 @cache
@@ -145,7 +146,7 @@ quantize_gated.register_fake(lambda gate, up, format: _fake_rows(gate, format))
 
 @torch.library.custom_op("canopyq::multiply_codes", mutates_args=())
 def multiply_codes(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """(x · x_scale) · (weight · weight_scale)ᵀ for at most 64 rows: (M, K), (N, K) -> (M, N).
+    """(x · x_scale) · (weight · weight_scale)ᵀ for at most 16 rows: (M, K), (N, K) -> (M, N).
 
     Args:
         x: int8 or float8_e4m3fn (M, K), K a multiple of 16.
@@ -164,8 +165,8 @@ def multiply_codes(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Ten
             f"{weight.dtype} {tuple(weight.shape)}"
         )
     (m, k), n = x.shape, weight.shape[0]
-    if m > 64 or k % 16 or k > 2**31 // 2**15:
-        raise CanopyError(f"the kernel takes up to 64 rows and columns in multiples of 16 up to 65536, got {m} and {k}")
+    if m > MOST_ROWS or k % 16 or k > 2**31 // 2**15:
+        raise CanopyError(f"the kernel takes up to {MOST_ROWS} rows, columns in multiples of 16; these are {m} by {k}")
     if x_scale.numel() != m or x_scale.dtype != torch.float32 or weight_scale.numel() != n:
         raise CanopyError(
             f"{m} rows and {n} features need as many scales, got {x_scale.numel()} {weight_scale.numel()}"
@@ -184,7 +185,7 @@ def multiply_codes(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Ten
         t if t.is_contiguous() and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
         for t in tensors
     )
-    tiles = next(t for t in (1, 2, 4, 8) if 8 * t >= m)
+    tiles = 1 if m <= 8 else 2
     run = _skinny(format, tiles, weight_scale.dtype, dtype, x.device.index)
     blocks = min(-(-n // 16), 2 * launch.multiprocessors(x.device.index))
     run((blocks, 1, 1), *(t.data_ptr() for t in (x, x_scale, weight, weight_scale, y)), m, n, k)

@@ -3,7 +3,7 @@
 // take the same weight for many rows.
 //
 // * A block of WARPS warps goes through tiles of 16 rows of W. Its warps take the columns in turn, 64 at a time, and add
-//   up their sums through shared memory at the end of a tile.
+//   up their sums through shared memory at the end of a tile; two sets of sums make one barrier a tile enough.
 // * Every lane copies its own share of W into a ring in shared memory DEPTH − 1 pieces ahead, over the borders of tiles,
 //   and is the only one to read it back: no barrier in the loop. The copies begin before the kernel that quantizes x ends.
 // * Columns may be summed in any order as long as W and x agree. So lane (g, t) = (lane / 4, lane % 4) takes columns
@@ -15,11 +15,13 @@
 // 2 float), COLUMN_TILES (8 rows of x each).
 #include "eight_bits.cuh"
 
-constexpr int WARPS = 8, PIECE = 64, DEPTH = 8,
-              SLOT = 32 * WARP;  // columns of a piece; pieces; bytes of a piece in the ring
-constexpr int SUM_STRIDE = 17;   // floats from one row of sums to the next
+constexpr int WARPS = 8, THREADS = WARPS * WARP;
+constexpr int PIECE = 64, SLOT = 32 * WARP, DEPTH = 12;  // columns of a piece; its bytes in the ring; pieces in the ring
 constexpr int RING_BYTES = WARPS * DEPTH * SLOT;
-extern __shared__ __align__(16) u8 memory[];  // the ring, then WARPS · COLUMN_TILES · 8 rows of sums
+constexpr int ROWS = COLUMN_TILES * 8, SUM_STRIDE = 17;  // rows of x; numbers from one row of sums to the next
+constexpr int SUMS = WARPS * ROWS * SUM_STRIDE;
+static_assert(ROWS * 16 <= THREADS, "a thread has at most one result of a tile");
+extern __shared__ __align__(16) u8 memory[];  // the ring, then two sets of sums, taken in turn
 
 template <bool FLOAT>
 struct Sums {
@@ -56,12 +58,12 @@ __device__ __forceinline__ void multiply(int (&sum)[4], const u32 (&low)[8], con
 }
 
 // x (rows, k), x_scales (rows), w (n, k), w_scales (n), y (rows, n); k a multiple of 16.
-extern "C" __global__ void __launch_bounds__(WARPS* WARP, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     skinny(const u8* x, const float* x_scales, const u8* w, const void* w_scales, void* y, int rows, int n, int k) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int tiles = (n + 15) / 16, pieces = (k + PIECE - 1) / PIECE;
     const auto ring = shared_address(memory) + warp * DEPTH * SLOT + lane * 16;
-    Sum* sums = (Sum*)(memory + RING_BYTES);
+    Sum *first_sums = (Sum*)(memory + RING_BYTES), *sums = first_sums;
 
     let_next_kernel_start();
     int next_tile = warp < pieces ? blockIdx.x : tiles, next_piece = warp, next_slot = 0;
@@ -82,8 +84,13 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP, 2)
     for (int i = 0; i < DEPTH - 1; i++) fetch();
     wait_for_earlier_kernels();
 
+    const int out_row = threadIdx.x / 16;
+    const float x_scale = out_row < rows ? x_scales[out_row] : 0.f;
     int slot = 0;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, sums = sums == first_sums ? sums + SUMS : first_sums) {
+        const int out_column = tile * 16 + threadIdx.x % 16;
+        const bool has_result = out_row < rows && out_column < n;
+        const float scale = has_result ? x_scale * load_scale(w_scales, out_column) : 0.f;  // here before it is needed
         Sum sum[COLUMN_TILES][4] = {};
         for (int piece = warp; piece < pieces; piece += WARPS) {
             const int column = piece * PIECE + 16 * t;
@@ -111,20 +118,17 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP, 2)
 #pragma unroll
             for (int m = 0; m < COLUMN_TILES; m++) multiply(sum[m], low, high, xs[m]);
         }
-        __syncthreads();
 #pragma unroll
         for (int m = 0; m < COLUMN_TILES; m++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                sums[((warp * COLUMN_TILES + m) * 8 + 2 * t + i % 2) * SUM_STRIDE + g + i / 2 * 8] = sum[m][i];
-        __syncthreads();
-        for (int i = threadIdx.x; i < min(rows, COLUMN_TILES * 8) * 16; i += WARPS * WARP) {
-            const int row = i / 16, column = tile * 16 + i % 16;
+                sums[(warp * ROWS + m * 8 + 2 * t + i % 2) * SUM_STRIDE + g + i / 2 * 8] = sum[m][i];
+        __syncthreads();  // once for each tile: who writes the other set next has passed, so its readers are done
+        if (has_result) {
             Sum all = 0;
 #pragma unroll
-            for (int j = 0; j < WARPS; j++) all += sums[(j * COLUMN_TILES * 8 + row) * SUM_STRIDE + i % 16];
-            if (column < n)
-                store(y, (size_t)row * n + column, float(all) * x_scales[row] * load_scale(w_scales, column));
+            for (int j = 0; j < WARPS; j++) all += sums[(j * ROWS + out_row) * SUM_STRIDE + threadIdx.x % 16];
+            store(y, (size_t)out_row * n + out_column, float(all) * scale);
         }
     }
 }
