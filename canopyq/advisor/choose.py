@@ -100,6 +100,8 @@ def advise(
     known = list(recorded() if measurements is None else measurements)
     if not known:
         raise CanopyError("there is nothing to choose from; measure some recipes with cq.compare")
+    if not needs.context:  # no chat was named: whatever cache there will be is not part of the question
+        known = [measured for measured in known if measured.parts[1] is None] or known
     options = [Option.of(measured, needs) for measured in known]
     meeting = [option for option in options if option.meets(needs)]
     if not meeting:
