@@ -1,6 +1,6 @@
 """Long chats: how much a cache of few bits still recalls, and where the cache outgrows the weights.
 
-    python benchmarks/long_chat.py            about ten minutes on one core; writes benchmarks/results/long_chat.json
+    python benchmarks/long_chat.py            about three minutes on one core; writes benchmarks/results/long_chat.json
 
 Recall is measured on the tutor: facts told early, 0 to 50 turns about other things, then one of the facts is asked
 (`canopyq.long_chat`). The bytes of the tutor are read from real caches, turn by turn. Those of real models are computed
@@ -25,7 +25,6 @@ from canopyq.scheme import Recipe
 RESULT = Path(__file__).parent / "results" / "long_chat.json"
 CACHES = {
     "kv8": "kv8",
-    "kv-fp8": "kv-fp8",
     "kv4": "kv4",
     "kv4 keys per token": lambda config: cq.QuantizedCache(config, "kv4", keys="token"),
     "kv2": "kv2",
@@ -39,7 +38,7 @@ TURN = 250  # tokens of a question and its answer, for real models: an assumptio
 
 def recall(model, tokenizer) -> list[dict]:
     found = long_chat(
-        model, tokenizer, CACHES, fillers=(0, 12, 25, 50), questions=100, say=lambda r: print(r, flush=True)
+        model, tokenizer, CACHES, fillers=(0, 12, 25, 50), questions=24, say=lambda r: print(r, flush=True)
     )
     return [row.to_dict() for row in found]
 

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import canopyq
+from benchmarks import linear
 from benchmarks.recipes import markdown
 from canopyq import cli
 
@@ -188,3 +189,12 @@ def test_readme_shows_the_recorded_figures() -> None:
     """The table is what the last recorded run measured, line by line."""
     recorded = json.loads((ROOT / "benchmarks/results/recipes.json").read_text(encoding="utf-8"))
     assert markdown(recorded) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_shows_the_recorded_speed() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/linear_w4a16.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert linear.markdown(recorded) in readme
+    decode = json.loads((ROOT / "benchmarks/results/decode.json").read_text(encoding="utf-8"))
+    for row in decode["rows"]:
+        assert f"| {row['name']} | {row['tokens_per_s']:.0f} | {row['GB']:.1f} |" in readme
