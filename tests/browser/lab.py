@@ -193,8 +193,8 @@ class LabPage:
         explorers = self.page.locator(".canopyq-explore").all()
         return [(i, j) for i, explorer in enumerate(explorers) for j in range(explorer.locator(CONTROLS).count())]
 
-    def move(self, place: tuple[int, int]) -> None:
-        """Move a slider by one step, or press a button that is not chosen, and wait until something else is shown."""
+    def move(self, place: tuple[int, int]) -> bool:
+        """Move a slider by one step, or press a button that is not chosen; says whether what is shown has changed."""
         explorer = self.page.locator(".canopyq-explore").nth(place[0])
         control = explorer.locator(CONTROLS).nth(place[1])
         control.scroll_into_view_if_needed()
@@ -206,9 +206,11 @@ class LabPage:
             handle.press("ArrowLeft" if at_end else "ArrowRight")
         else:
             control.locator("button:not(.mod-active)").last.click()
-        self.page.wait_for_function(
-            f"([at, before]) => {DRAWN} !== before", arg=[explorer.element_handle(), before], timeout=20_000
-        )
+        for _ in range(40):
+            self.page.wait_for_timeout(250)
+            if explorer.evaluate(f"at => {DRAWN}") != before:
+                return True
+        return False
 
     def exercises(self) -> list[str]:
         """The ids of all exercises in the notebook, in order."""
