@@ -124,7 +124,7 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
 def _never_unpickled(file: Path) -> str:
     return (
         f"{file} is a pickle, and reading a pickle runs whatever code is in it, so canopyq never does; load it where "
-        "you trust it and write it again by model.save_pretrained(folder, safe_serialization=True)"
+        "you trust it and write it again by model.save_pretrained(folder)"
     )
 
 

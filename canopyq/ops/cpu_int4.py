@@ -8,6 +8,7 @@ and a code u in 0…15 stands for (u − 8)·s + z.
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from canopyq.ops.sliced import SLICE
 from canopyq.tensor import QuantizedTensor
 
 GROUPS = (256, 128, 64, 32)  # what torch's kernel takes
+COLUMNS = 512  # bytes of a row that are laid out at a time
 
 
 @cache
@@ -69,9 +71,16 @@ def refuse(problem: Problem) -> str | None:
 def arrange(weight: QuantizedTensor) -> dict[str, Tensor]:
     """Codes (N/block, K, block/2) uint8, and scales and zero points with their groups first: (G, N)."""
     n, k = weight.shape
-    codes = (weight.codes + 8).to(torch.uint8)
-    halves = codes.view(n // block_rows(), 2, block_rows() // 2, k)
-    blocks = (halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2).contiguous()
+    half = block_rows() // 2
+    pairs = weight.data.view(torch.uint8).view(-1, 2, half, k // 2)  # a byte: two neighbours of a row, the first low
+    blocks = torch.empty(len(pairs), k // 2, 2, half, dtype=torch.uint8)
+    step = max(1, 2**19 // (2 * half * COLUMNS))
+    for i, j in product(range(0, len(pairs), step), range(0, k // 2, COLUMNS)):  # as much as the cache holds
+        upper, lower = pairs[i : i + step, :, :, j : j + COLUMNS].unbind(1)
+        part = blocks[i : i + step, j : j + COLUMNS]
+        part[:, :, 0] = ((upper & 15) | (lower << 4)).transpose(1, 2)
+        part[:, :, 1] = ((upper >> 4) | (lower & 240)).transpose(1, 2)
+    blocks = blocks.view(len(pairs), k, half)
     held = {"weight_blocks": blocks, "weight_scale": weight.scale.t().contiguous()}
     if weight.zero_point is not None:
         held["weight_zero_point"] = weight.zero_point.t().contiguous()

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import canopyq as cq
+from benchmarks.load import measure
 from canopyq import cli
 from canopyq.checkpoint.files import INDEX, SINGLE
 from canopyq.errors import CanopyError
@@ -379,3 +380,15 @@ def test_any_bytes_are_refused_or_loaded(edits: list, cut: float | None, damaged
     for place, value in edits:
         content[int(place * (len(content) - 1))] = value
     refused_or_whole(damaged(SINGLE, bytes(content[: None if cut is None else int(cut * len(content))])))
+
+
+# The benchmark --------------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_times_both_loaders() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 96}
+    found = measure("w4a16-g32", 1, **sizes, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)
+    for cache in ("in_cache", "from_disk"):
+        for name in ("canopyq", "transformers_bf16"):
+            assert 0 < found[cache][name]["loaded"] <= found[cache][name]["first_token"]
+        assert found[cache]["ratio"] > 0
