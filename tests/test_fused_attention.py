@@ -243,6 +243,23 @@ def test_it_takes_no_more_than_it_has_room_for() -> None:
         model(ids[:, 128:129], past_key_values=cache)
 
 
+@pytest.mark.usefixtures("stand_in")
+def test_a_captured_step_has_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cq.fuse_attention(tiny())
+    cache, seen = make(model, "kv8"), []
+    ids = torch.randint(97, (1, 40))
+    model(ids[:, :30], past_key_values=cache)
+    monkeypatch.setattr(fused_attention, "_capturing", lambda: True)
+    plain = fused_attention._starts
+    monkeypatch.setattr(fused_attention, "_starts", lambda mask, held: seen.append(mask) or plain(mask, held))
+    model(ids[:, 30:31], position_ids=cache.position_ids(1), past_key_values=cache)
+    assert seen == [None] * len(cache.layers)
+    padded = torch.ones(1, 32, dtype=torch.long)
+    padded[0, 0] = 0
+    with pytest.raises(cq.CanopyError, match="captured step takes no attention mask"):
+        model(ids[:, 31:32], attention_mask=padded, past_key_values=cache)
+
+
 def test_bytes_do_not_grow() -> None:
     model = tiny()
     cache = make(model, "kv8", length=4096)

@@ -75,7 +75,7 @@ def _functions(format: str, head_dim: int, dtype: torch.dtype, tiles: int, devic
     )
 
 
-@torch.library.custom_op("canopyq::attend", mutates_args=())
+@torch.library.custom_op("canopyq::attend_codes", mutates_args=())
 def attend(
     query: Tensor,
     key_codes: Tensor,

@@ -144,6 +144,36 @@ quantize_gated.register_fake(lambda gate, up, format: _fake_rows(gate, format))
 # ----------------------------------------------------------------------------------------------------- products
 
 
+def check_operands(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype
+) -> tuple[str, tuple[Tensor, ...]]:
+    """The format of codes (M, K) and (N, K), and the four tensors as kernels read them: contiguous and aligned."""
+    format = next((name for name, kind in DTYPES.items() if x.dtype == kind), None)
+    if format is None or x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or weight.dtype != x.dtype:
+        raise CanopyError(
+            f"products are of int8 or float8_e4m3fn codes (M, K) and (N, K), got {x.dtype} {tuple(x.shape)} and "
+            f"{weight.dtype} {tuple(weight.shape)}"
+        )
+    (m, k), n = x.shape, weight.shape[0]
+    if k % 16 or k > 2**31 // 2**15:
+        raise CanopyError(f"the kernel takes columns in multiples of 16, {2**16} at most; these are {k}")
+    if x_scale.numel() != m or x_scale.dtype != torch.float32 or weight_scale.numel() != n:
+        raise CanopyError(
+            f"{m} rows and {n} features need as many scales, got {x_scale.numel()} {weight_scale.numel()}"
+        )
+    if weight_scale.dtype not in KINDS or dtype not in KINDS:
+        raise CanopyError(f"scales and results are 16- or 32-bit floats, not {weight_scale.dtype} and {dtype}")
+    tensors = (x, x_scale, weight, weight_scale)
+    if any(t.device != x.device for t in tensors):
+        raise CanopyError(f"codes and scales lie on {', '.join(str(t.device) for t in tensors)}; move them together")
+    if reason := _cannot(format, x.device):
+        raise CanopyError(f"codes cannot be multiplied by the CUDA kernel: {reason}")
+    return format, tuple(
+        t if t.is_contiguous() and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
+        for t in tensors
+    )
+
+
 @torch.library.custom_op("canopyq::multiply_codes", mutates_args=())
 def multiply_codes(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """(x · x_scale) · (weight · weight_scale)ᵀ for at most 16 rows: (M, K), (N, K) -> (M, N).
@@ -158,37 +188,17 @@ def multiply_codes(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Ten
     Raises:
         CanopyError: for shapes, dtypes and devices that do not fit together.
     """
-    format = next((name for name, kind in DTYPES.items() if x.dtype == kind), None)
-    if format is None or x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or weight.dtype != x.dtype:
-        raise CanopyError(
-            f"products are of int8 or float8_e4m3fn codes (M, K) and (N, K), got {x.dtype} {tuple(x.shape)} and "
-            f"{weight.dtype} {tuple(weight.shape)}"
-        )
-    (m, k), n = x.shape, weight.shape[0]
-    if m > MOST_ROWS or k % 16 or k > 2**31 // 2**15:
-        raise CanopyError(f"the kernel takes up to {MOST_ROWS} rows, columns in multiples of 16; these are {m} by {k}")
-    if x_scale.numel() != m or x_scale.dtype != torch.float32 or weight_scale.numel() != n:
-        raise CanopyError(
-            f"{m} rows and {n} features need as many scales, got {x_scale.numel()} {weight_scale.numel()}"
-        )
-    if weight_scale.dtype not in KINDS or dtype not in KINDS:
-        raise CanopyError(f"scales and results are 16- or 32-bit floats, not {weight_scale.dtype} and {dtype}")
-    tensors = (x, x_scale, weight, weight_scale)
-    if any(t.device != x.device for t in tensors):
-        raise CanopyError(f"codes and scales lie on {', '.join(str(t.device) for t in tensors)}; move them together")
-    if reason := _cannot(format, x.device):
-        raise CanopyError(f"codes cannot be multiplied by the CUDA kernel: {reason}")
+    format, operands = check_operands(x, x_scale, weight, weight_scale, dtype)
+    (m, k), n = x.shape, len(weight)
+    if m > MOST_ROWS:
+        raise CanopyError(f"the kernel takes up to {MOST_ROWS} rows; these are {m}")
     y = torch.empty(m, n, dtype=dtype, device=x.device)
     if not y.numel():
         return y
-    x, x_scale, weight, weight_scale = (
-        t if t.is_contiguous() and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
-        for t in tensors
-    )
     tiles = 1 if m <= 8 else 2
     run = _skinny(format, tiles, weight_scale.dtype, dtype, x.device.index)
     blocks = min(-(-n // 16), 2 * launch.multiprocessors(x.device.index))
-    run((blocks, 1, 1), *(t.data_ptr() for t in (x, x_scale, weight, weight_scale, y)), m, n, k)
+    run((blocks, 1, 1), *(t.data_ptr() for t in (*operands, y)), m, n, k)
     return y
 
 

@@ -30,6 +30,7 @@ constexpr int HALF_BYTES = TOKENS * 128;                                  // 64 
 constexpr int CODES = 2 * HALF_BYTES, SCALES = CODES + TILE_SLABS * SLAB_BYTES, ZEROS = SCALES + TILE_SLABS * META_BYTES;
 constexpr int STAGE_BYTES = (ZEROS + ASYMMETRIC * TILE_SLABS * META_BYTES + 1023) / 1024 * 1024;
 constexpr int SUM_PITCH = TILE_ROWS + 4;                                  // floats; 4 spread the rows over the banks
+static_assert(STAGES % DEEP == 0 && STAGES > DEEP, "a stage belongs to one of the warpgroups that take turns");
 // Weights in float16 are multiplied by a power of two, and sums divided by it, to keep small ones off the subnormals.
 constexpr float LIFT = ELEMENT_BF16 || SCALE_SUMS ? 1.f : 64.f;
 
