@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import canopyq as cq
 from canopyq import fused_attention
+from canopyq.generate import Decoder
 from canopyq.kv_codes import QuantizedStates, get_cache_format
 from canopyq.ops import cpu_attention
 from canopyq.ops.cuda import attention
@@ -244,6 +245,28 @@ def test_it_takes_no_more_than_it_has_room_for() -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("format", FORMATS)
+def test_fast_generate_holds_codes_as_the_growing_cache_does(format: str) -> None:
+    """The same cache, attention and rounding, so the same tokens; a second prompt finds it empty."""
+    model = cq.fuse_attention(tiny(), format)
+    ids = torch.randint(97, (2, 130))
+    decoder = Decoder(model, 2, 260, format)
+    for start in (130, 20):
+        found = decoder.generate(ids[:, :start], 100)
+        cache = cq.QuantizedCache(model.config, format)
+        expected = model.generate(ids[:, :start], past_key_values=cache, max_new_tokens=100, do_sample=False)
+        assert torch.equal(found, expected)
+        assert decoder.cache.synchronize() == start + 99
+
+
+def test_fast_generate_says_why_it_does_not_hold_codes() -> None:
+    with pytest.raises(cq.CanopyError, match=r"cannot read a kv8 cache here: it is for NVIDIA GPUs.*QuantizedCache"):
+        cq.fast_generate(tiny(), torch.ones(1, 3, dtype=torch.long), 5, cache="kv8")
+    with pytest.raises(cq.CanopyError, match="kv9"):
+        cq.fast_generate(tiny(), torch.ones(1, 3, dtype=torch.long), 5, cache="kv9")
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_a_captured_step_has_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     model = cq.fuse_attention(tiny())
     cache, seen = make(model, "kv8"), []
@@ -310,3 +333,23 @@ def test_a_captured_step_is_replayed_token_by_token(format: str, head_dim: int) 
     for a, b in zip(fixed.layers[0].quantized_keys.narrow(0, count).tensors, held, strict=True):
         same = a.view(torch.uint8) == b.view(torch.uint8)  # of the first layer, whose input is the same
         assert same.float().mean() > 0.99
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_fast_generate_replays_a_graph_over_codes(format: str, batch: int) -> None:
+    model = tiny(128).to("cuda", torch.bfloat16)
+    ids = torch.randint(97, (batch, 70), device="cuda")
+    decoder = Decoder(model, batch, 300, format)
+    for start in (70, 9):
+        found = decoder.generate(ids[:, :start], 200)
+        assert decoder.graph is not None and decoder.cache.synchronize() == start + 199
+        exact = tiny(128)
+        codes = cq.QuantizedCache(exact.config, format)
+        with torch.inference_mode():
+            exact(found[:, :start].cpu(), past_key_values=codes, use_cache=True)
+            for i in range(start, start + 199):
+                logits = exact(found[:, i : i + 1].cpu(), past_key_values=codes, use_cache=True).logits[:, -1]
+        assert (decoder.logits.float().cpu() - logits).norm() < 0.1 * logits.norm()

@@ -56,16 +56,21 @@ class TestOnAGpu:
     def test_what_comes_before_is_fused(self, format: str) -> None:
         x, up, weight = (normal(*shape, dtype=BF16).cuda() for shape in ((7, 2056), (6, 2056), (2056,)))
         up = F.pad(up, (0, 0, 0, 1))
+        base = (x.float() * 0.75).to(BF16)
+        change = x - base
+        x = base + change  # as it is rounded
         wide = x.float()
         normed = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(BF16)
         for (codes, scales), plain in (
-            (eight_bits.quantize_normed(x, weight, 1e-5, format), normed),
+            (eight_bits.quantize_normed(x.clone(), None, weight, 1e-5, format), normed),
+            (eight_bits.quantize_normed(base, change, weight, 1e-5, format), normed),
             (eight_bits.quantize_gated(x, up, format), F.silu(x) * up),
         ):
             expected = quantize(plain.float(), format, "token")
             found = codes.float() * scales
             # A value on the edge between two 16-bit numbers may be rounded to either: a code or a scale apart.
             assert float((found - expected.dequantize()).norm() / plain.float().norm()) < 4e-3
+        assert torch.equal(base, x)  # what was added stays
 
     @pytest.mark.parametrize("output", [FP16, BF16, torch.float32], ids=str)
     @pytest.mark.parametrize(
@@ -152,7 +157,11 @@ VARIANTS = (
         )
     ]
     + [
-        ("quantize_rows.cu", {"CODE": code, "ELEMENT_BF16": 1, "INPUT": source}, arch)
+        (
+            "quantize_rows.cu",
+            {"CODE": code, "ELEMENT_BF16": 1, "INPUT": source, "THREADS": 256 * max(source, 1)},
+            arch,
+        )
         for code, source, arch in ((8, 0, "sm_80"), (8, 1, "sm_90a"), (0, 2, "sm_90a"), (0, 0, "sm_100"))
     ]
     + [

@@ -41,9 +41,9 @@ def _scale(scale: torch.dtype, output: torch.dtype, device: int) -> launch.Funct
 
 
 @cache
-def _quantize(format: str, dtype: torch.dtype, source: int, device: int) -> launch.Function:
-    defined = {"CODE": CODES[format], "ELEMENT_BF16": KINDS[dtype], "INPUT": source}
-    return launch.Function("quantize_rows.cu", "quantize_rows", defined, "PPPPiqqf", device, 256)
+def _quantize(format: str, dtype: torch.dtype, source: int, threads: int, device: int) -> launch.Function:
+    defined = {"CODE": CODES[format], "ELEMENT_BF16": KINDS[dtype], "INPUT": source, "THREADS": threads}
+    return launch.Function("quantize_rows.cu", "quantize_rows", defined, "PPPPPiqqf", device, threads)
 
 
 # ------------------------------------------------------------------------------------------------- rows to codes
@@ -73,7 +73,9 @@ def _cannot(format: str, device: torch.device) -> str | None:
     return None
 
 
-def _rows(x: Tensor, format: str, source: int, other: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
+def _rows(
+    x: Tensor, format: str, source: int, other: Tensor | None, epsilon: float, change: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     if x.dim() != 2 or x.dtype not in (torch.float16, torch.bfloat16) or x.shape[1] % 8:
         raise CanopyError(
             f"rows to quantize are 16-bit floats (M, K) with K a multiple of 8, got {x.dtype} {tuple(x.shape)}"
@@ -88,16 +90,26 @@ def _rows(x: Tensor, format: str, source: int, other: Tensor | None, epsilon: fl
             f"beside rows {x.dtype} {tuple(x.shape)} on {x.device} belongs {tuple(shape)} of the same dtype, there, "
             f"got {other.dtype} {tuple(other.shape)} on {other.device}"
         )
+    if change is not None and (change.shape != x.shape or change.dtype != x.dtype or change.device != x.device):
+        raise CanopyError(
+            f"to rows {x.dtype} {tuple(x.shape)} on {x.device} the same is added, got {change.dtype} "
+            f"{tuple(change.shape)} on {change.device}"
+        )
     m, k = x.shape
     codes = torch.empty(m, k, dtype=DTYPES[format], device=x.device)
     scales = torch.empty(m, 1, dtype=torch.float32, device=x.device)
     if not x.numel():
         return codes, scales
+    if change is not None and _aligned(x) is not x:
+        raise CanopyError("rows that are added to lie together, from a multiple of 16 bytes on; use .contiguous()")
     x, other = _aligned(x), None if other is None else _aligned(other)
-    run = _quantize(format, x.dtype, source, x.device.index)
+    added = None if change is None else _aligned(change.contiguous())
+    run = _quantize(format, x.dtype, source, 256 if k <= 8192 else 512, x.device.index)
     beside = 0 if other is None else other.data_ptr()
     stride = 0 if other is None else other.stride(0)
-    run((m, 1, 1), x.data_ptr(), beside, codes.data_ptr(), scales.data_ptr(), k, x.stride(0), stride, epsilon)
+    more = 0 if added is None else added.data_ptr()
+    places = (x.data_ptr(), beside, more, codes.data_ptr(), scales.data_ptr())
+    run((m, 1, 1), *places, k, x.stride(0), stride, epsilon)
     return codes, scales
 
 
@@ -120,10 +132,13 @@ def quantize_rows(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
     return _rows(x, format, 0, None, 0.0)
 
 
-@torch.library.custom_op("canopyq::quantize_normed", mutates_args=())
-def quantize_normed(x: Tensor, weight: Tensor, epsilon: float, format: str) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` of RMSNorm(x) · weight, with the roundings of transformers' Llama."""
-    return _rows(x, format, 1, weight, epsilon)
+@torch.library.custom_op("canopyq::quantize_normed", mutates_args=("x",))
+def quantize_normed(
+    x: Tensor, change: Tensor | None, weight: Tensor, epsilon: float, format: str
+) -> tuple[Tensor, Tensor]:
+    """Add ``change`` to ``x`` (M, K) in place, then `quantize_rows` of RMSNorm(x) · weight, with the roundings of
+    transformers' Llama."""
+    return _rows(x, format, 1, weight, epsilon, change)
 
 
 @torch.library.custom_op("canopyq::quantize_gated", mutates_args=())
@@ -137,7 +152,7 @@ def _fake_rows(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
 
 
 quantize_rows.register_fake(_fake_rows)
-quantize_normed.register_fake(lambda x, weight, epsilon, format: _fake_rows(x, format))
+quantize_normed.register_fake(lambda x, change, weight, epsilon, format: _fake_rows(x, format))
 quantize_gated.register_fake(lambda gate, up, format: _fake_rows(gate, format))
 
 

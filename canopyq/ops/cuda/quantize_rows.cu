@@ -1,11 +1,11 @@
 // Rows of 16-bit floats to 8-bit codes and a scale each, in one pass: a block takes a row, finds its largest magnitude
-// and divides. What comes before is fused in: nothing (INPUT 0), RMSNorm (1) or SiLU(gate) · up (2), with the roundings
-// to 16 bits that the model's own layers make, so that the codes are the same.
+// and divides. What comes before is fused in: nothing (INPUT 0), adding to the residual stream and RMSNorm (1) or
+// SiLU(gate) · up (2), with the roundings to 16 bits that the model's own layers make, so that the codes are the same.
 //
-// Constants: CODE (8 for INT8, 0 for FP8 E4M3), ELEMENT_BF16, INPUT.
+// Constants: CODE (8 for INT8, 0 for FP8 E4M3), ELEMENT_BF16, INPUT, THREADS.
 #include "eight_bits.cuh"
 
-constexpr int THREADS = 256, VECTOR = 8, KEPT = 4;  // vectors of a row that a thread keeps; longer rows are read twice
+constexpr int VECTOR = 8, KEPT = 4;  // vectors of a row that a thread keeps; longer rows are read twice
 
 // Whether any thread of the block says so, the largest value, and the sum.
 __device__ __forceinline__ float block_max(float x, float* shared) {
@@ -48,14 +48,14 @@ __device__ __forceinline__ void read(float (&v)[VECTOR], const u16* x, const u16
 }
 
 // x (rows, k) with `stride` elements from row to row, k a multiple of 8. other: the norm's weight (k), or up as x.
-// codes (rows, k), scales (rows).
+// change: null, or what is added to x first, (rows, k), for the norm. codes (rows, k), scales (rows).
 extern "C" __global__ void __launch_bounds__(THREADS)
-    quantize_rows(const u16* x, const u16* other, u8* codes, float* scales, int k, long long stride,
+    quantize_rows(u16* x, const u16* other, const u16* change, u8* codes, float* scales, int k, long long stride,
                   long long other_stride, float epsilon) {
     __shared__ float shared[THREADS / WARP];
     let_next_kernel_start();
     wait_for_earlier_kernels();
-    const u16* row = x + blockIdx.x * stride;
+    u16* row = x + blockIdx.x * stride;
     const u16* beside = other + (INPUT == 2 ? blockIdx.x * other_stride : 0);
     u8* to = codes + (size_t)blockIdx.x * k;
 
@@ -64,7 +64,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         float squares = 0.f;
         for (int at = threadIdx.x * VECTOR; at < k; at += THREADS * VECTOR) {
             uint4 a = *(const uint4*)(row + at);
-            const u32 as[4] = {a.x, a.y, a.z, a.w};
+            u32 as[4] = {a.x, a.y, a.z, a.w};
+            if (change != nullptr) {                           // this thread alone reads the sum again
+                a = *(const uint4*)(change + (size_t)blockIdx.x * k + at);
+                const u32 more[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    as[i] = pack(to_float(u16(as[i])) + to_float(u16(more[i])),
+                                 to_float(u16(as[i] >> 16)) + to_float(u16(more[i] >> 16)));
+                *(uint4*)(row + at) = make_uint4(as[0], as[1], as[2], as[3]);
+            }
 #pragma unroll
             for (int i = 0; i < VECTOR; i++) {
                 float f = to_float(u16(as[i / 2] >> (i % 2 * 16)));
