@@ -173,7 +173,7 @@ def main() -> None:
     seconds, decoder = ours(model, prompt)
     add("canopyq, bf16", seconds, model, notes=decoder.notes)
     del decoder
-    for recipe in ("w8a16", "w4a16-g128"):
+    for recipe in ("w8a16", "w4a16-g128", "w8a8", "fp8"):
         free()
         model = llama_7b(options.layers)
         cq.quantize_(model, recipe)

@@ -105,7 +105,7 @@ def _torchao(codes: Tensor, scale: Tensor) -> Product:
     values = ((codes.to(BF16) - 8).view(len(codes), -1, group) * scale.to(BF16)[..., None]).view(codes.shape)
     linear = torch.nn.Linear(codes.shape[1], len(codes), bias=False, device="cuda", dtype=BF16)
     linear.weight.data.copy_(values)
-    quantize_(linear, Int4WeightOnlyConfig(group_size=group))
+    quantize_(linear, Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d"))
     return linear
 
 

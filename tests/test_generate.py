@@ -113,7 +113,8 @@ def test_the_graph_gives_what_its_steps_give(recipe, rows) -> None:
     assert decoder.notes == []
     found = decoder.generate(ids, 40)
     logits = model(found[:, :-1].contiguous()).logits[:, -1].float()
-    assert (decoder.logits.float() - logits).norm() < 0.02 * logits.norm()
+    rounding = 0.06 if recipe == "fp8" else 0.02  # a code of E4M3 is up to 6 % from the next
+    assert (decoder.logits.float() - logits).norm() < rounding * logits.norm()
     assert decoder.graph is not None
     decoder._record = lambda: None
     decoder.graph = None

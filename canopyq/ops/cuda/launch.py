@@ -76,10 +76,10 @@ class Function:
         self._driver, self.name, self._device, self._shared = driver, f"{name} of {file}", device, shared
         capability = torch.cuda.get_device_capability(device)
         torch.cuda.init()
-        self.compiled = nvrtc.compile(file, constants, nvrtc.architecture(capability), extra=extra)
+        compiled = nvrtc.compile(file, constants, nvrtc.architecture(capability), extra=extra)
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # creates the context that the driver loads into
-            library = self._check(driver.cuLibraryLoadData(self.compiled.cubin, [], [], 0, [], [], 0))
+            library = self._check(driver.cuLibraryLoadData(compiled.cubin, [], [], 0, [], [], 0))
             kernel = self._check(driver.cuLibraryGetKernel(library, name.encode()))
             of_kernel, of_device = driver.CUfunction_attribute, driver.CUdevice_attribute
             most = of_device.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
@@ -87,6 +87,8 @@ class Function:
             static = self._check(
                 driver.cuKernelGetAttribute(of_kernel.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, kernel, gpu)
             )
+            registers = of_kernel.CU_FUNC_ATTRIBUTE_NUM_REGS
+            self.registers = self._check(driver.cuKernelGetAttribute(registers, kernel, gpu))  # of each thread
             self.most_shared = self._check(driver.cuDeviceGetAttribute(most, gpu)) - static
             attribute = of_kernel.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._check(driver.cuKernelSetAttribute(attribute, self.most_shared, kernel, gpu))
