@@ -1,11 +1,12 @@
 """Finds the fastest tile of the CUDA kernels for each layer shape and number of rows: writes ops/cuda/tiles.json.
 
-    python -m benchmarks.tune_linear [--recipes w4a16 w8a8]     on an NVIDIA H100 or H200, about four minutes for all
+    python -m benchmarks.tune_linear [--recipes w4a16 w8a8] [--rows 16 32]     on an NVIDIA H100 or H200; all: two minutes
 
 Kernels are compiled first, on all processor cores. Each tile's result is compared with the library's before it is
 timed, in a process of its own that a fault of one tile cannot take the others with. Numbers of rows at which
 dequantizing and cuBLAS is the fastest, and all larger ones, are left out of the table: that is how
-`canopyq.ops.cuda.tiles` knows. Recipes that are not named keep their rows.
+`canopyq.ops.cuda.tiles` knows. What is not named keeps its rows. Layers of 8-bit codes are timed with the quantization of
+their input.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -102,6 +104,10 @@ def warpgroup_tiles(weight: Weight, rows: int) -> Iterator[WarpgroupTile]:
                 tile = WarpgroupTile(tokens, tall, beside, deep, 20, batch, cluster, per_sm).fitted(weight)
                 if (tile.per_sm, tile.deep) == (per_sm, deep):
                     yield tile
+                    if (
+                        tokens <= 64 and tile.stages >= 6
+                    ):  # then the next kernel's blocks find room before this one's end
+                        yield replace(tile, stages=tile.stages // 2).fitted(weight)
 
 
 def codes_tiles(recipe: str, n: int, k: int, rows: int) -> Iterator[CodesTile | WideTile | None]:
@@ -126,6 +132,8 @@ def codes_tiles(recipe: str, n: int, k: int, rows: int) -> Iterator[CodesTile | 
                 tile = CodesTile(tokens, tall, warpgroups, 20, cluster, per_sm).fitted(k)
                 if tile.stages > 2 or (tile.stages == 2 and tokens >= 128):
                     yield tile
+                if tokens <= 64 and tile.stages >= 6:  # then the next kernel's blocks find room before this one's end
+                    yield replace(tile, stages=tile.stages // 2)
 
 
 def weight_of(recipe: str, k: int, n: int) -> Weight:
@@ -200,14 +208,16 @@ class Codes:
             self.parts.append((codes, scale))
 
     def input(self, rows: int) -> tuple[Tensor, ...]:
-        return eight_bits.quantize_rows(torch.randn(rows, self.k, device="cuda", dtype=BF16), self.format)
+        return (torch.randn(rows, self.k, device="cuda", dtype=BF16),)
 
     def run(self, own: tuple, x: tuple[Tensor, ...], tile: Tile) -> Tensor:
+        x = eight_bits.quantize_rows(*x, self.format)
         if tile is None:
             return eight_bits.multiply_codes(*x, *own, BF16)
         return (wide_int8 if isinstance(tile, WideTile) else warpgroup_codes).run(*x, *own, BF16, tile)
 
     def library(self, own: tuple, x: tuple[Tensor, ...]) -> Tensor:
+        x = eight_bits.quantize_rows(*x, self.format)
         if self.format == "int8":
             return (x[0].float() * x[1] @ (own[0].float() * own[1]).t()).to(BF16)
         columns = own[1].reshape(1, -1)
@@ -298,10 +308,10 @@ def tile_of(job: dict) -> Tile:
     return kinds[job["kernel"]](*job["tile"]) if job["kernel"] != "skinny" else None
 
 
-def tune(recipes: list[str]) -> list[dict]:
+def tune(recipes: list[str], only: set[int]) -> list[dict]:
     jobs = []
     for recipe in recipes:
-        for (k, n), rows in product(SHAPES, ROWS[recipe]):
+        for (k, n), rows in product(SHAPES, [count for count in ROWS[recipe] if count in only]):
             for tile in candidates(recipe, k, n, rows):
                 kernel, constants = KERNELS[type(tile)], [] if tile is None else list(vars(tile).values())
                 jobs.append({"recipe": recipe, "k": k, "n": n, "rows": rows, "kernel": kernel, "tile": constants})
@@ -332,6 +342,9 @@ def tune(recipes: list[str]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipes", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument(
+        "--rows", nargs="*", type=int, default=sorted({count for rows in ROWS.values() for count in rows})
+    )
     parser.add_argument("--out", type=Path, default=tiles.TABLE)
     parser.add_argument("--work", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -339,7 +352,9 @@ def main() -> None:
         jobs = json.loads(options.work[0].read_text(encoding="utf-8"))
         work([{**job, "make": tile_of(job)} for job in jobs], options.work[1])
         return
-    rows = [row for row in tiles.measured() if row["recipe"] not in options.recipes] + tune(options.recipes)
+    kept = [row for row in tiles.measured() if row["recipe"] not in options.recipes or row["rows"] not in options.rows]
+    rows = kept + tune(options.recipes, set(options.rows))
+    rows.sort(key=lambda row: (list(ROWS).index(row["recipe"]), row["k"], row["n"], row["rows"]))
     lines = ",\n".join(f" {json.dumps(row)}" for row in rows)
     gpu = torch.cuda.get_device_name()
     options.out.write_text(f'{{"gpu": "{gpu}", "tiles": [\n{lines}\n]}}\n', encoding="utf-8")

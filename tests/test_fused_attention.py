@@ -349,8 +349,10 @@ def test_fast_generate_replays_a_graph_over_codes(format: str, batch: int) -> No
         assert decoder.graph is not None and decoder.cache.synchronize() == start + 199
         codes = cq.QuantizedCache(model.config, format)
         with torch.inference_mode():
+            exact = model(found[:, :-1]).logits[:, -1].float()
             model(found[:, :start], past_key_values=codes, use_cache=True)
             for i in range(start, start + 199):
-                logits = model(found[:, i : i + 1], past_key_values=codes, use_cache=True).logits[:, -1]
-        # The same tokens in bfloat16, rounded at other places; with few bits a key may get the neighbouring code.
-        assert (decoder.logits - logits).float().norm() < (0.3 if format == "kv2" else 0.1) * logits.float().norm()
+                logits = model(found[:, i : i + 1], past_key_values=codes, use_cache=True).logits[:, -1].float()
+        # Rounded to bfloat16 at other places, some numbers get the neighbouring code: less than codes cost altogether.
+        assert (decoder.logits.float() - logits).norm() < 0.1 * exact.norm() + (logits - exact).norm()
+        assert (decoder.logits.float() - exact).norm() < 1.5 * (logits - exact).norm() + 0.1 * exact.norm()

@@ -40,6 +40,8 @@ class TestOnAGpu:
     def test_codes_of_rows_are_those_of_quantize(self, format: str, m: int, k: int, dtype: torch.dtype) -> None:
         x = normal(m, k, dtype=dtype)
         x[-1] *= 1e-3
+        if m > 2 and dtype == BF16:
+            x[1] *= 1e-33
         for each in (x.cuda(), x.cuda().t().contiguous().t(), F.pad(x, (3, 5)).cuda()[:, 3:-5]):
             codes, scales = eight_bits.quantize_rows(each, format)
             expected = quantize(x.float(), format, "token")
