@@ -1,12 +1,12 @@
 """Finds the fastest tile of the CUDA kernels for each layer shape and number of rows: writes ops/cuda/tiles.json.
 
-    python -m benchmarks.tune_linear [--recipes w4a16 w8a8] [--rows 16 32]     on an NVIDIA H100 or H200; all: two minutes
+    python -m benchmarks.tune_linear [--recipes w4a16 w8a8] [--rows 16 32]     on an NVIDIA H100 or H200, two minutes
 
 Kernels are compiled first, on all processor cores. Each tile's result is compared with the library's before it is
 timed, in a process of its own that a fault of one tile cannot take the others with. Numbers of rows at which
 dequantizing and cuBLAS is the fastest, and all larger ones, are left out of the table: that is how
-`canopyq.ops.cuda.tiles` knows. What is not named keeps its rows. Layers of 8-bit codes are timed with the quantization of
-their input.
+`canopyq.ops.cuda.tiles` knows. What is not named keeps its rows. Layers of 8-bit codes are timed with the quantization
+of their input.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ def decode_tiles(weight: Weight, rows: int) -> Iterator[DecodeTile]:
             per_sm = min(tiles.SHARED // (shared + tiles.RESERVED), THREADS // (warps * 32),
                          REGISTERS // (registers * warps * 32))  # fmt: skip
             yield DecodeTile(columns, blocks, warps, depth, cluster, max(1, per_sm))
+            if per_sm > 1:  # leaves room for the next kernel's blocks before the end
+                yield DecodeTile(columns, blocks, warps, depth, cluster, 1)
             if rows == 1:
                 yield DecodeTile(columns, blocks, warps, depth, cluster, 8)
 
@@ -104,9 +106,7 @@ def warpgroup_tiles(weight: Weight, rows: int) -> Iterator[WarpgroupTile]:
                 tile = WarpgroupTile(tokens, tall, beside, deep, 20, batch, cluster, per_sm).fitted(weight)
                 if (tile.per_sm, tile.deep) == (per_sm, deep):
                     yield tile
-                    if (
-                        tokens <= 64 and tile.stages >= 6
-                    ):  # then the next kernel's blocks find room before this one's end
+                    if tokens <= 64 and tile.stages >= 6:  # leaves room for the next kernel's blocks before the end
                         yield replace(tile, stages=tile.stages // 2).fitted(weight)
 
 
@@ -132,7 +132,7 @@ def codes_tiles(recipe: str, n: int, k: int, rows: int) -> Iterator[CodesTile | 
                 tile = CodesTile(tokens, tall, warpgroups, 20, cluster, per_sm).fitted(k)
                 if tile.stages > 2 or (tile.stages == 2 and tokens >= 128):
                     yield tile
-                if tokens <= 64 and tile.stages >= 6:  # then the next kernel's blocks find room before this one's end
+                if tokens <= 64 and tile.stages >= 6:  # leaves room for the next kernel's blocks before the end
                     yield replace(tile, stages=tile.stages // 2)
 
 
