@@ -267,9 +267,9 @@ class QuantizedCache(Cache):
         if not isinstance(window, int) or window < 0:
             raise CanopyError(f"a window of {window!r} tokens cannot be kept in full precision; use 0 or more")
         self.limit = getattr(config, "max_position_embeddings", None)
+        windows, layers = _sliding_windows(config), []
         self.shapes = [_shape(each) for each in config.per_layer_config]
-        layers = []
-        for (_, head_dim), sliding in zip(self.shapes, _sliding_windows(config), strict=True):
+        for (_, head_dim), sliding in zip(self.shapes, windows, strict=True):
             size = min(GROUP, head_dim) if group is None else group
             if not isinstance(size, int) or size < 1 or head_dim % size:
                 raise CanopyError(
@@ -429,6 +429,7 @@ def _shape(config: PreTrainedConfig) -> tuple[int, int]:
 def _sliding_windows(config: PreTrainedConfig) -> list[int | None]:
     """Each layer's sliding window, or None where it sees everything."""
     types, options = get_layer_types_and_kwargs(config)
+    types = [*types, *["dummy"] * (config.num_hidden_layers - len(types))]  # before 5.20 those are left out
     if isinstance(options, dict):  # transformers before 5.20 gives all layers the same
         options = [options] * len(types)
     for i, kind in enumerate(types):

@@ -12,9 +12,11 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     FalconConfig,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     Gemma4TextConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
 )
 from transformers.utils import logging
@@ -25,6 +27,7 @@ from canopyq.kv_cache import QuantizedCache, QuantizedLayer
 from canopyq.kv_codes import CACHE_FORMATS, get_cache_format
 
 FORMATS = tuple(CACHE_FORMATS)
+SLIDING = ["full_attention", "sliding_attention"]
 logging.set_verbosity_error()
 
 
@@ -284,10 +287,9 @@ def test_a_sliding_window_cannot_go_back_behind_itself() -> None:
 
 def test_all_layers_go_back_or_none() -> None:
     torch.manual_seed(0)
-    kinds = ["full_attention", "sliding_attention"]
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 99}
-    both = AutoModelForCausalLM.from_config(Gemma3TextConfig(**sizes, sliding_window=100, layer_types=kinds)).eval()
+    both = AutoModelForCausalLM.from_config(Gemma3TextConfig(**sizes, sliding_window=100, layer_types=SLIDING)).eval()
     cache = QuantizedCache(both.config, "kv8")
     feed(both, cache, tokens(400))
     with pytest.raises(CanopyError, match="sliding window has passed"):
@@ -330,9 +332,10 @@ def test_layers_without_keys_are_refused_by_name() -> None:
     odd.layer_types = ["full_attention", "linear_attention", "full_attention"]
     with pytest.raises(CanopyError, match="layer 1 is of the kind linear_attention"):
         QuantizedCache(odd)
-    odd.layer_types, odd.kv_sharing_modes = ["full_attention"] * 3, ["store", "store", "reuse"]
+    with pytest.raises(CanopyError, match="layer 0 is of the kind linear_attention"):
+        QuantizedCache(MambaConfig(num_hidden_layers=2))
     with pytest.raises(CanopyError, match="layer 2 reads another layer's keys"):
-        QuantizedCache(odd)
+        QuantizedCache(Gemma3nTextConfig(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=SLIDING * 2))
 
 
 def refused(model, cache: QuantizedCache, ids: torch.Tensor, message: str) -> None:
