@@ -31,6 +31,12 @@ class QuantizedExperts(nn.ModuleList):
         super().__init__(experts)
         self.act_fn = act_fn
 
+    @classmethod
+    def like(cls, module: nn.Module, projections: list[QuantizedLinear]) -> QuantizedExperts:
+        """What takes the place of a module that `is_experts`; its projections in the order of `expert_weights`."""
+        experts = [QuantizedExpert(*projections[i : i + 3]) for i in range(0, len(projections), 3)]
+        return cls(experts, module.act_fn).train(module.training)
+
     def __len__(self) -> int:
         return sum(isinstance(module, QuantizedExpert) for module in self._modules.values())
 

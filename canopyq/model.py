@@ -11,7 +11,7 @@ from canopyq.batches import read_batches
 from canopyq.calibration import Calibration, calibrate
 from canopyq.embedding import QuantizedEmbedding
 from canopyq.errors import CanopyError
-from canopyq.experts import QuantizedExpert, QuantizedExperts
+from canopyq.experts import QuantizedExperts
 from canopyq.explain import require_fast
 from canopyq.hadamard import OnlineHadamard, online_hadamard
 from canopyq.kept_columns import OutlierLinear
@@ -192,7 +192,7 @@ def _layer(
     target: Target, rounded: Rounded, recipe: Recipe, inputs: tuple[Tensor | None, Tensor | None]
 ) -> QuantizedLinear | OutlierLinear:
     if target.kind == "embedding":
-        return QuantizedEmbedding(rounded.weight, target.module.padding_idx).train(target.module.training)
+        return QuantizedEmbedding.like(target.module, rounded.weight)
     bias = None if target.kind == "expert" else values(target.module).get("bias")
     layer = QuantizedLinear(rounded.weight, bias, recipe.activations, *inputs).train(target.module.training)
     if rounded.kept is not None:
@@ -225,8 +225,7 @@ def _replace(model: nn.Module, targets: list[Target], layers: dict[str, Quantize
         else:
             new[target.module] = layers[target.name]
     for module, parts in experts.items():
-        made = [QuantizedExpert(*parts[i : i + 3]) for i in range(0, len(parts), 3)]
-        new[module] = QuantizedExperts(made, module.act_fn).train(module.training)
+        new[module] = QuantizedExperts.like(module, parts)
     places = [name for name, module in model.named_modules(remove_duplicate=False) if module in new]
     modules = {name: model.get_submodule(name) for name in places}
     _untie(model, new)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from canopyq.embedding import is_embedding
 from canopyq.errors import CanopyError
 from canopyq.experts import expert_weights, is_experts
 from canopyq.linear import QuantizedLinear
@@ -79,10 +80,13 @@ def find_targets(model: nn.Module, recipe: Recipe) -> tuple[list[Target], dict[s
             for part, weight in found:
                 label = f"{name}.{part}"
                 targets.append(Target(label, module, "expert", weight, recipe.scheme_of(label)))
-        elif type(module) is nn.Embedding and recipe.embeddings and name:
-            targets.append(Target(name, module, "embedding", module.weight, recipe.scheme_of(name)))
         elif isinstance(module, nn.Embedding):
-            kept[label] = "an embedding: rows are looked up, not multiplied"
+            if not recipe.embeddings:
+                kept[label] = "an embedding: rows are looked up, not multiplied"
+            elif is_embedding(module) and name:
+                targets.append(Target(name, module, "embedding", module.weight, recipe.scheme_of(name)))
+            else:
+                kept[label] = f"a {kind}: of embeddings only plain ones and those that scale their rows are quantized"
         elif all(weight.dim() < 2 for weight in weights):
             kept[label] = "a norm: a vector, too small to matter"
         else:

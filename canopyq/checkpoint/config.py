@@ -1,4 +1,4 @@
-"""The ``quantization_config`` of a checkpoint's config.json: written from a recipe, read into groups.
+"""The ``quantization_config`` of a checkpoint's config.json: written from groups, read into groups.
 
 Each group says how its layers are quantized and, in ``targets``, which those are: by full name, by ``re:`` and a
 pattern that the name starts with, or by class. ``ignore`` speaks the same language and goes before all groups.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from canopyq.checkpoint.layout import DISK_FORMATS, FLOAT, INT, PACKED, disk_format
 from canopyq.errors import CanopyError, unknown
 from canopyq.formats import IntFormat
-from canopyq.scheme import Recipe, Scheme
+from canopyq.scheme import Scheme
 
 VERSION = "0.20.0"  # of compressed-tensors, whose form this is
 NOT_READ = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "marlin-24", "dense",
@@ -21,6 +21,7 @@ NOT_READ = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "
 _ARGS = ("actorder", "block_structure", "dynamic", "group_size", "num_bits", "observer", "observer_kwargs",
          "scale_dtype", "strategy", "symmetric", "type", "zp_dtype")  # fmt: skip
 _GROUP = ("format", "input_activations", "output_activations", "targets", "weights")
+CONV1D = "canopyq_conv1d"  # of a group; compressed-tensors refuses a key that it does not know
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Group:
         activations: how what goes into them is; None leaves it as it is.
         format: one of `DISK_FORMATS`.
         static: whether the range of the activations is fixed, in an ``input_scale``, or each input's own.
+        conv1d: whether the layers are GPT-2's Conv1D. transformers would pass over their codes and make up weights in
+            their place, so the group says it in a key on which compressed-tensors ends with an error.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Group:
     activations: Scheme | None
     format: str
     static: bool = False
+    conv1d: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,23 +72,16 @@ def _names(target: str, name: str) -> bool:
     return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
 
 
-def quantization_config(recipe: Recipe, ignore: Sequence[str]) -> dict:
+def write_config(groups: Sequence[Group], ignore: Sequence[str]) -> dict:
     """What stands in config.json under ``quantization_config``, in the full form of compressed-tensors.
 
     Args:
-        recipe: of the whole model.
-        ignore: the full names of all linear layers that stayed as they are.
+        groups: see `groups.grouped`.
+        ignore: the full names of all layers that stayed as they are.
 
     Raises:
-        CanopyError: for a recipe that the format cannot hold.
+        CanopyError: for activations that the format cannot hold.
     """
-    format = disk_format(recipe.weights, recipe.activations)
-    group = Group("group_0", ("Linear",), recipe.weights, recipe.activations, format, recipe.static)
-    return write_config([group], ignore)
-
-
-def write_config(groups: Sequence[Group], ignore: Sequence[str]) -> dict:
-    """`quantization_config` of groups that are known one by one."""
     formats = {group.format for group in groups}
     return {
         "config_groups": {
@@ -97,6 +94,7 @@ def write_config(groups: Sequence[Group], ignore: Sequence[str]) -> dict:
                 "targets": list(group.targets),
                 "weights": _arguments(group.weights, dynamic=False),
             }
+            | ({CONV1D: True} if group.conv1d else {})
             for group in groups
         },
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
@@ -127,7 +125,7 @@ def _arguments(scheme: Scheme, dynamic: bool) -> dict:
 
 
 def read_config(config: Mapping) -> Quantization:
-    """The inverse of `quantization_config`, for files of other tools too.
+    """The inverse of `write_config`, for files of other tools too.
 
     Raises:
         CanopyError: for anything that is not understood, by name: no guess is made about what codes mean.
@@ -154,7 +152,7 @@ def read_config(config: Mapping) -> Quantization:
 
 def _group(name: str, given: object, default: object) -> Group:
     group = _mapping(given, name)
-    _no_more(group, _GROUP, name)
+    _no_more(group, (*_GROUP, CONV1D), name)
     format = group.get("format") or default
     if format == "naive-quantized":  # the name that int-quantized and float-quantized share in older files
         format = FLOAT if _mapping(group.get("weights"), f"weights of {name}").get("type") == "float" else INT
@@ -177,7 +175,8 @@ def _group(name: str, given: object, default: object) -> Group:
     if not fits[format]:
         disk_format(weights, activations)  # says why, for widths that no file holds safely
         raise CanopyError(f"format {format!r} of {name} does not hold {weights.format.name} weights")
-    return Group(name, _strings(group.get("targets"), f"targets of {name}"), weights, activations, format, static)
+    targets = _strings(group.get("targets"), f"targets of {name}")
+    return Group(name, targets, weights, activations, format, static, bool(group.get(CONV1D)))
 
 
 def _scheme(given: object, where: str, *, inputs: str | None = None) -> Scheme:

@@ -9,7 +9,7 @@ from pathlib import Path
 from canopyq.checkpoint.config import Group, read_config
 from canopyq.checkpoint.files import Checkpoint, TensorInfo, read_json
 from canopyq.checkpoint.layout import check
-from canopyq.checkpoint.readers import notes, readers
+from canopyq.checkpoint.readers import group_of, notes, readers
 from canopyq.errors import CanopyError
 from canopyq.memory import human
 
@@ -106,7 +106,7 @@ def inspect(folder: str | Path) -> Inspection:
             held[module][leaf] = info
     owners: dict[str, list[str]] = {group.name: [] for group in quantization.groups} if quantization else {}
     for module, shape in quantized.items() if quantization else ():
-        if group := quantization.group_of(module):
+        if group := group_of(module, quantization):
             owners[group.name].append(module)
         problem = problem or _problem(module, group, shape, held[module])
     if shapeless:

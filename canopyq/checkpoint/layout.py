@@ -114,7 +114,7 @@ def to_disk(weight: QuantizedTensor, dtype: torch.dtype | None = None, format: s
 
     Args:
         dtype: of the scales, usually that of the unquantized tensors beside them. A scale that the cast would change
-            keeps its own dtype: the file holds exactly what the model computes with.
+            or make wider keeps its own dtype: the file holds exactly what the model computes with, and no more.
         format: one of `DISK_FORMATS`; None takes `disk_format` of weights without activation quantization.
 
     Raises:
@@ -177,10 +177,10 @@ def from_disk(
 
 
 def _exact(scale: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A scale in another dtype if that changes none of its values."""
-    if dtype is not None and torch.equal(scale.to(dtype).to(scale.dtype), scale):
-        return scale.to(dtype)
-    return scale
+    """A scale in another dtype if that changes none of its values and takes no more bytes."""
+    if dtype is None or dtype.itemsize > scale.dtype.itemsize:
+        return scale
+    return scale.to(dtype) if torch.equal(scale.to(dtype).to(scale.dtype), scale) else scale
 
 
 def _raise_bad_scale(scale: Tensor, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,11 +11,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from canopyq.checkpoint.config import Group, Quantization, read_config
+from canopyq.checkpoint.config import read_config
 from canopyq.checkpoint.files import Checkpoint
 from canopyq.checkpoint.layout import check, from_disk, input_from_disk
+from canopyq.checkpoint.names import Names, names_of
 from canopyq.checkpoint.skeleton import build, one_line, quiet, read_model_config
+from canopyq.checkpoint.wanted import Wanted, part_shape, plain, quantized, tied
+from canopyq.embedding import QuantizedEmbedding
 from canopyq.errors import CanopyError, unknown
+from canopyq.experts import QuantizedExperts
 from canopyq.linear import QuantizedLinear
 
 if TYPE_CHECKING:
@@ -31,7 +36,7 @@ def load(
     *,
     strict: bool = True,
 ) -> PreTrainedModel:
-    """The model in a compressed-tensors checkpoint, ready to answer, its linear layers packed (`QuantizedLinear`).
+    """The model in a compressed-tensors checkpoint, ready to answer, its quantized layers packed (`QuantizedLinear`).
 
     Headers are compared with the config tensor by tensor before any data is read.
 
@@ -65,16 +70,11 @@ def load_as(
     place = _device(device)
     config = read_model_config(checkpoint.folder, len(checkpoint.tensors))
     model = build(config, _dtype(dtype, place, config), attention, most=4 * checkpoint.nbytes)  # 2-bit codes at least
-    targets = _targets(model, quantization)
-    plain = _plain(model, targets, checkpoint)
-    _check(model, targets, plain, checkpoint, strict)
-    return _fill(model, targets, plain, checkpoint, place)
-
-
-def tied(model: nn.Module) -> dict[str, str]:
-    """Parameters that are another one by a second name -> that other one's name, as the model's config has it."""
-    names = getattr(model, "all_tied_weights_keys", None)
-    return dict(names) if isinstance(names, dict) else {}
+    files = names_of(model)
+    layers = quantized(model, files, quantization)
+    rest = plain(model, files, layers, checkpoint)
+    _check(model, files, layers, rest, checkpoint, strict)
+    return _fill(model, files, layers, rest, checkpoint, place)
 
 
 def _device(device: torch.device | str) -> torch.device:
@@ -97,65 +97,40 @@ def _dtype(dtype: torch.dtype | str | None, place: torch.device, config) -> torc
     return dtype
 
 
-def _targets(model: nn.Module, quantization: Quantization) -> dict[str, tuple[nn.Linear, Group]]:
-    """The linear layers that the config says are quantized, by name."""
-    targets = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (group := quantization.group_of(name)) is not None:
-            if type(module) is not nn.Linear:
-                raise CanopyError(
-                    f"{name} is a {type(module).__name__}; canopyq holds plain nn.Linear layers quantized"
-                )
-            targets[name] = (module, group)
-    if not targets:
-        raise CanopyError("quantization_config names no linear layer of this model; mend its targets")
-    return targets
-
-
-def _plain(model: nn.Module, targets: dict, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Name -> parameter or buffer, of all that the checkpoint has to hold beside quantized weights."""
-    plain = {
-        name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if _weight_of(name) not in targets
-    }
-    second = {name: of for name, of in tied(model).items() if name in plain and name not in checkpoint.tensors}
-    may_lack = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    for name in list(plain):
-        optional = not plain[name].is_meta and any(re.search(pattern, name) for pattern in may_lack)
-        if name not in checkpoint.tensors and (second.get(name) in checkpoint.tensors or optional):
-            del plain[name]
-    return plain
-
-
-def _weight_of(name: str) -> str:
-    """``layers.0.q_proj`` for ``layers.0.q_proj.weight``: the layer whose weight the name is."""
-    return name.removesuffix(".weight") if name.endswith(".weight") else ""
-
-
-def _check(model: nn.Module, targets: dict, plain: dict[str, Tensor], checkpoint: Checkpoint, strict: bool) -> None:
+def _check(
+    model: nn.Module,
+    files: Names,
+    layers: Mapping[str, Wanted],
+    rest: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    strict: bool,
+) -> None:
     """Compare the headers with what the config makes: after this, reading takes the memory that it should."""
     headers = {name: (info.torch_dtype, info.shape) for name, (_, info) in checkpoint.tensors.items()}
-    if missing := sorted(plain.keys() - headers.keys()):
+    wanted = {file: (tensor, len(files.of(name))) for name, tensor in rest.items() for file in files.of(name)}
+    if missing := sorted(wanted.keys() - headers.keys()):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CanopyError(f"{checkpoint.folder} lacks {missing[0]}{more}; download or write it again")
-    for name, tensor in plain.items():
-        dtype, shape = headers[name]
+    for file, (tensor, count) in wanted.items():
+        dtype, shape = headers[file]
         kind = "floats" if tensor.is_floating_point() else str(tensor.dtype)
-        if shape != tuple(tensor.shape) or (dtype not in FLOATS if kind == "floats" else dtype != tensor.dtype):
-            raise CanopyError(f"{name} is {dtype} {shape}; by config.json it has to be {kind} {tuple(tensor.shape)}")
-    parts: dict[str, dict[str, tuple]] = {name: {} for name in targets}
+        due = part_shape(tensor, count)
+        if shape != due or (dtype not in FLOATS if kind == "floats" else dtype != tensor.dtype):
+            raise CanopyError(f"{file} is {dtype} {shape}; by config.json it has to be {kind} {due}")
+    parts: dict[str, dict[str, tuple]] = {name: {} for name in layers}
     extra = []
     for name, header in headers.items():
         module, _, leaf = name.rpartition(".")
-        if name in plain:
+        if name in wanted:
             continue
-        if module in targets:
+        if module in layers:
             parts[module][leaf] = header
         else:
             extra.append(name)
-    for name, (linear, group) in targets.items():
+    for name, layer in layers.items():
+        group = layer.group
         try:
-            shape = (linear.out_features, linear.in_features)
-            check(parts[name], group.weights, shape, group.format, group.activations if group.static else None)
+            check(parts[name], group.weights, layer.shape, group.format, group.activations if group.static else None)
         except CanopyError as error:
             raise CanopyError(f"{name}.{error}") from None
     known = [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", *(model._keys_to_ignore_on_load_unexpected or ())]
@@ -166,30 +141,36 @@ def _check(model: nn.Module, targets: dict, plain: dict[str, Tensor], checkpoint
 
 
 def _fill(
-    model: PreTrainedModel, targets: dict, plain: dict[str, Tensor], checkpoint: Checkpoint, place: torch.device
+    model: PreTrainedModel,
+    files: Names,
+    layers: Mapping[str, Wanted],
+    rest: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    place: torch.device,
 ) -> PreTrainedModel:
     read = _Reader(checkpoint)
-    for name, wanted in plain.items():
-        tensor = _own(read(name), place, wanted.dtype)
+    for name, wanted in rest.items():
+        parts = [_own(read(file), place, wanted.dtype) for file in files.of(name)]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts).reshape(wanted.shape)
         if isinstance(wanted, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=wanted.requires_grad)
         _set(model, name, tensor)
-    suffixes: dict[str, list[str]] = {}
+    held: dict[str, list[str]] = {name: [] for name in layers}
+    plainly = {file for name in rest for file in files.of(name)}
     for name in checkpoint.tensors:
         module, _, leaf = name.rpartition(".")
-        if module in targets and name not in plain:
-            suffixes.setdefault(module, []).append(leaf)
-    for name, (linear, group) in targets.items():
-        tensors = {leaf: _own(read(f"{name}.{leaf}"), place) for leaf in suffixes[name]}
-        try:
-            fixed = input_from_disk(tensors, group.activations) if group.static else (None, None)
-            shape = (linear.out_features, linear.in_features)
-            own = {leaf: tensor for leaf, tensor in tensors.items() if leaf.startswith("weight")}
-            weight = from_disk(own, group.weights, shape, linear.weight.dtype)
-        except CanopyError as error:
-            raise CanopyError(f"{name}: {error}") from None
-        model.set_submodule(name, QuantizedLinear(weight, linear.bias, group.activations, *fixed).eval())
-    _tie(model, plain)
+        if module in layers and name not in plainly:
+            held[module].append(leaf)
+    experts: dict[str, list[QuantizedLinear]] = {}
+    for name, layer in layers.items():
+        made = _layer(layer, name, {leaf: _own(read(f"{name}.{leaf}"), place) for leaf in held[name]})
+        if layer.kind == "expert":
+            experts.setdefault(layer.layer.rsplit(".", 2)[0], []).append(made)
+        else:
+            model.set_submodule(layer.layer, made)
+    for name, projections in experts.items():
+        model.set_submodule(name, QuantizedExperts.like(model.get_submodule(name), projections))
+    _tie(model, rest)
     for name, buffer in list(model.named_buffers()):
         if buffer.device != place:
             _set(model, name, buffer.to(place))
@@ -197,6 +178,21 @@ def _fill(
         raise CanopyError(f"{left[0]} was given no value: this architecture is not one that canopyq can load")
     _generation(model, checkpoint.folder)
     return model.eval()
+
+
+def _layer(layer: Wanted, file: str, tensors: Mapping[str, Tensor]) -> QuantizedLinear:
+    """What takes the place of a layer, from its tensors in the files."""
+    group, dtype = layer.group, next(layer.module.parameters()).dtype
+    try:
+        fixed = input_from_disk(tensors, group.activations) if group.static else (None, None)
+        own = {leaf: tensor for leaf, tensor in tensors.items() if leaf.startswith("weight")}
+        weight = from_disk(own, group.weights, layer.shape, dtype)
+    except CanopyError as error:
+        raise CanopyError(f"{file}: {error}") from None
+    if layer.kind == "embedding":
+        return QuantizedEmbedding.like(layer.module, weight).eval()
+    bias = None if layer.kind == "expert" else layer.module.bias
+    return QuantizedLinear(weight, bias, group.activations, *fixed).eval()
 
 
 class _Reader:
@@ -221,7 +217,7 @@ class _Reader:
             raise CanopyError(f"{file}: tensor {name!r} cannot be read ({one_line(error)})") from None
 
 
-def _tie(model: nn.Module, plain: dict[str, Tensor]) -> None:
+def _tie(model: nn.Module, plain: Mapping[str, Tensor]) -> None:
     """One tensor again where the model has two names for it; two that the file holds apart stay two if they differ."""
     apart = False
     for second, first in tied(model).items():

@@ -10,11 +10,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from canopyq.checkpoint.config import quantization_config, read_config
+from canopyq.checkpoint.config import read_config, write_config
 from canopyq.checkpoint.files import Checkpoint
+from canopyq.checkpoint.groups import Layer, grouped, ignored
 from canopyq.checkpoint.header import TensorInfo
 from canopyq.checkpoint.layout import disk_format, expected
+from canopyq.checkpoint.names import Names, names_of
 from canopyq.checkpoint.readers import readers
+from canopyq.checkpoint.wanted import part_shape
 from canopyq.errors import CanopyError
 from canopyq.memory import human
 from canopyq.scheme import Recipe
@@ -33,15 +36,20 @@ class Step:
 
     Attributes:
         name: of the tensor in the source.
-        module: the linear layer whose weight it is; None: the tensor is copied as it is.
+        layer: the quantized layer whose weight it is; None: the tensor is copied as it is.
         outputs: name -> (dtype, shape). A scale's dtype may turn out to be another one of the same width.
     """
 
     name: str
     file: Path
     info: TensorInfo
-    module: str | None
+    layer: Layer | None
     outputs: Announced
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of the layer."""
+        return _shape(self.info, self.layer)
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +81,7 @@ class Plan:
 
     @property
     def quantized(self) -> list[Step]:
-        return [step for step in self.steps if step.module is not None]
+        return [step for step in self.steps if step.layer is not None]
 
     @property
     def bytes_before(self) -> int:
@@ -89,15 +97,18 @@ class Plan:
     def peak_bytes(self) -> int:
         """Memory that the work takes at most: the largest linear weight, what becomes of it, and room to work."""
         whole = 12 if self.recipe.weights.granularity.kind == "tensor" else 0  # then nothing is done in chunks
-        return WORK + max(
-            step.info.nbytes + 2 * step.nbytes + whole * torch.Size(step.info.shape).numel() for step in self.quantized
-        )
+
+        def needed(step: Step) -> int:
+            turned = step.info.nbytes if step.layer.kind == "conv1d" else 0
+            return step.info.nbytes + turned + 2 * step.nbytes + whole * torch.Size(step.info.shape).numel()
+
+        return WORK + max(map(needed, self.quantized))
 
     def __str__(self) -> str:
         weights = sum(torch.Size(step.info.shape).numel() for step in self.quantized)
         bits = 8 * sum(step.nbytes for step in self.quantized) / weights
         lines = [
-            f"{self.recipe.name}: {len(self.quantized)} linear layers will be quantized, {bits:.3f} bits per weight; "
+            f"{self.recipe.name}: {len(self.quantized)} weights will be quantized, {bits:.3f} bits per weight; "
             f"tensors {human(self.bytes_before)} -> {human(self.bytes_after)} in {_files(len(self.shards))}"
         ]
         reasons: dict[str, list[str]] = {}
@@ -110,7 +121,7 @@ class Plan:
             more = f" and {len(self.dropped) - 1} more" if len(self.dropped) > 1 else ""
             lines.append(f"  left out: {self.dropped[0]}{more} (the model computes it anew)")
         lines.append(f"  memory: at most {human(self.peak_bytes)} on top of what Python and torch take")
-        shapes = {step.module: step.info.shape for step in self.quantized}
+        shapes = {step.layer.name: step.shape for step in self.quantized}
         for tool, verdict in readers(read_config(self.config), shapes).items():
             lines.append(f"  {tool} will load it: {verdict}")
         if self.recipe.cache is not None:
@@ -144,22 +155,28 @@ def make_plan(source: Checkpoint, recipe: Recipe, shard_bytes: int = SHARD_BYTES
         )
     disk_format(recipe.weights, recipe.activations)  # says at once what the format cannot hold
     model = meta_model(source)
+    files = names_of(model)
     targets, kept = find_targets(model, recipe)
-    dropped = _match(source, model)
-    modules = {}
+    dropped = _match(source, model, files)
+    layers: dict[str, Layer] = {}
     for target in targets:
-        name = target.name
-        if target.kind != "linear" or f"{name}.weight" not in source.tensors:
+        name = files.of_layer(target.name)
+        if f"{name}.weight" not in source.tensors:
             raise CanopyError(
-                f"{name} is a {type(target.module).__name__} that the files do not hold as {name}.weight of its own; "
-                "add it to the recipe's ignore list, or load the model and use quantize_"
+                f"{target.name} is a {type(target.module).__name__} that the files do not hold as {name}.weight of its "
+                "own; add it to the recipe's ignore list, or load the model and use quantize_"
             )
-        modules[f"{name}.weight"] = name
-    ignore = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" not in modules]
-    config = quantization_config(recipe, ignore)
+        if target.kind == "embedding" and _shared(target.module, model):
+            raise CanopyError(
+                f"{target.name} and the output head are one tensor in the files, and quantized they are two; load the "
+                "model and use quantize_, or leave +embed out"
+            )
+        inputs = None if target.kind == "embedding" else recipe.activations
+        layers[f"{name}.weight"] = Layer(name, target.kind, recipe.weights, inputs, static=False)
+    config = write_config(grouped(layers.values()), ignored(model, layers.values(), files))
     order = sorted(source.tensors.items(), key=lambda item: (str(item[1][0]), item[1][1].start, item[0]))
     steps = [
-        Step(name, file, info, modules.get(name), _outputs(name, info, modules.get(name), recipe))
+        Step(name, file, info, layers.get(name), _outputs(name, info, layers.get(name)))
         for name, (file, info) in order
         if name not in dropped
     ]
@@ -190,15 +207,22 @@ def meta_model(source: Checkpoint) -> nn.Module:
         ) from None
 
 
-def _match(source: Checkpoint, model: nn.Module) -> list[str]:
+def _shared(embedding: nn.Module, model: nn.Module) -> bool:
+    """Whether another module has the weight of an embedding too."""
+    return any(m is not embedding and m._parameters.get("weight") is embedding.weight for m in model.modules())
+
+
+def _match(source: Checkpoint, model: nn.Module, files: Names) -> list[str]:
     """Raise unless the source holds exactly the model's tensors. Returns the names that it holds beyond those."""
     state = set(model.state_dict())
-    shapes, aliases = {}, {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    aliases: dict[tuple, list[str]] = {}
     held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in held:
         if name in state:
-            shapes[name] = tuple(tensor.shape)
-            aliases.setdefault(id(tensor), []).append(name)
+            for part, file in enumerate(files.of(name)):
+                shapes[file] = part_shape(tensor, len(files.of(name)))
+                aliases.setdefault((id(tensor), part), []).append(file)
     cure = "load it with transformers and use quantize_, or write it again with this version's save_pretrained"
     ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     dropped = []
@@ -216,19 +240,23 @@ def _match(source: Checkpoint, model: nn.Module) -> list[str]:
     return dropped
 
 
-def _outputs(name: str, info: TensorInfo, module: str | None, recipe: Recipe) -> Announced:
-    if module is None:
+def _shape(info: TensorInfo, layer: Layer) -> tuple[int, int]:
+    return info.shape[::-1] if layer.kind == "conv1d" else info.shape
+
+
+def _outputs(name: str, info: TensorInfo, layer: Layer | None) -> Announced:
+    if layer is None:
         return {name: (info.torch_dtype, info.shape)}
+    shape = _shape(info, layer)
     try:
-        recipe.weights.granularity.check(info.shape)
+        layer.weights.granularity.check(shape)
         # One row tells the dtype of a scale and whether groups fit, and takes no time.
-        probe = quantize(torch.ones(1, info.shape[1], dtype=info.torch_dtype), recipe.weights).scale.dtype
-        wanted = expected(recipe.weights, info.shape, disk_format(recipe.weights, recipe.activations))
+        probe = quantize(torch.ones(1, shape[1], dtype=info.torch_dtype), layer.weights).scale.dtype
+        wanted = expected(layer.weights, shape, disk_format(layer.weights, layer.activations))
     except CanopyError as error:
-        raise CanopyError(f"{module}: {error}") from None
-    exact = torch.promote_types(probe, info.torch_dtype) == info.torch_dtype  # then the cast changes no scale, ever
+        raise CanopyError(f"{layer.name}: {error}") from None
     return {
-        f"{module}.{part}": ((info.torch_dtype if exact else probe) if part == "weight_scale" else dtypes[0], shape)
+        f"{layer.name}.{part}": (probe if part == "weight_scale" else dtypes[0], shape)
         for part, (dtypes, shape) in wanted.items()
     }
 

@@ -5,31 +5,26 @@ transformers was tried (5.23, with compressed-tensors 0.20); of vLLM the source 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from canopyq.checkpoint.config import Group, Quantization
-from canopyq.checkpoint.layout import PACKED
+from canopyq.checkpoint.layout import INT, PACKED
 
 Shapes = Mapping[str, tuple[int, int]]  # quantized module -> (N, K)
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # vLLM computes these in one multiplication
+MARLIN_GROUPS = (32, 64, 128)
 YES = "yes, with the compressed-tensors package"
 DEQUANTIZE = "only with quantization_config=CompressedTensorsConfig(dequantize=True)"
+VLLM_YES = "yes, by its source"
+VLLM_FLOAT16 = "only with --dtype float16, by its source: its fast kernels have groups of 32, 64 and 128"
+VLLM_NEWER = "only newer versions, by their source: older ones keep the head and the embedding unquantized"
 
 
 def readers(quantization: Quantization, quantized: Shapes) -> dict[str, str]:
     """Tool -> whether it loads the checkpoint ("yes", "no: …", or how)."""
-    groups = quantization.groups
-    ragged = _ragged(quantization, quantized)
-    transformers = YES
-    if ragged:
-        transformers = f"no: {ragged}"
-    elif any(map(_packs_zero_points, groups)):
-        transformers = DEQUANTIZE
-        if len({group.format for group in groups}) > 1:
-            transformers = "no: zero points need dequantize=True, and that fails on several formats"
-    reason = next((why for group in groups if (why := _vllm(group))), None) or ragged or _fused(quantization, quantized)
-    return {"transformers": transformers, "vLLM": "yes, by its source" if reason is None else f"no: {reason}"}
+    return {"transformers": _transformers(quantization, quantized), "vLLM": _vllm(quantization, quantized)}
 
 
 def notes(quantization: Quantization) -> tuple[str, ...]:
@@ -45,21 +40,78 @@ def notes(quantization: Quantization) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _transformers(quantization: Quantization, quantized: Shapes) -> str:
+    """Why each "no", as it was seen: an error, never other answers."""
+    groups = quantization.groups
+    if any(group.conv1d for group in groups):
+        return "no: it has no quantized Conv1D, and the config says so in a key that it refuses"
+    if ragged := _ragged(quantization, quantized):
+        return f"no: {ragged}"
+    for module in quantized:
+        group = group_of(module, quantization)
+        if _is_expert(module) and group and group.format == INT:
+            return "no: it puts experts together from packed or FP8 weights, not from int-quantized ones"
+        if _is_expert(module) and group and not group.weights.symmetric:
+            return "no: it puts experts together without their zero points"
+    packs_embedding = any(
+        _is_embedding(module) and (group := group_of(module, quantization)) and group.format == PACKED
+        for module in quantized
+    )
+    if not packs_embedding and not any(map(_packs_zero_points, groups)):
+        return YES
+    what = "a packed embedding" if packs_embedding else "zero points"
+    verb = "needs" if packs_embedding else "need"
+    if len({group.format for group in groups}) > 1:
+        return f"no: {what} {verb} dequantize=True, and that fails on several formats"
+    if len({(group.weights.format, group.weights.granularity) for group in groups}) > 1:
+        return f"no: {what} {verb} dequantize=True, and that takes the first group's scheme for every layer"
+    return DEQUANTIZE
+
+
 def _packs_zero_points(group: Group) -> bool:
     weights = group.weights
     return group.format == PACKED and not weights.symmetric and weights.granularity.kind != "tensor"
 
 
+def _is_expert(module: str) -> bool:
+    return re.search(r"\.experts\.\d+\.", module) is not None
+
+
+def _is_embedding(module: str) -> bool:
+    """By its name alone: headers do not say what a weight is for."""
+    return re.search(r"embed|wte$|wpe$", module.rpartition(".")[2]) is not None
+
+
+def group_of(module: str, quantization: Quantization) -> Group | None:
+    """The group of a module of which only the name is known."""
+    return quantization.group_of(module, "Embedding" if _is_embedding(module) else "Linear")
+
+
 def _ragged(quantization: Quantization, quantized: Shapes) -> str | None:
     for module, (_, k) in quantized.items():
-        group = quantization.group_of(module)
+        group = group_of(module, quantization)
         size = group.weights.granularity.group_size if group else None
         if size and k % size:
             return f"groups of {size} leave a rest in the {k} inputs of {module}"
     return None
 
 
-def _vllm(group: Group) -> str | None:
+def _vllm(quantization: Quantization, quantized: Shapes) -> str:
+    modules = {module: group for module in quantized if (group := group_of(module, quantization))}
+    reasons = [_no_kernel(group) for group in quantization.groups]
+    reasons += [_ragged(quantization, quantized), _fused(quantization, quantized)]
+    reasons += [_no_expert(group) for module, group in modules.items() if _is_expert(module)]
+    reasons += [_no_embedding(group) for module, group in modules.items() if _is_embedding(module)]
+    if (reason := next(filter(None, reasons), None)) is not None:
+        return f"no: {reason}"
+    sizes = {group.weights.granularity.group_size for group in quantization.groups if group.format == PACKED}
+    if sizes - {None, *MARLIN_GROUPS}:
+        return VLLM_FLOAT16
+    ends = any(_is_embedding(module) or module.rpartition(".")[2] == "lm_head" for module in quantized)
+    return VLLM_NEWER if ends else VLLM_YES
+
+
+def _no_kernel(group: Group) -> str | None:
     weights, kind = group.weights, group.weights.granularity.kind
     if group.format == PACKED and weights.format.bits not in (4, 8):
         return f"{weights.format.bits}-bit weights have no kernel"
@@ -67,10 +119,30 @@ def _vllm(group: Group) -> str | None:
         return "packed weights need a scale per group or channel"
     if group.format == PACKED and group.activations is not None:
         return "4-bit weights with quantized activations run on few machines"
+    size = weights.granularity.group_size
+    if group.format == PACKED and not weights.symmetric and size not in (None, *MARLIN_GROUPS):
+        return f"its kernels take zero points in groups of 32, 64 and 128, not {size}"
     if group.format != PACKED and kind == "group":
         return f"{group.format} weights need a scale per channel or tensor"
     if group.format != PACKED and not weights.symmetric:
         return "W8A8 needs symmetric weights"
+    if group.conv1d and group.format != PACKED:
+        return "it turns the weights of a Conv1D unless they are packed"
+    return None
+
+
+def _no_expert(group: Group) -> str | None:
+    if not group.weights.symmetric:
+        return "experts need symmetric weights"
+    if group.static:
+        return "experts need activations quantized per token"
+    size = group.weights.granularity.group_size
+    return None if size in (None, *MARLIN_GROUPS) else f"experts need groups of 32, 64 or 128, not {size}"
+
+
+def _no_embedding(group: Group) -> str | None:
+    if group.format != PACKED or not group.weights.symmetric:
+        return "an embedding needs packed symmetric weights"
     return None
 
 

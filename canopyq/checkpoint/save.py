@@ -6,52 +6,29 @@ import copy
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from canopyq.checkpoint.config import Group, Quantization, write_config
 from canopyq.checkpoint.files import CONFIG, INDEX, SINGLE, refuse_not_empty, whole_or_absent
+from canopyq.checkpoint.groups import grouped, ignored, layers_of, word
 from canopyq.checkpoint.layout import SCALE_DTYPES, disk_format, input_to_disk, to_disk
-from canopyq.checkpoint.load import load_as, tied
+from canopyq.checkpoint.names import Names, names_of
+from canopyq.checkpoint.read_back import Check, read_back
 from canopyq.checkpoint.readers import readers
 from canopyq.checkpoint.skeleton import build, one_line, quiet
-from canopyq.embedding import QuantizedEmbedding
+from canopyq.checkpoint.wanted import tied
 from canopyq.errors import CanopyError
-from canopyq.experts import QuantizedExperts
-from canopyq.formats import IntFormat
-from canopyq.hadamard import online_hadamard
-from canopyq.kept_columns import OutlierLinear
 from canopyq.linear import QuantizedLinear, quantized_layers
 from canopyq.memory import human
-from canopyq.mode import eval_mode
-from canopyq.offload import is_away, lies
-from canopyq.scheme import Recipe, Scheme
 
 NOTE = "canopyq.json"  # what canopyq itself says of a checkpoint
-MOST_KL = 0.01  # nats per token between the model and its file: beyond that the file does not hold the model
-TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Check:
-    """What came back from the disk beside the model in memory, on a fixed batch of tokens.
-
-    Attributes:
-        tokens: how many.
-        max_abs_difference: of any logit.
-        kl: mean KL divergence, nats per token.
-    """
-
-    tokens: int
-    max_abs_difference: float
-    kl: float
 
 
 @dataclass(frozen=True)
@@ -87,6 +64,11 @@ def save(
 ) -> Saved:
     """Write a quantized transformers model as a compressed-tensors checkpoint.
 
+    Each expert's projections are written by themselves, under the names that transformers, llm-compressor and vLLM use
+    on disk, and quantized embeddings as the format has them. GPT-2's Conv1D, of which the format knows nothing, is
+    written in a way that canopyq loads and on which transformers ends with an error. `Saved.readers` says which tool
+    loads the file, and why another does not.
+
     It is written beside ``folder`` under another name, read back, compared, and then renamed: ``folder`` is whole or
     absent, whatever happens in between.
 
@@ -105,7 +87,10 @@ def save(
             empty; a disk that is full; a file that gives other logits than the model.
     """
     folder = Path(folder)
-    groups, ignore = _groups(model)
+    original = _original(model)
+    files = names_of(original)
+    layers = layers_of(model, original, files)
+    groups, ignore = grouped(layers), ignored(model, layers, files)
     if dtype is not None and dtype not in SCALE_DTYPES:
         raise CanopyError(f"weights are saved in bfloat16, float16 or float32, not {dtype}")
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
@@ -114,72 +99,26 @@ def save(
     plain = _plain(model)
     stored = dtype or (torch.bfloat16 if _lossless(plain.values(), torch.bfloat16) else None)
     config = _config(model, plain, groups, ignore, stored or _widest(plain.values()))
-    formats = {name: group.format for group in groups for name in group.targets}
-    recipe = ", ".join(_word(group) for group in groups)
+    recipe = ", ".join(dict.fromkeys(map(word, groups)))
     try:
         with whole_or_absent(folder) as work:
-            nbytes = _write_tensors(work, _tensors(model, plain, formats, stored), max_shard_bytes)
+            nbytes = _write_tensors(work, _tensors(model, plain, files, stored), max_shard_bytes)
             _write_json(work / CONFIG, config)
             _write_others(work, model, tokenizer)
-            found = _compare(model, work) if check else None
+            found = read_back(model, work) if check else None
             _write_json(work / NOTE, _note(recipe, found))
     except (OSError, SafetensorError) as error:
         raise CanopyError(f"{folder} could not be written ({one_line(error)}); nothing was left behind") from error
-    shapes = {name: module.quantized_weight.shape for name, module in quantized_layers(model)}
+    shapes = {files.of_layer(name): module.quantized_weight.shape for name, module in quantized_layers(model)}
     tools = readers(Quantization(tuple(groups), tuple(ignore)), shapes)
     return Saved(folder, recipe, nbytes, getattr(torch, config["dtype"]), found, tools)
 
 
-def _groups(model: nn.Module) -> tuple[list[Group], list[str]]:
-    """The model's quantized layers, those of a kind together, and the names of the linear layers left as they are.
-
-    With one group its targets are the class and ``ignore`` has the exceptions, as other tools write it.
-    """
+def _original(model: nn.Module) -> nn.Module:
+    """The architecture without its weights, as it was before it was quantized."""
     if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "to_json_string"):
         raise CanopyError(f"save needs a transformers model, got {type(model).__name__}")
-    shape = dict(build(_bare_config(model), torch.float32).named_modules(remove_duplicate=False))
-    kinds: dict[tuple, tuple[QuantizedLinear, list[str]]] = {}
-    ignore = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        if is_away(module):
-            raise CanopyError(
-                f"{name} lies {lies(module)}, and save needs the whole model at hand; load it without offloading, or "
-                "quantize from disk to disk: canopyq quantize FOLDER --out DIR"
-            )
-        if isinstance(module, (QuantizedEmbedding, QuantizedExperts)):
-            raise CanopyError(
-                f"{name}: quantized embeddings and experts are not written yet; leave them out of the recipe"
-            )
-        if isinstance(module, QuantizedLinear):
-            weights, activations = module.scheme, module.activations
-            if isinstance(model.get_submodule(name.rpartition(".")[0]), OutlierLinear):
-                raise CanopyError(
-                    f"{name.rpartition('.')[0]} keeps some inputs in 16 bits beside its codes, which "
-                    "compressed-tensors cannot hold; use a method without outliers"
-                )
-            if online_hadamard(module) is not None:
-                raise CanopyError(
-                    f"{name} has a Hadamard transform at run time, which no file holds; rotate under a recipe with "
-                    "activations of 8 bits or more"
-                )
-            if type(shape.get(name)) is not nn.Linear:
-                raise CanopyError(f"{name} was a {type(shape.get(name)).__name__}; only nn.Linear is written")
-            try:
-                disk_format(weights, activations)
-            except CanopyError as error:
-                raise CanopyError(f"{name}: {error}") from None
-            key = (weights.format, weights.granularity, weights.symmetric, activations, module.input_scale is None)
-            kinds.setdefault(key, (module, []))[1].append(name)
-        elif isinstance(module, nn.Linear):
-            ignore.append(name)
-    if not kinds:
-        raise CanopyError("the model is not quantized; call cq.quantize_(model, recipe) first, or use save_pretrained")
-    return [_group(f"group_{i}", names, layer) for i, (layer, names) in enumerate(kinds.values())], ignore
-
-
-def _group(name: str, layers: list[str], like: QuantizedLinear) -> Group:
-    format = disk_format(like.scheme, like.activations)
-    return Group(name, tuple(layers), like.scheme, like.activations, format, like.input_scale is not None)
+    return build(_bare_config(model), torch.float32)
 
 
 def _bare_config(model: nn.Module):
@@ -230,8 +169,6 @@ def _config(model: nn.Module, plain: dict[str, Tensor], groups: list[Group], ign
     content = json.loads(config.to_json_string(use_diff=True))
     if config.tie_word_embeddings is False:
         content["tie_word_embeddings"] = False  # said aloud: its default differs from model to model
-    if len(groups) == 1:
-        groups = [replace(groups[0], targets=("Linear",))]
     content["quantization_config"] = write_config(groups, ignore)
     return content
 
@@ -241,21 +178,32 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
 
 
 def _tensors(
-    model: nn.Module, plain: dict[str, Tensor], formats: dict[str, str], dtype: torch.dtype | None
+    model: nn.Module, plain: dict[str, Tensor], files: Names, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Module by module in the model's order: full tensor name -> tensor, made when its turn comes."""
+    """Module by module in the model's order: name in the file -> tensor, made when its turn comes."""
     scales = dtype or _widest(plain.values())
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
         found = {}
         if isinstance(module, QuantizedLinear):
-            found |= to_disk(module.quantized_weight, scales, formats[name])
+            weight = module.quantized_weight
+            parts = to_disk(weight, scales, disk_format(module.scheme, module.activations))
             if module.input_scale is not None:
-                found |= input_to_disk(module.input_scale, module.input_zero_point, scales)
-        own = [*module._parameters, *module._buffers]
-        found |= {leaf: _cast(plain[prefix + leaf], dtype) for leaf in own if prefix + leaf in plain}
+                parts |= input_to_disk(module.input_scale, module.input_zero_point, scales)
+            found |= {f"{files.of_layer(name)}.{leaf}": tensor for leaf, tensor in parts.items()}
+        for leaf in [*module._parameters, *module._buffers]:
+            if prefix + leaf in plain:
+                found |= _in_files(_cast(plain[prefix + leaf], dtype), files.of(prefix + leaf))
         if found:
-            yield name, {prefix + leaf: tensor.detach().cpu().contiguous() for leaf, tensor in found.items()}
+            yield name, {file: tensor.detach().cpu().contiguous() for file, tensor in found.items()}
+
+
+def _in_files(tensor: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """A tensor under its name in the files, or its parts under theirs."""
+    if len(names) == 1:
+        return {names[0]: tensor}
+    parts = tensor.reshape(len(names), -1, tensor.shape[-1])
+    return {name: part.clone() for name, part in zip(names, parts, strict=True)}
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -323,49 +271,3 @@ def _note(recipe: str, found: Check | None) -> dict:
 
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"canopyq": __version__, "date": date, "recipe": recipe, "check": None if found is None else vars(found)}
-
-
-def _word(group: Group) -> str:
-    """The name of the recipe that gives such layers, such as ``w4a16-g128-asym``; the schemes in words if none does."""
-    weights, inputs = group.weights, group.activations
-    asymmetric = not (weights if inputs is None else inputs).symmetric
-    tail = ("-static" if group.static else "") + ("-asym" if asymmetric else "")
-    bits = 16 if inputs is None else inputs.format.bits
-    name = f"w{weights.format.bits}a{bits}" if isinstance(weights.format, IntFormat) else "fp8"
-    if name != "fp8" and (weights.format.bits, str(weights.granularity)) != (8, "channel"):
-        name += f"-{weights.granularity}"
-    try:
-        meant = Recipe.parse(name + tail)
-    except CanopyError:
-        meant = None
-    if meant is not None and _alike(meant.weights, weights) and _alike(meant.activations, inputs):
-        return meant.name
-    return str(weights) + (f" with {inputs} activations" if inputs is not None else "")
-
-
-def _alike(one: Scheme | None, other: Scheme | None) -> bool:
-    parts = (None if x is None else (x.format, x.granularity, x.symmetric) for x in (one, other))
-    return next(parts) == next(parts)
-
-
-@torch.inference_mode()
-def _compare(model: nn.Module, work: Path) -> Check:
-    """Load what was written, and look at the logits of both."""
-    parameter = next(model.parameters())
-    loaded = load_as(
-        work, parameter.device, parameter.dtype, attention=getattr(model.config, "_attn_implementation", None)
-    )
-    ids = (
-        torch.arange(TOKENS, device=parameter.device).mul(2654435761).remainder(model.config.vocab_size).reshape(2, -1)
-    )
-    with eval_mode(model):
-        before, after = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, loaded))
-    p, q = F.log_softmax(before, -1), F.log_softmax(after, -1)
-    kl = max(float((p.exp() * (p - q)).sum(-1).mean()), 0.0)  # in this order NaN stays NaN
-    found = Check(ids.numel(), float((before - after).abs().max()), kl)
-    if not found.kl <= MOST_KL:
-        raise CanopyError(
-            f"what was written gives other answers than the model (KL {found.kl:.2g} nats per token), and was removed; "
-            "look for logits that are not finite, or leave dtype out"
-        )
-    return found

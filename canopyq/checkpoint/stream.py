@@ -123,17 +123,18 @@ def prepare(
 
 def _do(step: Step, plan: Plan, writer: Writer) -> None:
     """Write what becomes of one tensor."""
-    if step.module is None:
+    layer = step.layer
+    if layer is None:
         writer.copy(step.name, step.file, step.info)
         return
-    recipe = plan.recipe
     try:
-        quantized = quantize(plan.source.read(step.name), recipe.weights)
-        parts = to_disk(quantized, step.info.torch_dtype, disk_format(recipe.weights, recipe.activations))
+        weight = plan.source.read(step.name)
+        quantized = quantize(weight.t().contiguous() if layer.kind == "conv1d" else weight, layer.weights)
+        parts = to_disk(quantized, step.info.torch_dtype, disk_format(layer.weights, layer.activations))
     except CanopyError as error:
-        raise CanopyError(f"{step.module}: {error}") from None
+        raise CanopyError(f"{layer.name}: {error}") from None
     for part, tensor in parts.items():
-        name = f"{step.module}.{part}"
+        name = f"{layer.name}.{part}"
         announced, _ = step.outputs[name]
         # A scale that by chance is exact in a narrower dtype keeps the one whose bytes were counted.
         writer.write(name, tensor if tensor.dtype.itemsize == announced.itemsize else tensor.to(announced))

@@ -58,7 +58,7 @@ def quantize(
         size = {"before": plan.bytes_before, "after": plan.bytes_after, "peak": plan.peak_bytes}
         print_json(
             {"source": str(folder), "out": None if dry_run else str(out), "recipe": plan.recipe.name, "bytes": size,
-             "layers": [step.module for step in plan.quantized], "kept": plan.kept, "left_out": plan.dropped,
+             "layers": [step.layer.name for step in plan.quantized], "kept": plan.kept, "left_out": plan.dropped,
              "files": list(plan.shards), "files_finished_before": resumed}
         )  # fmt: skip
     elif not dry_run:

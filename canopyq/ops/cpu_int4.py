@@ -104,11 +104,15 @@ def restore(held: Held, problem: Problem) -> QuantizedTensor:
 def packed_linear(x: Tensor, held: Held, problem: Problem) -> Tensor:
     """x · Wᵀ with x rounded to bfloat16: (M, K) -> (M, N)."""
     size, scale = group_size(problem), held["weight_scale"]
-    # A scale and an offset side by side are twice the bytes, so they last for the call only.
-    both = torch.zeros(problem.k // size, problem.n, 2, dtype=torch.bfloat16)
-    both[..., 0] = scale
+    # A scale and an offset side by side are twice the bytes, so they last for the call only. As halves of one integer
+    # they are written in one pass: the lower half comes first, and a scale has no sign to spread into the upper.
+    both = scale.view(torch.int16).to(torch.int32)
     if not problem.weights.symmetric:
-        both[..., 1] = -held["weight_zero_point"] * scale
+        offset = -held["weight_zero_point"] * scale
+        both |= offset.view(torch.int16).to(torch.int32) << 16
+    both = both.view(torch.bfloat16).view(len(scale), problem.n, 2)
+    if len(scale) != problem.k // size:  # a channel is several of the kernel's groups
+        both = both.expand(problem.k // size, -1, -1).contiguous()
     words = held["weight_blocks"].view(problem.n, problem.k // 2)
     return torch._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), words, size, both).to(x.dtype)
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canopyq.checkpoint.config import Group, Quantization, quantization_config, read_config, write_config
+from canopyq.checkpoint.config import Group, Quantization, read_config, write_config
+from canopyq.checkpoint.groups import Layer, grouped
 from canopyq.checkpoint.layout import FLOAT, INT, PACKED
 from canopyq.errors import CanopyError
 from canopyq.scheme import Recipe, Scheme
@@ -37,6 +38,12 @@ def changed(**changes: object) -> dict:
             target = target["weights"] if where == ["weights"] else target
         target[key] = value
     return config
+
+
+def quantization_config(recipe: Recipe, ignore: list[str]) -> dict:
+    """Of a model in which all linear layers but the ignored ones are quantized."""
+    layer = Layer("model.layers.0.mlp.up_proj", "linear", recipe.weights, recipe.activations, recipe.static)
+    return write_config(grouped([layer]), ignore)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -44,11 +44,13 @@ OTHERS = {  # weights, input: as the library's own arguments
     "w8a8": ({"num_bits": 8, "type": "int", "strategy": "channel"}, TOKEN | {"type": "int"}),
     "w8a8 per tensor": ({"num_bits": 8, "type": "int", "strategy": "tensor"}, TOKEN | {"type": "int"}),
     "w8a8 asymmetric inputs": (
-        {"num_bits": 8, "type": "int", "strategy": "channel"}, TOKEN | {"type": "int", "symmetric": False}
+        {"num_bits": 8, "type": "int", "strategy": "channel"},
+        TOKEN | {"type": "int", "symmetric": False},
     ),
     "w8a8 static": ({"num_bits": 8, "type": "int", "strategy": "channel"}, FIXED | {"type": "int"}),
     "w8a8 static asymmetric inputs": (
-        {"num_bits": 8, "type": "int", "strategy": "channel"}, FIXED | {"type": "int", "symmetric": False}
+        {"num_bits": 8, "type": "int", "strategy": "channel"},
+        FIXED | {"type": "int", "symmetric": False},
     ),
     "fp8 static": ({"num_bits": 8, "type": "float", "strategy": "tensor"}, FIXED | {"type": "float"}),
     "fp8": ({"num_bits": 8, "type": "float", "strategy": "channel"}, TOKEN | {"type": "float"}),

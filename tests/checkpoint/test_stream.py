@@ -164,7 +164,7 @@ def test_a_file_is_what_safetensors_would_write(model: Path, tmp_path: Path) -> 
 def test_the_preflight(model: Path, tmp_path: Path) -> None:
     said: list[str] = []
     plan, _ = prepare(model, "w4a16-g64-asym", tmp_path / "out", say=said.append)
-    for part in ("21 linear layers will be quantized", "in one file", "kept: model.embed_tokens (an embedding",
+    for part in ("21 weights will be quantized", "in one file", "kept: model.embed_tokens (an embedding",
                  "kept: lm_head (named in", "memory: at most", "dequantize=True"):  # fmt: skip
         assert part in said[0]
     assert os.listdir(tmp_path) == []
@@ -461,6 +461,6 @@ def test_the_commands_mistakes(arguments: list[str], part: str, canopyq, tmp_pat
 def test_the_tutor_may_be_another_model(model: Path, canopyq, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv(loading.VARIABLE, str(model))
     done = canopyq("quantize", "tutor", "--recipe", "w4a16-g64", "--out", str(tmp_path / "out"))
-    assert done.code == 0 and "21 linear layers" in done.out and done.out.endswith(f"written to {tmp_path / 'out'}\n")
+    assert done.code == 0 and "21 weights" in done.out and done.out.endswith(f"written to {tmp_path / 'out'}\n")
     monkeypatch.setenv(loading.VARIABLE, "some/model")
     assert "unset CANOPYQ_MODEL" in canopyq("quantize", "tutor", "--out", str(tmp_path / "two")).err

@@ -1,0 +1,168 @@
+"""Which layers are quantized alike, and which not at all: the groups of a ``quantization_config``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from canopyq.checkpoint.config import Group
+from canopyq.checkpoint.layout import disk_format
+from canopyq.checkpoint.names import Names
+from canopyq.embedding import QuantizedEmbedding, is_embedding
+from canopyq.errors import CanopyError
+from canopyq.experts import is_experts
+from canopyq.formats import IntFormat
+from canopyq.hadamard import online_hadamard
+from canopyq.kept_columns import OutlierLinear
+from canopyq.linear import QuantizedLinear
+from canopyq.offload import is_away, lies
+from canopyq.scheme import Recipe, Scheme
+from canopyq.targets import linear_kind
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantized layer, or one that will be.
+
+    Attributes:
+        name: in the files.
+        kind: ``"linear"``, ``"conv1d"``, ``"embedding"`` or ``"expert"``.
+        weights, activations, static: as in `Group`. What goes into an embedding, token ids, is never quantized.
+    """
+
+    name: str
+    kind: str
+    weights: Scheme
+    activations: Scheme | None
+    static: bool
+
+
+def grouped(layers: Iterable[Layer]) -> list[Group]:
+    """Layers that are quantized alike, together. With one group its targets are classes, as other tools write it.
+
+    Raises:
+        CanopyError: for a scheme that the format cannot hold.
+    """
+    kinds: dict[tuple, list[Layer]] = {}
+    for layer in layers:
+        weights, inputs = layer.weights, layer.activations
+        key = (weights.format, weights.granularity, weights.symmetric, inputs, layer.static, layer.kind == "conv1d")
+        kinds.setdefault(key, []).append(layer)
+    groups = []
+    for i, alike in enumerate(kinds.values()):
+        first = alike[0]
+        targets = [layer.name for layer in alike]
+        if len(kinds) == 1:
+            targets = ["Embedding" if layer.kind == "embedding" else "Linear" for layer in alike]
+        format = disk_format(first.weights, first.activations)
+        targets = tuple(dict.fromkeys(targets))
+        groups.append(Group(f"group_{i}", targets, first.weights, first.activations, format, first.static,
+                            first.kind == "conv1d"))  # fmt: skip
+    return groups
+
+
+def layers_of(model: nn.Module, original: nn.Module, files: Names) -> list[Layer]:
+    """The quantized layers of a model.
+
+    Args:
+        original: the same architecture before it was quantized; may lie on the meta device.
+
+    Raises:
+        CanopyError: for a model without quantized layers, or with one that no file holds.
+    """
+    were = dict(original.named_modules(remove_duplicate=False))
+    layers = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_away(module):
+            raise CanopyError(
+                f"{name} lies {lies(module)}, and save needs the whole model at hand; load it without offloading, or "
+                "quantize from disk to disk: canopyq quantize FOLDER --out DIR"
+            )
+        if isinstance(module, QuantizedLinear):
+            _check(name, module, model)
+            kind, static = _kind(name, module, were), module.input_scale is not None
+            layers.append(Layer(files.of_layer(name), kind, module.scheme, module.activations, static))
+    if not layers:
+        raise CanopyError("the model is not quantized; call cq.quantize_(model, recipe) first, or use save_pretrained")
+    return layers
+
+
+def ignored(model: nn.Module, layers: Iterable[Layer], files: Names) -> list[str]:
+    """The layers of a model that stay as they are though the class of a group could mean them, by their names in the
+    files. A router is one of them: elsewhere it is a linear layer.
+
+    Args:
+        model: quantized, or on its way to be.
+        layers: what is quantized of it, or will be.
+    """
+    quantized, embeds = {layer.name for layer in layers}, any(layer.kind == "embedding" for layer in layers)
+    found: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = module._parameters.get("weight")
+        if is_experts(module):
+            tensors = [f"{name}.gate_up_proj", f"{name}.down_proj"]
+            found += [file.removesuffix(".weight") for tensor in tensors for file in files.of(tensor)]
+        elif weight is not None and weight.dim() == 2 and (embeds or not isinstance(module, nn.Embedding)):
+            found.append(files.of_layer(name))
+    return [name for name in found if name not in quantized]
+
+
+def _check(name: str, layer: QuantizedLinear, model: nn.Module) -> None:
+    """Raise `CanopyError` if the format cannot hold the layer."""
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), OutlierLinear):
+        raise CanopyError(
+            f"{name.rpartition('.')[0]} keeps some inputs in 16 bits beside its codes, which compressed-tensors cannot "
+            "hold; use a method without outliers"
+        )
+    if online_hadamard(layer) is not None:
+        raise CanopyError(
+            f"{name} has a Hadamard transform at run time, which no file holds; rotate under a recipe with activations "
+            "of 8 bits or more"
+        )
+    try:
+        disk_format(layer.scheme, layer.activations)
+    except CanopyError as error:
+        raise CanopyError(f"{name}: {error}") from None
+
+
+def _kind(name: str, layer: QuantizedLinear, were: dict[str, nn.Module]) -> str:
+    """What a quantized layer was: ``"linear"``, ``"conv1d"``, ``"embedding"`` or ``"expert"``."""
+    was = were.get(name)
+    if isinstance(layer, QuantizedEmbedding):
+        kind, known = "embedding", was is not None and is_embedding(was)
+    elif was is None:
+        kind, known = "expert", is_experts(were.get(name.rsplit(".", 2)[0], nn.Identity()))
+    else:
+        kind = linear_kind(was)
+        known = kind in ("linear", "conv1d")
+    if not known:
+        raise CanopyError(
+            f"{name} was {'nothing' if was is None else f'a {type(was).__name__}'} in {type(were['']).__name__}; only "
+            "what quantize_ puts into a model is written"
+        )
+    return kind
+
+
+def word(group: Group) -> str:
+    """The name of the recipe that gives such layers, such as ``w4a16-g128-asym``; the schemes in words if none does."""
+    weights, inputs = group.weights, group.activations
+    asymmetric = not (weights if inputs is None else inputs).symmetric
+    tail = ("-static" if group.static else "") + ("-asym" if asymmetric else "")
+    bits = 16 if inputs is None else inputs.format.bits
+    name = f"w{weights.format.bits}a{bits}" if isinstance(weights.format, IntFormat) else "fp8"
+    if name != "fp8" and (weights.format.bits, str(weights.granularity)) != (8, "channel"):
+        name += f"-{weights.granularity}"
+    try:
+        meant = Recipe.parse(name + tail)
+    except CanopyError:
+        meant = None
+    if meant is not None and _alike(meant.weights, weights) and _alike(meant.activations, inputs):
+        return meant.name
+    return str(weights) + (f" with {inputs} activations" if inputs is not None else "")
+
+
+def _alike(one: Scheme | None, other: Scheme | None) -> bool:
+    parts = (None if x is None else (x.format, x.granularity, x.symmetric) for x in (one, other))
+    return next(parts) == next(parts)
