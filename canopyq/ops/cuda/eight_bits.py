@@ -104,7 +104,9 @@ def _rows(
         raise CanopyError("rows that are added to lie together, from a multiple of 16 bytes on; use .contiguous()")
     x, other = _aligned(x), None if other is None else _aligned(other)
     added = None if change is None else _aligned(change.contiguous())
-    run = _quantize(format, x.dtype, source, 256 if k <= 8192 else 512, x.device.index)
+    # Of 512 threads one block finds room on a multiprocessor: good for few long rows alone.
+    threads = 512 if k > 8192 and m <= launch.multiprocessors(x.device.index) else 256
+    run = _quantize(format, x.dtype, source, threads, x.device.index)
     beside = 0 if other is None else other.data_ptr()
     stride = 0 if other is None else other.stride(0)
     more = 0 if added is None else added.data_ptr()

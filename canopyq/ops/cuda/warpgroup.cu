@@ -169,8 +169,11 @@ warpgroup(const __grid_constant__ TensorMap x, const unsigned char* __restrict__
                 }
                 products_commit();
                 products_wait<1>();                                       // the other half of `a` is free again
-                // The products before these are done, and with them all reads of the stage before: they are instructions of
-                // the whole warp. (A __syncwarp here would make the compiler wait for every product.)
+                // The products before these are done, and with them all reads of the stage before. Every lane's loads from
+                // it had returned when a product took them, and lane 0 gets here only after all lanes of its warp: `wait`
+                // above is an instruction of the whole warp. (compute-sanitizer's racecheck does not see that and reports
+                // write-after-read hazards between `load_shared_16` and `bulk_copy`; a __syncwarp, which it would see,
+                // makes the compiler wait for every product.)
                 if (batch == 0 && i >= DEEP && lane == 0) arrive(empty + 8 * ((i - DEEP) % STAGES));
             }
         }
