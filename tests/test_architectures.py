@@ -107,6 +107,19 @@ def test_experts_become_three_layers_each() -> None:
     assert "MixtralTopKRouter" in report.kept["model.layers.0.mlp.gate"]
 
 
+def test_experts_of_another_make_stay_as_they_are() -> None:
+    """Llama 4's lie transposed, and its router gives them other inputs."""
+    sizes = LLAMA | {"intermediate_size_mlp": 256, "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 32}
+    torch.manual_seed(0)
+    model = tf.Llama4ForCausalLM(tf.Llama4TextConfig(**sizes, interleave_moe_layer_step=1)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)  # the experts are left without values
+    expected = dequantized(model, "w8a16")(TOKENS).logits
+    report = cq.quantize_(model, "w8a16")
+    assert "Llama4TextExperts" in report.kept["model.layers.0.feed_forward.experts"]
+    torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["llama tied", "llama", "gpt2"])
 @pytest.mark.parametrize("extra", ["+head", "+embed", "+head+embed"])
 @torch.no_grad()
