@@ -107,6 +107,21 @@ def test_experts_become_three_layers_each() -> None:
     assert "MixtralTopKRouter" in report.kept["model.layers.0.mlp.gate"]
 
 
+def test_layers_whose_weight_the_model_reads_itself_stay() -> None:
+    """Mamba's mixer multiplies by dt_proj's weight without calling it; codes would end in an error."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "time_step_rank": 32, "state_size": 8}
+    model = tf.MambaForCausalLM(tf.MambaConfig(**sizes)).eval()
+    expected = dequantized(model, "w8a16")(TOKENS).logits
+    report = cq.quantize_(model, "w8a16")
+    reason = "MambaMixer computes with its weight itself"
+    assert reason in report.kept["backbone.layers.0.mixer.dt_proj"]
+    assert {layer.name.rpartition(".")[2] for layer in report.layers} == {"in_proj"}  # a GPU's kernel reads the rest
+    torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-2, atol=1e-3)
+    with pytest.raises(CanopyError, match=f"strict: .*dt_proj would be kept as it is, {reason}"):
+        cq.quantize_(tf.MambaForCausalLM(tf.MambaConfig(**sizes)), "w8a16", strict=True)
+
+
 def test_experts_of_another_make_stay_as_they_are() -> None:
     """Llama 4's lie transposed, and its router gives them other inputs."""
     sizes = LLAMA | {"intermediate_size_mlp": 256, "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 32}

@@ -287,6 +287,7 @@ def test_bad_checkpoints_on_the_command_line(name: str, folder: Path, monkeypatc
     ("options", "part"),
     [
         ({"device": "gpu"}, "device 'gpu' cannot be used here"),
+        ({"device": "meta"}, "device 'meta' cannot be used here"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
         ({"dtype": torch.float64}, "unknown dtype 'float64'"),
