@@ -13,6 +13,7 @@ LABFLAGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed$(if $(CONSTRAINTS),,-newest)
+UNIT_TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore=tests/browser -n 2 --dist worksteal
 LAB_AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # The environment is stale when pyproject.toml or constraints.txt is newer than the stamp (make's own rule), when its
@@ -27,7 +28,7 @@ export CANOPYQ_REQUIRE_BROWSER ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-fast notebooks check-notebooks train-tutor lint clean
+.PHONY: help lab test setup test-units test-fast test-browser notebooks check-notebooks train-tutor lint clean
 
 help: ## Show this list
 	@echo "Canopy Quantization: make <target>"
@@ -36,14 +37,24 @@ help: ## Show this list
 lab: $(STAMP) ## Open the course in JupyterLab
 	$(RUN) -m jupyterlab notebooks/00_start_here.ipynb $(LAB_AS_ROOT) $(LABFLAGS)
 
-test: lint ## Check everything: lint, unit tests, notebooks, and the course in a real browser
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore=tests/browser -n 2
-	$(MAKE) --no-print-directory check-notebooks
-	bash tools/install_browser.sh $(RUN)
-	$(RUN) -m pytest tests/browser
+test: ## Check everything: lint, unit tests, notebooks, and the course in a real browser
+	@for stage in setup lint test-units check-notebooks test-browser; do \
+		begin=$$(date +%s); \
+		$(MAKE) --no-print-directory $$stage || exit 1; \
+		took="$$took$$(printf '%6d  %s' $$(( $$(date +%s) - begin )) $$stage)\n"; \
+	done; printf "== seconds by stage\n$$took"
+
+setup: $(STAMP)
+
+test-units: $(STAMP) ## Unit tests only
+	$(UNIT_TESTS)
 
 test-fast: $(STAMP) ## Unit tests only, without the slow ones
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore=tests/browser -n 2 -m "not slow"
+	$(UNIT_TESTS) -m "not slow"
+
+test-browser: $(STAMP) ## Walk through the course in JupyterLab, in a real browser
+	bash tools/install_browser.sh $(RUN)
+	$(RUN) -m pytest tests/browser -n 2 --dist worksteal
 
 notebooks: $(STAMP) ## Run all notebooks again and store their outputs in place
 	$(RUN) tools/notebooks.py execute

@@ -172,9 +172,11 @@ def test_the_error_of_groups_is_counted_by_hand() -> None:
 
 @pytest.mark.parametrize("shape", [(7,), (3, 70), (2, 5, 96)])
 def test_groups_of_any_shape(shape: tuple[int, ...]) -> None:
-    explorer = explore.groups(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert all(0 < GroupsView(x).cost(name, 4).error < 0.2 for name in GroupsView(x).names)
+    explorer = explore.groups(x)
     explorer.widget()
-    for name in explorer.controls["scale"].options:
+    for name in (explorer.controls["scale"].options[0], explorer.controls["scale"].options[-1]):
         explorer.controls["scale"].value = name
         assert f"INT4, {name}" in explorer.line.value
 
@@ -229,8 +231,9 @@ def test_words_come_apart_as_they_were_packed(bits: int, columns: int) -> None:
         assert word.codes == codes[place * many : (place + 1) * many].tolist()
         unpacked = [(word.number >> (bits * i)) % 2**bits - 2 ** (bits - 1) for i in range(len(word.codes))]
         assert unpacked == word.codes and int.from_bytes(word.bytes, "little") == word.number
-        view.draw(plt.figure(), place, bits)
-        plt.close("all")
+        if place in (0, view.last):
+            view.draw(plt.figure(), place, bits)
+            plt.close("all")
 
 
 def test_words_say_the_worked_value() -> None:
