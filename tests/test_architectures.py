@@ -114,12 +114,9 @@ def test_layers_whose_weight_the_model_reads_itself_stay() -> None:
     model = tf.MambaForCausalLM(tf.MambaConfig(**sizes)).eval()
     expected = dequantized(model, "w8a16")(TOKENS).logits
     report = cq.quantize_(model, "w8a16")
-    reason = "MambaMixer computes with its weight itself"
-    assert reason in report.kept["backbone.layers.0.mixer.dt_proj"]
+    assert "MambaMixer computes with its weight itself" in report.kept["backbone.layers.0.mixer.dt_proj"]
     assert {layer.name.rpartition(".")[2] for layer in report.layers} == {"in_proj"}  # a GPU's kernel reads the rest
     torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-2, atol=1e-3)
-    with pytest.raises(CanopyError, match=f"strict: .*dt_proj would be kept as it is, {reason}"):
-        cq.quantize_(tf.MambaForCausalLM(tf.MambaConfig(**sizes)), "w8a16", strict=True)
 
 
 def test_experts_of_another_make_stay_as_they_are() -> None:
