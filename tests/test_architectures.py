@@ -168,9 +168,10 @@ def test_output_errors_are_measured_on_the_data(name: str) -> None:
     layer = "model.layers.1.mlp.down_proj" if name == "llama" else "transformer.h.1.mlp.c_proj"
     seen = []
     old = model.get_submodule(layer)
-    old.register_forward_hook(lambda module, given, y: seen.append((given[0].detach(), y.detach())))
+    watching = old.register_forward_hook(lambda module, given, y: seen.append((given[0].detach(), y.detach())))
     twin = copy.deepcopy(old)
     report = cq.quantize_(model, "w2a16-g32", calibration=[TOKENS, TOKENS + 7])
+    watching.remove()
     with torch.no_grad():
         quantized = [model.get_submodule(layer)(x) for x, _ in seen]
     noise = sum(float((a - y).square().sum()) for a, (_, y) in zip(quantized, seen, strict=True))
