@@ -26,6 +26,7 @@ from canopyq.tensor import QuantizedTensor, quantize
 from canopyq.track import track
 
 OUTLIERS = 0.01  # of a layer's inputs, the loudest, that ``outliers`` keeps in 16 bits; at least one
+CAP = 2.0  # times as long as the median token: more than that does not count
 EXAMPLES = 256  # inputs of each layer that SmoothQuant tries its α on
 
 
@@ -70,7 +71,9 @@ def round_weights(
     if batches is not None and (method.needs_data or method.transforms):
         watched = [target.name for target in targets if target.kind != "embedding"]
         examples = EXAMPLES if method.smoothing == "smoothquant" else 0
-        calibrate(model, batches, layers=watched, hessian=True, examples=examples, visit=work.visit)
+        calibrate(
+            model, batches, layers=watched, hessian=True, cap=CAP, histograms=False, examples=examples, visit=work.visit
+        )
     rest = [target for target in targets if target.name not in work.done]
     for target in track(rest, f"quantizing to {recipe.name}", len(rest)):
         work.round(target, None)
