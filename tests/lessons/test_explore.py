@@ -47,6 +47,7 @@ EXPLORERS = {
         {"full": [(9, 90), (20, 200), (31, 310)], "kv4": [(9, 90), (20, 80), (31, 95)]}, 200
     ),
     "words": lambda: explore.words(X.reshape(15, 100)),
+    "rounding": lambda: explore.rounding(0.4, 0.4),
     "static": lambda: explore.static(TOKENS),
 }
 MOVES = {
@@ -60,6 +61,7 @@ MOVES = {
     "context": ("context", "256k"),
     "turns": ("turn", 3),
     "words": ("word", 3),
+    "rounding": ("correlation", -0.5),
     "static": ("reach", 0.1),
 }
 
@@ -258,3 +260,12 @@ def test_one_range_for_all_tokens_clips_some_or_blurs_others() -> None:
     torch.testing.assert_close(own.error, (q - TOKENS).norm(dim=1) / TOKENS.norm(dim=1))
     head, rows = view.rows()
     assert {len(row) for row in rows} == {len(head)} and rows[-1][0] == "each token's own"
+
+
+def test_two_weights_make_up_for_each_other_when_their_inputs_go_together() -> None:
+    view = RoundingView((0.4, 0.4))
+    alone, best = view.choices((0.4, 0.4), 0.98)
+    assert alone.point == (0, 0) and sum(best.point) == 1
+    assert best.error < 0.2 * alone.error
+    alone, best = view.choices((0.4, 0.4), 0.0)
+    assert alone == best and alone.error == pytest.approx(0.32)
