@@ -4,13 +4,17 @@
     python -m benchmarks.quality --run [--peers PYTHON] [--seeds 5] [--jobs 2]
                                                        measure what benchmarks/results/quality.json does not have yet
 
+    python -m benchmarks.quality --time 3 --peers PYTHON
+                                                     time ours and the public ones in turn, so many times
+
 The public implementations run in a virtual environment of their own, whose python goes to --peers:
 
     python3 -m venv peers && peers/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1 hqq==0.2.8
 
 Everybody calibrates on the same 64 chats of 128 tokens (8,192 tokens) from the validation split; a seed draws others.
 Everybody is judged by the same code on the same held-out questions. One thread; each run in a process of its own,
---jobs of them at a time; seconds and memory are those of quantizing alone, imports not counted. llm-compressor's AWQ
+--jobs of them at a time; seconds and memory are those of quantizing alone, imports not counted. What is compared are
+the seconds of the processor that --time takes, one run at a time, ours and theirs alternating. llm-compressor's AWQ
 stops on a machine without an accelerator ("Cannot access accelerator device when none is available"), so --awq runs it
 on a GPU, and its seconds are not compared. HQQ uses no data. The public one has a zero point of 16 bits beside each
 scale; ours beside it has zero points of as many bits as a weight, as checkpoints do, and so fewer bits in all.
@@ -47,6 +51,8 @@ WITH_INPUTS = ("smoothquant+gptq", "gptq", "smoothquant", "rotation+smoothquant+
 PEERS_WEIGHT_ONLY, PEERS_WITH_INPUTS = ("gptq", "hqq"), ("gptq", "smoothquant", "smoothquant+gptq")
 NO_DATA = ("rtn", "hqq", "rotation")
 QUESTIONS, CHATS, TOKENS = 170, 64, 128
+TIMED = (("gptq", "w4a16-channel"), ("gptq", "w3a16-g128"), ("hqq", "w4a16-g128"), ("smoothquant", "w8a8"),
+         ("smoothquant+gptq", "w4a4-g128"))  # fmt: skip
 REPEATED = ("gptq", "awq", "rotation+gptq", "smoothquant", "smoothquant+gptq", "rotation+smoothquant+gptq")  # each seed
 PUBLIC = {"llmcompressor": "0.14.0.1", "hqq": "0.2.8"}
 
@@ -173,6 +179,25 @@ def measure(seeds: int, python: str | None, jobs: int, awq: bool, result: Path) 
             os.replace(partial, result)
 
 
+def time_in_turn(rounds: int, python: str, result: Path) -> None:
+    """Seconds of the processor, ours and the public ones in turn; kept beside the rows."""
+    global _judge
+    torch.set_num_threads(1)
+    _judge = Judge()
+    rows = [{"method": method, "setting": setting, "canopyq": [], "public": []} for method, setting in TIMED]
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        for seed in range(rounds):
+            for row in rows:
+                for who in ("canopyq", "public"):
+                    zeros = WITH_ZERO_POINTS[row["setting"]] if row["method"] == "hqq" else row["setting"]
+                    run = (who, row["method"], zeros if who == "canopyq" else row["setting"], seed)
+                    row[who].append(pool.apply(_job, [(run, python)])["cpu_seconds"])
+                print(row, flush=True)
+        times = {"machine": pool.apply(describe), "date": date.today().isoformat(), "rows": rows}
+    found = json.loads(result.read_text(encoding="utf-8")) | {"times": times}
+    result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="measure what is missing")
@@ -180,10 +205,13 @@ def main() -> None:
     parser.add_argument("--awq", action="store_true", help="the public AWQ too, on a GPU")
     parser.add_argument("--seeds", type=int, default=5, help="how many draws of calibration chats")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--time", type=int, default=0, metavar="ROUNDS", help="time ours and the public ones in turn")
     parser.add_argument("--result", type=Path, default=RESULT, help="the file to complete")
     arguments = parser.parse_args()
     if arguments.run:
         measure(arguments.seeds, arguments.peers, arguments.jobs, arguments.awq, arguments.result)
+    if arguments.time:
+        time_in_turn(arguments.time, arguments.peers, arguments.result)
     found = json.loads(arguments.result.read_text(encoding="utf-8"))
     plot(found, arguments.result.with_suffix(".png"))
     print(table(found))

@@ -42,8 +42,8 @@ class ClipView:
         return box(
             "info",
             f"<b>Range ±{end:.4g}</b> ({clip:.0%} of the largest magnitude, {here.share:.2%} of the values lie beyond"
-            f"). Mean squared error: clipping {here.clipping:.3g} + rounding {here.rounding:.3g} = <b>{here.error:.3g}</b>; "
-            f"least of the curve: {self.at(best, bits).error:.3g} at {best:.0%}.",
+            f"). Mean squared error: clipping {here.clipping:.3g} + rounding {here.rounding:.3g} = <b>{here.error:.3g}"
+            f"</b>; least of the curve: {self.at(best, bits).error:.3g} at {best:.0%}.",
         )
 
     def best(self, bits: int) -> float:

@@ -14,6 +14,7 @@ from canopyq.lessons.explore_clip import ClipView
 from canopyq.lessons.explore_float import FORMATS, split_bits, stored
 from canopyq.lessons.explore_groups import GroupsView
 from canopyq.lessons.explore_outlier import OutlierView
+from canopyq.lessons.explore_rounding import RoundingView
 from canopyq.lessons.explore_static import StaticView
 from canopyq.lessons.explore_words import WordsView
 from canopyq.tensor import quantize
