@@ -2,8 +2,7 @@
 
     python -m benchmarks.quality                     print the recorded table, draw the plot
     python -m benchmarks.quality --run [--peers PYTHON] [--seeds 5] [--jobs 2]
-                                                       measure what benchmarks/results/quality.json does not have yet
-
+                                                     measure what benchmarks/results/quality.json does not have yet
     python -m benchmarks.quality --time 3 --peers PYTHON
                                                      time ours and the public ones in turn, so many times
 
@@ -186,6 +185,7 @@ def time_in_turn(rounds: int, python: str, result: Path) -> None:
     _judge = Judge()
     rows = [{"method": method, "setting": setting, "canopyq": [], "public": []} for method, setting in TIMED]
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        about = pool.apply(describe)
         for seed in range(rounds):
             for row in rows:
                 for who in ("canopyq", "public"):
@@ -193,9 +193,9 @@ def time_in_turn(rounds: int, python: str, result: Path) -> None:
                     run = (who, row["method"], zeros if who == "canopyq" else row["setting"], seed)
                     row[who].append(pool.apply(_job, [(run, python)])["cpu_seconds"])
                 print(row, flush=True)
-        times = {"machine": pool.apply(describe), "date": date.today().isoformat(), "rows": rows}
-    found = json.loads(result.read_text(encoding="utf-8")) | {"times": times}
-    result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                times = {"machine": about, "date": date.today().isoformat(), "rows": [r for r in rows if r["public"]]}
+                found = json.loads(result.read_text(encoding="utf-8")) | {"times": times}
+                result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
