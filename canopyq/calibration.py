@@ -117,8 +117,8 @@ def calibrate(
         layers: names of those to watch; None watches all but the output head.
         hessian: keep Σ x xᵀ / tokens of every layer too. With ``visit`` it is let go after the visit.
         cap: a token whose input to a layer is more than so many times as long as the median of its batch counts in the
-            Hessian as if it were so long. The tokens that are far louder than all others are few, often the first of a
-            text, and the norm after the layer makes up for their loudness; uncapped they decide over every column.
+            Hessian as if it were so long. Few tokens are far louder than the others, and the norm after the layer makes
+            up for it; uncapped they decide over every column.
         histograms: count the values of every layer's inputs.
         examples: keep about so many of every layer's inputs too.
         visit: called with a block's name and the statistics of its layers once they are complete, before anything
