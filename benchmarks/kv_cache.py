@@ -207,7 +207,6 @@ def main() -> None:
     torch.set_num_threads(1)
     model, tokenizer = cq.tutor.load()
     peers = runnable(THEIRS, model.config)
-    content = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
     machine = describe() | {"torch_cpu_capability": torch.backends.cpu.get_cpu_capability()}
     run = {
         "bytes": lambda: bytes_part(model.config, OURS | VARIANTS | peers),
@@ -215,8 +214,9 @@ def main() -> None:
         "time": lambda: {"2048": time_part(model, OURS | peers, 2048), "8192": time_part(model, OURS, 8192, 3)},
     }
     for part in parts:
-        content[part] = run[part]() | {"date": date.today().isoformat()}
-        RESULT.write_text(json.dumps(content | {"machine": machine}, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        found = {part: run[part]() | {"date": date.today().isoformat()}, "machine": machine}
+        content = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+        RESULT.write_text(json.dumps(content | found, indent=1, ensure_ascii=False) + "\n", "utf-8")
     print(f"wrote {RESULT}")
 
 

@@ -88,6 +88,10 @@ def stderr(nb: NotebookNode) -> None:
     nb.cells[2].outputs.append(new_output("stream", name="stderr", text="  0%|"))
 
 
+def progress_bar(nb: NotebookNode) -> None:
+    nb.cells[2].outputs.append(new_output("stream", name="stdout", text="evaluating:  93%|█████▎| 13/14 [00:02<00:00]"))
+
+
 def widget_state(nb: NotebookNode) -> None:
     nb.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}, "version_major": 2}}
 
@@ -135,6 +139,7 @@ def home(nb: NotebookNode) -> None:
         (few_outputs, "holds outputs in 0 of 3 code cells"),
         (error_output, "cell 2 holds an error: ValueError: no"),
         (stderr, "cell 2 holds stderr text"),
+        (progress_bar, "cell 2 holds a progress bar"),
         (widget_state, "holds widget state"),
         (widget_view, "cell 2 holds a widget view"),
         (widget_without_html, "cell 2 shows a widget that has no plain HTML form"),
