@@ -9,10 +9,12 @@
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 LABFLAGS ?=
+PIPFLAGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed$(if $(CONSTRAINTS),,-newest)
+UNIT_TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore=tests/browser -n 2 --dist worksteal
 LAB_AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # The environment is stale when pyproject.toml or constraints.txt is newer than the stamp (make's own rule), when its
@@ -27,7 +29,7 @@ export CANOPYQ_REQUIRE_BROWSER ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-fast notebooks check-notebooks train-tutor lint clean
+.PHONY: help lab test setup test-units test-fast test-browser notebooks check-notebooks train-tutor lint clean
 
 help: ## Show this list
 	@echo "Canopy Quantization: make <target>"
@@ -36,14 +38,24 @@ help: ## Show this list
 lab: $(STAMP) ## Open the course in JupyterLab
 	$(RUN) -m jupyterlab notebooks/00_start_here.ipynb $(LAB_AS_ROOT) $(LABFLAGS)
 
-test: lint ## Check everything: lint, unit tests, notebooks, and the course in a real browser
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore=tests/browser -n 2
-	$(MAKE) --no-print-directory check-notebooks
-	bash tools/install_browser.sh $(RUN)
-	$(RUN) -m pytest tests/browser
+test: ## Check everything: lint, unit tests, notebooks, and the course in a real browser
+	@for stage in setup lint test-units check-notebooks test-browser; do \
+		begin=$$(date +%s); \
+		$(MAKE) --no-print-directory $$stage || exit 1; \
+		took="$$took$$(printf '%6d  %s' $$(( $$(date +%s) - begin )) $$stage)\n"; \
+	done; printf "== seconds by stage\n$$took"
+
+setup: $(STAMP)
+
+test-units: $(STAMP) ## Unit tests only
+	$(UNIT_TESTS)
 
 test-fast: $(STAMP) ## Unit tests only, without the slow ones
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore=tests/browser -n 2 -m "not slow"
+	$(UNIT_TESTS) -m "not slow"
+
+test-browser: $(STAMP) ## Walk through the course in JupyterLab, in a real browser
+	bash tools/install_browser.sh $(RUN)
+	$(RUN) -m pytest tests/browser -n 2 --dist worksteal
 
 notebooks: $(STAMP) ## Run all notebooks again and store their outputs in place
 	$(RUN) tools/notebooks.py execute
@@ -73,6 +85,6 @@ $(STAMP): pyproject.toml constraints.txt
 		"name another: make lab PYTHON=python3.12"; exit 1; }
 	@$(RUN) -c '$(MIN_PYTHON)' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || \
 		{ echo "$(PYTHON) could not create $(VENV); on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
-	$(RUN) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS),--upgrade --upgrade-strategy eager) -e '.[course,test]'
+	$(RUN) -m pip install $(PIPFLAGS) $(if $(CONSTRAINTS),-c $(CONSTRAINTS),--upgrade --upgrade-strategy eager) -e '.[course,test]'
 	@rm -f $(VENV)/.installed*
 	@echo '$(CURDIR)' > $@

@@ -1,7 +1,7 @@
-"""The quantized KV cache beside transformers' own caches: bytes, error, time a token, and whether answers change.
+"""The quantized KV cache beside transformers' own caches: bytes, error and time a token.
 
-    python benchmarks/kv_cache.py                     everything, about half an hour on two cores
-    python benchmarks/kv_cache.py bytes error         only these parts: bytes, error, time, answers
+    python benchmarks/kv_cache.py                     everything, about a quarter of an hour on one core
+    python benchmarks/kv_cache.py bytes error         only these parts: bytes, error, time
 
 Results go to benchmarks/results/kv_cache.json; parts that were not run keep their old figures. transformers'
 QuantizedCache needs a backend: `pip install optimum-quanto hqq` in an environment of its own that also has canopyq; a
@@ -14,7 +14,8 @@ backend that is missing is left out by name.
 * time: one thread, one token at a time behind a context of 2k and 8k tokens; all caches take turns in every round, and
   ratios of medians count, of the clock and of processor time. (The tutor's context is 2,048: its limit is lifted, only
   the time is of interest.)
-* answers: greedy `generate`, as text, against the cache in full precision.
+
+Whether answers change is measured by `kv_answers.py`, recall over long chats by `long_chat.py`.
 """
 
 from __future__ import annotations
@@ -201,45 +202,21 @@ def time_part(model, makers: dict[str, Maker], tokens: int, rounds: int = 5, ste
     return found
 
 
-def answers_part(model, tokenizer, names: tuple[str, ...] = ("kv8", "kv4"), n: int = 500) -> dict[str, dict]:
-    """How many of ``n`` greedy answers are the same text, and which are not."""
-    found: dict[str, dict] = {name: {"same": 0, "of": n, "differ": []} for name in names}
-    for question in track(cq.tutor.questions(n), "answering"):
-        ids, start = cq.tutor.encode(tokenizer, question.turns)
-        prompt = torch.tensor([ids[:start]])
-
-        def answer(cache, prompt=prompt) -> str:
-            out = model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, do_sample=False,
-                                 max_new_tokens=96, pad_token_id=0)  # fmt: skip
-            return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
-
-        expected = answer(DynamicCache(config=model.config))
-        for name in names:
-            got = answer(cq.QuantizedCache(model.config, name))
-            found[name]["same"] += got == expected
-            if got != expected:
-                found[name]["differ"].append([question.skill, question.prompt, expected, got])
-    for name, row in found.items():
-        print(f"{name}: {row['same']} of {n} answers are the same text", flush=True)
-    return found
-
-
 def main() -> None:
-    parts = sys.argv[1:] or ["bytes", "error", "time", "answers"]
+    parts = sys.argv[1:] or ["bytes", "error", "time"]
     torch.set_num_threads(1)
     model, tokenizer = cq.tutor.load()
     peers = runnable(THEIRS, model.config)
-    content = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
     machine = describe() | {"torch_cpu_capability": torch.backends.cpu.get_cpu_capability()}
     run = {
         "bytes": lambda: bytes_part(model.config, OURS | VARIANTS | peers),
         "error": lambda: error_part(model, tokenizer, OURS | VARIANTS | peers),
         "time": lambda: {"2048": time_part(model, OURS | peers, 2048), "8192": time_part(model, OURS, 8192, 3)},
-        "answers": lambda: answers_part(model, tokenizer),
     }
     for part in parts:
-        content[part] = run[part]() | {"date": date.today().isoformat()}
-        RESULT.write_text(json.dumps(content | {"machine": machine}, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        found = {part: run[part]() | {"date": date.today().isoformat()}, "machine": machine}
+        content = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+        RESULT.write_text(json.dumps(content | found, indent=1, ensure_ascii=False) + "\n", "utf-8")
     print(f"wrote {RESULT}")
 
 

@@ -1,6 +1,9 @@
 """Long chats: how much a cache of few bits still recalls, and where the cache outgrows the weights.
 
-    python benchmarks/long_chat.py            about three minutes on one core; writes benchmarks/results/long_chat.json
+    python benchmarks/long_chat.py [--chats 80] [--again]
+
+About 25 minutes on one core. benchmarks/results/long_chat.json is written after every ten chats; a run that was
+stopped goes on from there.
 
 Recall is measured on the tutor: facts told early, 0 to 50 turns about other things, then one of the facts is asked
 (`canopyq.long_chat`). The bytes of the tutor are read from real caches, turn by turn. Those of real models are computed
@@ -9,7 +12,9 @@ from their published shapes, by the function that a test compares with real cach
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -21,6 +26,8 @@ from canopyq.long_chat import long_chat
 from canopyq.machine import describe
 from canopyq.memory import MODEL_SHAPES, cache_bytes, model_bytes
 from canopyq.scheme import Recipe
+from canopyq.stats import Share, bootstrap
+from canopyq.track import track
 
 RESULT = Path(__file__).parent / "results" / "long_chat.json"
 CACHES = {
@@ -33,14 +40,46 @@ CACHES = {
 }
 SHAPES = ("tutor", "llama-2-7b", "llama-3.1-8b", "llama-3.1-70b")
 FORMATS = (None, "kv8", "kv4", "kv2")
+FILLERS = (0, 6, 12, 25, 50)  # turns between telling and asking
+PART = 10  # chats at a time
 TURN = 250  # tokens of a question and its answer, for real models: an assumption
 
 
-def recall(model, tokenizer) -> list[dict]:
-    found = long_chat(
-        model, tokenizer, CACHES, fillers=(0, 12, 25, 50), questions=24, say=lambda r: print(r, flush=True)
-    )
-    return [row.to_dict() for row in found]
+def recall(model, tokenizer, rows: list[dict], chats: int, keep: Callable[[list[dict]], None]) -> None:
+    """Fill ``rows`` up to so many chats of each length, ten at a time."""
+    found = {(row["fillers"], row["cache"]): row for row in rows}
+    steps = [(turns, first) for turns in FILLERS for first in range(0, chats, PART)]
+    for turns, first in track(steps, "recall"):
+        if first < len(found.get((turns, "none"), {"right": ()})["right"]):
+            continue
+        for part in long_chat(model, tokenizer, CACHES, (turns,), min(PART, chats - first), first=first):
+            found[turns, part.cache] = joined(found.get((turns, part.cache)), part.to_dict())
+        keep(list(found.values()))
+
+
+def joined(old: dict | None, new: dict) -> dict:
+    """Two rows of the same cache and length as one."""
+    if old is None:
+        return new
+    right, kls = old["right"] + new["right"], old["kls"] + new["kls"]
+    tokens = old["tokens"] * len(old["right"]) + new["tokens"] * len(new["right"])
+    return new | {"tokens": tokens / len(right), "share": Share(sum(right), len(right)).to_dict(),
+                  "kl": sum(kls) / len(kls), "right": right, "kls": kls}  # fmt: skip
+
+
+def axes(rows: list[dict]) -> list[dict]:
+    """Keys per token against keys per channel, chat by chat: the difference of KL, with its interval."""
+    kls, found = {(row["cache"], row["fillers"]): row["kls"] for row in rows}, []
+    for bits in (4, 2):
+        for turns in FILLERS:
+            pairs = list(zip(kls[f"kv{bits} keys per token", turns], kls[f"kv{bits}", turns], strict=True))
+            differences = [token - channel for token, channel in pairs]
+            low, high = bootstrap(differences)
+            found.append({"bits": bits, "fillers": turns, "chats": len(pairs),
+                          "kl_more_per_token": sum(differences) / len(pairs), "low": low, "high": high,
+                          "more_in": Share(sum(d > 0 for d in differences), len(pairs)).to_dict()})  # fmt: skip
+            print(found[-1], flush=True)
+    return found
 
 
 def grown(model, tokenizer) -> dict[str, list]:
@@ -89,12 +128,35 @@ def memory() -> list[dict]:
     return rows
 
 
+def write(content: dict) -> None:
+    """One row a line."""
+
+    def lines(value: object) -> str:
+        if not isinstance(value, list):
+            return json.dumps(value, ensure_ascii=False)
+        return "[\n  " + ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in value) + "\n ]"
+
+    text = ",\n".join(f" {json.dumps(key)}: {lines(value)}" for key, value in content.items())
+    RESULT.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chats", type=int, default=80, help="chats of each length")
+    parser.add_argument("--again", action="store_true", help="begin anew rather than go on with the recorded chats")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = cq.tutor.load()
-    content = {"memory": memory(), "turn_tokens": TURN, "tutor_turns": grown(model, tokenizer)}
-    content |= {"recall": recall(model, tokenizer), "machine": describe(), "date": date.today().isoformat()}
-    RESULT.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    old = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() and not options.again else {}
+    content = {"machine": describe(), "date": date.today().isoformat(), "turn_tokens": TURN}
+    content |= {"memory": memory(), "tutor_turns": grown(model, tokenizer), "recall": old.get("recall", [])}
+
+    def keep(rows: list[dict]) -> None:
+        content["recall"] = rows
+        write(content)
+
+    recall(model, tokenizer, content["recall"], options.chats, keep)
+    write(content | {"axes": axes(content["recall"])})
     print(f"wrote {RESULT}")
 
 

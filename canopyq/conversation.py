@@ -79,15 +79,19 @@ class Conversation:
             )
         ids = torch.tensor([new], device=input_device(self.model))
         pad = self.tokenizer.pad_token_id
-        with torch.inference_mode():
-            output = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                past_key_values=self.cache,
-                do_sample=False,
-                max_new_tokens=room,
-                pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
-            )[0].tolist()
+        try:
+            with torch.inference_mode():
+                output = self.model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    past_key_values=self.cache,
+                    do_sample=False,
+                    max_new_tokens=room,
+                    pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+                )[0].tolist()
+        except BaseException:  # an interruption, too, leaves tokens in the cache that no turn has
+            self.cache = self._new_cache()
+            raise
         self.ids = output
         answer = str(self.tokenizer.decode(output[len(new) :], skip_special_tokens=True)).strip()
         self.turns.append((question, answer))
@@ -96,8 +100,8 @@ class Conversation:
     def _with(self, question: str) -> list[int]:
         """Token ids up to where the answer begins.
 
-        They begin with those in the cache. Where they do not, since an answer was interrupted or the tokenizer writes
-        it otherwise than the model did, the chat is read anew.
+        They begin with those in the cache. Where they do not, since the tokenizer writes an answer otherwise than the
+        model did, the chat is read anew.
         """
         ids, cached = prompt_ids(self.tokenizer, self.turns, question), self.tokens
         if ids[:cached] != self.ids[:cached]:

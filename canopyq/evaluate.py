@@ -96,11 +96,13 @@ class Comparison:
     Attributes:
         kl: mean KL divergence, in nats per token, from the reference's next-token distribution to the model's. It is
             zero only if every probability is the same, and shows damage long before an answer turns wrong.
+        kls: the same of each question alone, in their order.
     """
 
     reference: Evaluation
     model: Evaluation
     kl: float
+    kls: tuple[float, ...] = field(default=(), repr=False)
 
     def _changed(self, before: bool) -> list[Question]:
         pairs = zip(self.model.questions, self.reference.right, self.model.right, strict=True)
@@ -169,7 +171,7 @@ def examine(
     With ``keep`` the result holds the model's predictions (4 bytes a token and vocabulary entry), so that it can stand
     for the model as the reference of many comparisons.
     """
-    [(evaluation, _)] = _Examiner(tokenizer, questions).run([(model, cache)], keep=keep)
+    [(evaluation, *_)] = _Examiner(tokenizer, questions).run([(model, cache)], keep=keep)
     return evaluation
 
 
@@ -198,10 +200,10 @@ def compare(
     """
     examiner = _Examiner(tokenizer, questions)
     if isinstance(reference, Evaluation):
-        [(evaluation, kl)] = examiner.run([(model, cache)], reference)
-        return Comparison(replace(reference, log_probs=()), evaluation, kl)
-    (before, _), (after, kl) = examiner.run([(reference, None), (model, cache)])
-    return Comparison(before, after, kl)
+        [(evaluation, *kl)] = examiner.run([(model, cache)], reference)
+        return Comparison(replace(reference, log_probs=()), evaluation, *kl)
+    (before, *_), (after, *kl) = examiner.run([(reference, None), (model, cache)])
+    return Comparison(before, after, *kl)
 
 
 class _Examiner:
@@ -229,9 +231,9 @@ class _Examiner:
         kept: Evaluation | None = None,
         *,
         keep: bool = False,
-    ) -> list[tuple[Evaluation, float]]:
+    ) -> list[tuple[Evaluation, float, tuple[float, ...]]]:
         """The evaluation of each model with its cache, and its KL divergence from the kept predictions or else from
-        the first one's."""
+        the first one's: of all tokens, and of each question's."""
         models = [model for model, _ in examined]
         self._check(models, kept)
         tallies = [_Tally(model, _maker(cache), len(self.questions)) for model, cache in examined]
@@ -244,11 +246,11 @@ class _Examiner:
                     if reference is None:
                         reference = log_probs
                     else:
-                        tally.kl += _kl_sum(reference, log_probs)
+                        tally.add_kl(batch, _kl(reference, log_probs).split(real[:, 1:].sum(1).tolist()))
             if any(tally.make_cache for tally in tallies):  # beside it: what the others' takes
                 for tally in tallies:
                     tally.cache_bytes = tally.cache_bytes or _full_cache_bytes(tally.model)
-        return [(tally.evaluation(self.questions), tally.kl / tally.tokens) for tally in tallies]
+        return [(tally.evaluation(self.questions), tally.kl / tally.tokens, tuple(tally.kls)) for tally in tallies]
 
     def _check(self, models: Sequence[nn.Module], kept: Evaluation | None) -> None:
         longest = self.batches[-1][-1]
@@ -288,7 +290,7 @@ class _Tally:
 
     def __init__(self, model: nn.Module, make_cache: CacheMaker | None, questions: int) -> None:
         self.model, self.make_cache = model, make_cache
-        self.right = [False] * questions
+        self.right, self.kls = [False] * questions, [0.0] * questions
         self.loss, self.kl, self.tokens = 0.0, 0.0, 0
         self.kept: list[Tensor] = []
         self.cache_bytes: float | None = None
@@ -309,6 +311,13 @@ class _Tally:
         if keep:
             self.kept.append(log_probs)
         return log_probs
+
+    def add_kl(self, batch: list[int], kl: Sequence[Tensor]) -> None:
+        """The divergences of a batch's tokens, a tensor for each question."""
+        sums = [float(each.double().sum()) for each in kl]
+        for i, each, total in zip(batch, kl, sums, strict=True):
+            self.kls[i] = max(0.0, total / len(each))  # rounding may bring it below zero
+        self.kl += max(0.0, sum(sums))
 
     def evaluation(self, questions: tuple[Question, ...]) -> Evaluation:
         loss = self.loss / self.tokens
@@ -355,14 +364,14 @@ def _full_cache_bytes(model: nn.Module) -> int:
     return cache_nbytes(cache)
 
 
-def _kl_sum(reference: Tensor, model: Tensor) -> float:
-    """Σ over tokens of Σ_v p(v) · (log p(v) − log q(v)), for log-probabilities (tokens, vocabulary)."""
+def _kl(reference: Tensor, model: Tensor) -> Tensor:
+    """Σ_v p(v) · (log p(v) − log q(v)) of each token, for log-probabilities (tokens, vocabulary)."""
     if reference.shape[-1] != model.shape[-1]:
         raise CanopyError(
             f"vocabularies of {reference.shape[-1]} and {model.shape[-1]} tokens cannot be compared token by token"
         )
     reference = reference.to(model.device)
-    return max(0.0, float((reference.exp() * (reference - model)).sum(-1).double().sum()))
+    return (reference.exp() * (reference - model)).sum(-1)
 
 
 def _question_dict(question: Question) -> dict:

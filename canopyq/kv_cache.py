@@ -97,6 +97,13 @@ class QuantizedLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         return self.dropped + self._held
 
+    def finished_length(self) -> int:
+        """The same without the tokens of a pass that has not reached all layers."""
+        if self._before is None:
+            return self.get_seq_length()
+        keys, _, quantized = self._before
+        return self.dropped + quantized + keys.shape[2]
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many keys a pass over so many new tokens sees, and the position of the first."""
         return self._held + query_length, self.dropped
@@ -130,33 +137,41 @@ class QuantizedLayer(CacheLayerMixin):
             self._keep_quantized(0, tokens)
             self._before = None
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens: −n removes n of them, as transformers has it; a positive n keeps n.
-
-        Tokens in full precision can go one by one; quantized ones in whole blocks.
+    def left_after(self, tokens_to_remove: int) -> int:
+        """How many tokens `crop` leaves.
 
         Raises:
             CanopyError: for a cut inside a quantized block, or behind what a sliding window has passed.
         """
-        length = self.get_seq_length()
-        left = max(0, length + tokens_to_remove) if tokens_to_remove <= 0 else min(tokens_to_remove, length)
-        if left == length:
+        length, change = self.get_seq_length(), int(tokens_to_remove)  # transformers before 5.20 gives a tensor
+        left = max(0, length + change) if change <= 0 else min(change, length)
+        block, inside = divmod(left - self.dropped, BLOCK)
+        if left == length or left - self.dropped >= self.quantized_tokens:
+            return left
+        if self.dropped and left - self.dropped < self.sliding_window - 1:
+            raise CanopyError(
+                f"the cache cannot go back to {left} tokens: of those before token {self.dropped} the sliding "
+                "window has passed; start a new cache"
+            )
+        if inside:
+            start = self.dropped + block * BLOCK
+            raise CanopyError(
+                f"the cache cannot go back to {left} tokens, in the middle of a quantized block; crop to {start} "
+                f"and feed {inside} again, or make it with window={BLOCK} to keep more tokens in full precision"
+            )
+        return left
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens: −n removes n of them, as transformers has it; a positive n keeps n.
+
+        Tokens in full precision can go one by one; quantized ones in whole blocks. Raises as `left_after` does.
+        """
+        left = self.left_after(tokens_to_remove)
+        if left == self.get_seq_length():
             return
         kept = left - self.dropped - self.quantized_tokens
         if kept < 0:
-            block, inside = divmod(left - self.dropped, BLOCK)
-            if self.dropped and left - self.dropped < self.sliding_window - 1:
-                raise CanopyError(
-                    f"the cache cannot go back to {left} tokens: of those before token {self.dropped} the sliding "
-                    "window has passed; start a new cache"
-                )
-            if inside:
-                start = self.dropped + block * BLOCK
-                raise CanopyError(
-                    f"the cache cannot go back to {left} tokens, in the middle of a quantized block; crop to {start} "
-                    f"and feed {inside} again, or make it with window={BLOCK} to keep more tokens in full precision"
-                )
-            self._keep_quantized(0, block * BLOCK)
+            self._keep_quantized(0, left - self.dropped)
             kept = 0
         self.keys, self.values = self.keys[:, :, :kept].clone(), self.values[:, :, :kept].clone()
 
@@ -230,7 +245,8 @@ class QuantizedCache(Cache):
     Raises:
         CanopyError: for an unknown format, a head that the group does not divide, and layers of another kind, such as
             linear attention. `update` raises it for keys of another model, and for more tokens than the model's
-            context holds; the cache is then as it was before the pass.
+            context holds; the cache is then as it was before the pass. After a pass that was interrupted the next use
+            raises it, and finds the cache as it was before that one.
     """
 
     def __init__(
@@ -250,19 +266,19 @@ class QuantizedCache(Cache):
             raise unknown("way to quantize keys", keys, ("channel", "token"))
         if not isinstance(window, int) or window < 0:
             raise CanopyError(f"a window of {window!r} tokens cannot be kept in full precision; use 0 or more")
-        heads = config.num_attention_heads
-        self.kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.limit = getattr(config, "max_position_embeddings", None)
-        group = min(GROUP, self.head_dim) if group is None else group
-        if not isinstance(group, int) or group < 1 or self.head_dim % group:
-            raise CanopyError(
-                f"groups of {group} channels do not divide heads of {self.head_dim}; use one that does, such as group="
-                f"{next(g for g in range(min(GROUP, self.head_dim), 0, -1) if self.head_dim % g == 0)}"
-            )
-        if self.head_dim * self.format.bits % 8:
-            raise CanopyError(f"heads of {self.head_dim} codes of {self.format.bits} bits fill no whole bytes; use kv8")
-        layers = [QuantizedLayer(self.format, keys, group, window, sliding) for sliding in _sliding_windows(config)]
+        windows, layers = _sliding_windows(config), []
+        self.shapes = [_shape(each) for each in config.per_layer_config]
+        for (_, head_dim), sliding in zip(self.shapes, windows, strict=True):
+            size = min(GROUP, head_dim) if group is None else group
+            if not isinstance(size, int) or size < 1 or head_dim % size:
+                raise CanopyError(
+                    f"groups of {size} channels do not divide heads of {head_dim}; use one that does, such as group="
+                    f"{next(g for g in range(min(GROUP, head_dim), 0, -1) if head_dim % g == 0)}"
+                )
+            if head_dim * self.format.bits % 8:
+                raise CanopyError(f"heads of {head_dim} codes of {self.format.bits} bits fill no whole bytes; use kv8")
+            layers.append(QuantizedLayer(self.format, keys, size, window, sliding))
         super().__init__(layers=layers)
 
     @property
@@ -277,26 +293,49 @@ class QuantizedCache(Cache):
         waiting = 0 if layer.keys is None else layer.keys.shape[2]
         return layer.window + BLOCK - waiting
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many tokens are held, without those of a pass that was interrupted."""
+        return self.layers[layer_idx].finished_length() if layer_idx < len(self.layers) else 0
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Append a layer's tokens (B, H, n, D); all of its keys and values, as attention is to see them."""
         if layer_idx == 0:
-            self._check_start(key_states)
+            self._check_finished()
         try:
             self._check(key_states, value_states, layer_idx)
             layer = self.layers[layer_idx]
             layer.gives_codes = self.config._attn_implementation == ATTENTION
             seen = layer.update(key_states, value_states, *args, **kwargs)
         except CanopyError:
-            for layer in self.layers:
-                layer.undo()
+            self._undo()
             raise
         if layer_idx == len(self.layers) - 1:
             for layer in self.layers:
                 layer.commit()
         return seen
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, see `QuantizedLayer.crop`: in all layers, or if one cannot, in none."""
+        self._check_finished()
+        for layer in self.layers:
+            layer.left_after(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._check_finished()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._check_finished()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._check_finished()
+        super().batch_select_indices(indices)
+
     def copy(self) -> QuantizedCache:
         """A cache that goes on from the same tokens on its own. What both hold is held once."""
+        self._check_finished()
         other = copy.copy(self)
         other.layers = [copy.copy(layer) for layer in self.layers]
         return other
@@ -304,43 +343,58 @@ class QuantizedCache(Cache):
     def __repr__(self) -> str:
         return f"QuantizedCache({self.format.name}, {self.get_seq_length()} tokens, {self.nbytes} bytes)"
 
-    def _check_start(self, key_states: Tensor) -> None:
-        """Before the first layer of a pass."""
-        done = sum(layer._before is not None for layer in self.layers)
-        if done:
-            for layer in self.layers:
-                layer.undo()
+    def _undo(self) -> None:
+        for layer in self.layers:
+            layer.undo()
+
+    def _check_finished(self) -> None:
+        """Between two passes. One that was interrupted, or was another model's, may have left tokens in some layers."""
+        if done := sum(layer._before is not None for layer in self.layers):
+            self._undo()
             raise CanopyError(
                 f"the pass before reached {done} of the cache's {len(self.layers)} layers and was undone; if nothing "
                 "interrupted it, the cache belongs to another model: make one from this model's config"
             )
-        tokens = self.get_seq_length() + key_states.shape[2]
-        if self.limit is not None and tokens > self.limit:
-            raise CanopyError(
-                f"{tokens} tokens are more than the model's context of {self.limit}; shorten the chat, or start a new "
-                "one with a new cache"
-            )
 
-    def _check(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
+    def _check(self, keys: Tensor, values: Tensor, layer_idx: int) -> None:
         if layer_idx >= len(self.layers):
             self.reset()
             raise CanopyError(
                 f"the cache is for {len(self.layers)} layers, and a model with more used it; it was emptied: make one "
                 "from this model's config"
             )
-        expected = (self.kv_heads, self.head_dim)
-        for name, x in (("keys", key_states), ("values", value_states)):
-            if (x.shape[1], x.shape[3]) != expected:
+        expected = self.shapes[layer_idx]
+        for name, x in (("keys", keys), ("values", values)):
+            if x.dim() != 4 or (x.shape[1], x.shape[3]) != expected:
+                got = f"{x.shape[1]} heads of {x.shape[3]}" if x.dim() == 4 else f"a tensor {tuple(x.shape)}"
                 raise CanopyError(
-                    f"the cache is for {expected[0]} heads of {expected[1]}, and got {name} of {x.shape[1]} heads of "
-                    f"{x.shape[3]}; make one from this model's config"
+                    f"the cache is for {expected[0]} heads of {expected[1]}, and got {name} of {got}; make one from "
+                    "this model's config, or use transformers' DynamicCache"
                 )
-        layer = self.layers[layer_idx]
-        if layer.is_initialized and (len(key_states), key_states.dtype) != (len(layer.keys), layer.dtype):
+        if _kind(keys) != _kind(values) or keys.shape != values.shape or not keys.is_floating_point():
             raise CanopyError(
-                f"the cache holds {len(layer.keys)} chats in {layer.dtype}, and got {len(key_states)} in "
-                f"{key_states.dtype}; start a new one, or use reset()"
+                f"keys are {_words(keys)} and values {_words(values)}; a cache takes both alike, as floats"
             )
+        layer = self.layers[layer_idx]
+        if layer.is_initialized and (len(keys), *_kind(keys)) != (len(layer.keys), layer.dtype, layer.device):
+            raise CanopyError(
+                f"the cache holds {len(layer.keys)} chats in {layer.dtype} on {layer.device}, and got {len(keys)} in "
+                f"{keys.dtype} on {keys.device}; start a new one, or use reset()"
+            )
+        tokens = layer.get_seq_length() + keys.shape[2]
+        if self.limit is not None and tokens > self.limit:
+            raise CanopyError(
+                f"{tokens} tokens are more than the model's context of {self.limit}; shorten the chat, or start a new "
+                "one with a new cache"
+            )
+
+
+def _kind(x: Tensor) -> tuple[torch.dtype, torch.device]:
+    return x.dtype, x.device
+
+
+def _words(x: Tensor) -> str:
+    return f"{x.dtype} {tuple(x.shape)} on {x.device}"
 
 
 def cache_nbytes(cache: Cache) -> int:
@@ -364,16 +418,24 @@ def _joined(quantized: QuantizedStates | None, newest: Tensor) -> Tensor:
     return out
 
 
+def _shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """KV heads of a layer, and numbers a head."""
+    heads = config.num_attention_heads
+    one_for_all = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+    kv_heads = 1 if one_for_all else getattr(config, "num_key_value_heads", None) or heads
+    return kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
 def _sliding_windows(config: PreTrainedConfig) -> list[int | None]:
     """Each layer's sliding window, or None where it sees everything."""
     types, options = get_layer_types_and_kwargs(config)
+    types = [*types, *["dummy"] * (config.num_hidden_layers - len(types))]  # before 5.20 those are left out
     if isinstance(options, dict):  # transformers before 5.20 gives all layers the same
         options = [options] * len(types)
     for i, kind in enumerate(types):
         if kind not in ("full_attention", "sliding_attention"):
-            raise CanopyError(
-                f"layer {i} is of the kind {kind}, which this cache does not hold; use transformers' DynamicCache"
-            )
+            what = "reads another layer's keys" if kind == "dummy" else f"is of the kind {kind}"
+            raise CanopyError(f"layer {i} {what}, which this cache does not hold; use transformers' DynamicCache")
     return [
         o["sliding_window"] if kind == "sliding_attention" else None for kind, o in zip(types, options, strict=True)
     ]

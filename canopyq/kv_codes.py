@@ -10,7 +10,7 @@ section 3.2).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from canopyq.formats import get_format
 from canopyq.packing import pack_bytes, unpack_bytes
 
 BLOCK = 64  # tokens that are quantized together, and whose key channels share a scale
-TILE = 2**18  # numbers that are dequantized at a time on a CPU
+TILE = 2**17  # numbers that are dequantized at a time on a CPU
 WINDOW = 32  # newest tokens that stay in full precision, besides those of a block that is not full
 GROUP = 64  # channels of one token that share a scale
 _FP8 = get_format("fp8_e4m3")
@@ -137,8 +137,12 @@ class QuantizedStates:
         the processor's cache, and never more than a part is dequantized; elsewhere all is one part."""
         tokens = self.tokens
         if self.codes.device.type == "cpu":
-            row = self.codes[:, :, 0].numel() * 8 // self.format.bits
+            batch, heads, _, width = self.codes.shape
+            row = batch * heads * width * 8 // self.format.bits
             tokens = max(1, TILE // max(1, row * BLOCK)) * BLOCK
+        if tokens >= self.tokens:
+            yield 0, self
+            return
         for start in range(0, self.tokens, tokens):
             yield start, self.part(start, min(start + tokens, self.tokens))
 
@@ -161,7 +165,7 @@ class QuantizedStates:
 
     def _from(self, tensors) -> QuantizedStates:
         codes, scale, *offset = tensors
-        return replace(self, codes=codes, scale=scale, offset=offset[0] if offset else None)
+        return QuantizedStates(codes, scale, offset[0] if offset else None, self.format, self.per)
 
 
 def _rows(x: Tensor, start: int, stop: int, tokens: int) -> Tensor:

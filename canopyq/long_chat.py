@@ -24,25 +24,38 @@ class Recall:
     Attributes:
         cache: its name.
         fillers: turns between telling and asking.
-        tokens: mean length of the chats.
-        share: right answers, with the interval.
-        kl: mean KL divergence, in nats per token, from the predictions without a cache.
+        tokens: of all chats together.
+        right: for each chat, whether the answer was right.
+        kls: for each chat, the mean KL divergence, in nats per token, from the predictions without a cache.
         nbytes: storage behind the cache, a token, after the longest chat; None without a cache.
     """
 
     cache: str
     fillers: int
-    tokens: float
-    share: Share
-    kl: float
+    tokens: int
+    right: tuple[bool, ...]
+    kls: tuple[float, ...]
     nbytes: float | None
+
+    @property
+    def share(self) -> Share:
+        """Right answers, with the interval."""
+        return Share(sum(self.right), len(self.right))
+
+    @property
+    def kl(self) -> float:
+        """Mean KL divergence, every chat with the same weight."""
+        return sum(self.kls) / len(self.kls)
 
     def to_dict(self) -> dict:
         """Plain numbers, for JSON."""
-        return vars(self) | {"share": self.share.to_dict()}
+        return {"cache": self.cache, "fillers": self.fillers, "tokens": self.tokens / len(self.right),
+                "share": self.share.to_dict(), "kl": self.kl, "nbytes": self.nbytes,
+                "right": [int(r) for r in self.right], "kls": [float(f"{kl:.4g}") for kl in self.kls]}  # fmt: skip
 
     def __str__(self) -> str:
-        return f"{self.cache:<8} {self.fillers:>3} turns, {self.tokens:>5.0f} tokens: {self.share}, KL {self.kl:.2g}"
+        tokens = self.tokens / len(self.right)
+        return f"{self.cache:<8} {self.fillers:>3} turns, {tokens:>5.0f} tokens: {self.share}, KL {self.kl:.2g}"
 
 
 def long_chat(
@@ -52,6 +65,7 @@ def long_chat(
     fillers: Sequence[int] = (0, 12, 25, 50),
     questions: int = 50,
     *,
+    first: int = 0,
     seed: int = 0,
     say: Callable[[Recall], None] = lambda recall: None,
 ) -> list[Recall]:
@@ -64,6 +78,7 @@ def long_chat(
         caches: names such as ``"kv4"``, or names with a function from the model's config to a transformers cache.
         fillers: turns between telling and asking, each 0 to 50; 50 make a chat of about 1,500 tokens.
         questions: chats of each length.
+        first: how many chats of each length to pass over, so that a long run can be made in parts.
         say: called with every result as it comes.
 
     Raises:
@@ -74,14 +89,13 @@ def long_chat(
         raise CanopyError("a long chat needs a cache and a number of turns; use caches=('kv4',) and fillers=(25,)")
     found = []
     for turns in fillers:
-        asked = draw(questions, skill="recall", seed=seed, fillers=turns)
+        asked = draw(first + questions, skill="recall", seed=seed, fillers=turns)[first:]
         plain = examine(model, tokenizer, asked, keep=True)
-        tokens = plain.tokens / questions
-        results = [("none", plain, 0.0)]
+        results = [("none", plain, (0.0,) * questions)]
         for name, cache in makers.items():
             compared = compare(plain, model, tokenizer, asked, cache=cache)
-            results.append((name, compared.model, compared.kl))
-        for name, evaluation, kl in results:
-            found.append(Recall(name, turns, tokens, evaluation.accuracy, kl, evaluation.cache_bytes))
+            results.append((name, compared.model, compared.kls))
+        for name, evaluation, kls in results:
+            found.append(Recall(name, turns, plain.tokens, evaluation.right, kls, evaluation.cache_bytes))
             say(found[-1])
     return found

@@ -26,7 +26,7 @@ def static_range(seen: InputStatistics, scheme: Scheme, **options: Any) -> tuple
       the past and a tenth of each next sample
     * ``percentile``  the range that holds ``keep`` = 99.99 % of all values: with one scale for all tokens a few large
       values are dear, and more than a few are needed (Wu et al. 2020, "Integer Quantization for Deep Learning
-      Inference", section 5.2, compares 99.9 to 99.9999 %)
+      Inference", section 4.2, compares 99.9 to 99.9999 %)
     * ``mse``, ``entropy``  on the histogram of all values; see `observers`
 
     Args:

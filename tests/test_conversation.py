@@ -69,7 +69,8 @@ def test_the_end_of_the_context_is_said_and_leaves_the_chat(tutor, monkeypatch) 
     assert (talk.tokens, talk.turns, talk.cache_bytes) == (0, [], 0)
 
 
-def test_after_an_interruption_the_chat_is_read_anew(tutor, monkeypatch) -> None:
+@pytest.mark.parametrize("passes", [1, 3])
+def test_after_an_interruption_the_chat_is_read_anew(tutor, passes: int) -> None:
     model, tokenizer = tutor
     talk = Conversation(model, tokenizer, "kv4")
     talk.ask(ASKED[0])
@@ -77,7 +78,7 @@ def test_after_an_interruption_the_chat_is_read_anew(tutor, monkeypatch) -> None
 
     def interrupt(module, args, out):
         calls.append(None)
-        if len(calls) == 3:
+        if len(calls) == passes:
             raise KeyboardInterrupt
 
     hook = model.model.layers[4].register_forward_hook(interrupt)

@@ -108,6 +108,7 @@ class Slow:
     tokens: int
     right: list[bool]
     kl: float
+    kls: list[float]
 
 
 def written(tokenizer, question: Question) -> tuple[list[int], int]:
@@ -120,17 +121,17 @@ def written(tokenizer, question: Question) -> tuple[list[int], int]:
 
 @torch.no_grad()
 def slowly(reference: nn.Module, model: nn.Module, tokenizer, questions: Sequence[Question]) -> Slow:
-    loss = kl = 0.0
-    tokens, right = 0, []
+    loss, kl, tokens, right, kls = 0.0, 0.0, 0, [], []
     for question in questions:
         ids, start = written(tokenizer, question)
-        row = torch.tensor([ids] * 5)  # a question with enough rows for the kernels that do not round their input
+        row = torch.tensor([ids] * (1 + 32 // len(ids)))  # more rows than the kernels take that round their input
         p, q = (F.log_softmax(m(input_ids=row).logits[0, :-1].double(), dim=-1) for m in (reference, model))
         loss += float(F.cross_entropy(q, row[0, 1:], reduction="sum"))
-        kl += float(F.kl_div(q, p, log_target=True, reduction="sum"))
+        kls.append(float(F.kl_div(q, p, log_target=True, reduction="sum")) / (len(ids) - 1))
+        kl += kls[-1] * (len(ids) - 1)
         tokens += len(ids) - 1
         right.append(all(int(q[i - 1].argmax()) == ids[i] for i in range(start, len(ids))))
-    return Slow(math.exp(loss / tokens), tokens, right, kl / tokens)
+    return Slow(math.exp(loss / tokens), tokens, right, kl / tokens, kls)
 
 
 @pytest.mark.parametrize("recipe", ["w8a16", MIXED, "w2a16-g32"])
@@ -140,6 +141,7 @@ def test_batches_agree_with_one_question_at_a_time(recipe: str, compared, tutor,
     assert list(fast.model.right) == slow.right
     assert fast.model.perplexity == pytest.approx(slow.perplexity, rel=1e-5)
     assert fast.kl == pytest.approx(slow.kl, rel=1e-3)
+    assert fast.kls == pytest.approx(slow.kls, rel=0.01, abs=1e-6)
 
 
 def test_the_reference_agrees_with_one_question_at_a_time(tutor, tokenizer, asked, kept: Evaluation) -> None:
@@ -151,7 +153,7 @@ def test_the_reference_agrees_with_one_question_at_a_time(tutor, tokenizer, aske
 
 
 def test_right_is_what_greedy_generation_writes(tutor, tokenizer) -> None:
-    model, asked = copy.deepcopy(tutor), cq.tutor.questions(60, seed=11)
+    model, asked = copy.deepcopy(tutor), cq.tutor.questions(34, seed=11)
     generator = torch.Generator().manual_seed(0)
     for layer in model.model.layers.modules():
         if isinstance(layer, nn.Linear):  # noise, until about a quarter of the answers is wrong
@@ -164,7 +166,7 @@ def test_right_is_what_greedy_generation_writes(tutor, tokenizer) -> None:
         return cq.tutor.ask(model, tokenizer, question, max_new_tokens=tokens + 3)
 
     right = [greedy(question) == question.answer for question in asked]
-    assert list(examine(model, tokenizer, asked).right) == right and 30 < sum(right) < 58
+    assert list(examine(model, tokenizer, asked).right) == right and 17 < sum(right) < 33
 
 
 class Scripted(nn.Module):

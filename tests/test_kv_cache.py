@@ -8,7 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    FalconConfig,
+    Gemma3nTextConfig,
+    Gemma3TextConfig,
+    Gemma4TextConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+)
 from transformers.utils import logging
 
 import canopyq as cq
@@ -17,6 +27,7 @@ from canopyq.kv_cache import QuantizedCache, QuantizedLayer
 from canopyq.kv_codes import CACHE_FORMATS, get_cache_format
 
 FORMATS = tuple(CACHE_FORMATS)
+SLIDING = ["full_attention", "sliding_attention"]
 logging.set_verbosity_error()
 
 
@@ -213,6 +224,34 @@ def test_reset_begins_anew(model) -> None:
     assert same(cache, fresh)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "shapes"),
+    [
+        (FalconConfig, {"multi_query": True}, [(1, 16)] * 3),
+        (FalconConfig, {"new_decoder_architecture": True, "num_kv_heads": 2}, [(4, 16)] * 3),  # repeated before
+        (
+            Gemma4TextConfig,
+            {"num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32},
+            [(2, 16), (2, 16), (2, 32)],
+        ),
+    ],
+    ids=["one KV head", "repeated", "heads of two sizes"],
+)
+def test_heads_of_other_models(kind, options: dict, shapes: list) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 99}
+    if kind is Gemma4TextConfig:
+        sizes |= {"intermediate_size": 64, "vocab_size_per_layer_input": 99, "num_kv_shared_layers": 0}
+    other = AutoModelForCausalLM.from_config(kind(**sizes | options)).eval()
+    cache, ids = QuantizedCache(other.config, "kv8"), tokens(200)
+    assert cache.shapes == shapes
+    with torch.no_grad():
+        expected = other(input_ids=ids, use_cache=False).logits
+    logits = torch.cat([feed(other, cache, ids[:, :190]), feed(other, cache, ids[:, 190:])], 1)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.03)
+    assert cache.layers[0].quantized_tokens == 128
+
+
 @pytest.mark.parametrize("window", [40, 100, 1000])
 def test_sliding_windows_see_what_they_should(window: int) -> None:
     torch.manual_seed(0)
@@ -244,6 +283,18 @@ def test_a_sliding_window_cannot_go_back_behind_itself() -> None:
     feed(sliding, cache, tokens(400))
     with pytest.raises(CanopyError, match="sliding window has passed"):
         cache.crop(-200)
+
+
+def test_all_layers_go_back_or_none() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 99}
+    both = AutoModelForCausalLM.from_config(Gemma3TextConfig(**sizes, sliding_window=100, layer_types=SLIDING)).eval()
+    cache = QuantizedCache(both.config, "kv8")
+    feed(both, cache, tokens(400))
+    with pytest.raises(CanopyError, match="sliding window has passed"):
+        cache.crop(-336)  # to 64, where a block begins: the first layer could
+    assert [layer.get_seq_length() for layer in cache.layers] == [400, 400]
 
 
 # Bad input: a clear error, and the cache as it was.
@@ -281,6 +332,10 @@ def test_layers_without_keys_are_refused_by_name() -> None:
     odd.layer_types = ["full_attention", "linear_attention", "full_attention"]
     with pytest.raises(CanopyError, match="layer 1 is of the kind linear_attention"):
         QuantizedCache(odd)
+    with pytest.raises(CanopyError, match="layer 0 is of the kind linear_attention"):
+        QuantizedCache(MambaConfig(num_hidden_layers=2))
+    with pytest.raises(CanopyError, match="layer 2 reads another layer's keys"):
+        QuantizedCache(Gemma3nTextConfig(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=SLIDING * 2))
 
 
 def refused(model, cache: QuantizedCache, ids: torch.Tensor, message: str) -> None:
@@ -329,7 +384,7 @@ def test_a_cache_of_a_deeper_model_is_found_at_the_next_pass(model) -> None:
 def test_another_batch_or_dtype(model) -> None:
     cache = QuantizedCache(model.config)
     feed(model, cache, tokens(70))
-    refused(model, cache, tokens(5, batch=2), "holds 1 chats in torch.float32, and got 2")
+    refused(model, cache, tokens(5, batch=2), "holds 1 chats in torch.float32 on cpu, and got 2")
     refused(copy.deepcopy(model).to(torch.bfloat16), cache, tokens(5), "and got 1 in torch.bfloat16")
 
 
@@ -342,3 +397,61 @@ def test_keys_that_are_not_finite_leave_nothing_behind(model) -> None:
     refused(broken, cache, tokens(40), "cannot be cached")
     feed(model, cache, tokens(40))
     assert cache.get_seq_length() == 100
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_pass_leaves_nothing_behind(model, interrupt: type) -> None:
+    cache = QuantizedCache(model.config, "kv4")
+    feed(model, cache, tokens(100))
+    before = [tensor.clone() for tensor in held(cache)]
+
+    def stop(*_) -> None:
+        raise interrupt
+
+    uses = (
+        lambda: feed(model, cache, tokens(3)), lambda: cache.crop(-1), cache.copy,
+        lambda: cache.reorder_cache(torch.tensor([0])), lambda: cache.batch_repeat_interleave(2),
+        lambda: cache.batch_select_indices(torch.tensor([0])),
+    )  # fmt: skip
+    for use in uses:
+        hook = model.model.layers[1].mlp.register_forward_pre_hook(stop)
+        with pytest.raises(interrupt):
+            feed(model, cache, tokens(100, seed=1))
+        hook.remove()
+        assert cache.get_seq_length() == 100
+        with pytest.raises(CanopyError, match="reached 2 of the cache's 3 layers and was undone"):
+            use()
+        assert all(torch.equal(a, b) for a, b in zip(before, held(cache), strict=True))
+    fresh = QuantizedCache(model.config, "kv4")
+    feed(model, fresh, tokens(100))
+    assert torch.equal(feed(model, cache, tokens(100, seed=1)), feed(model, fresh, tokens(100, seed=1)))
+
+
+def test_keys_and_values_that_do_not_go_together(model) -> None:
+    x = torch.randn(1, 2, 5, 16)
+    for keys, values, message in (
+        (x[0], x[0], r"keys of a tensor \(2, 5, 16\)"),
+        (x, x[:, :, :4], r"keys are torch.float32 \(1, 2, 5, 16\) on cpu and values torch.float32 \(1, 2, 4, 16\)"),
+        (x, x.expand(3, 2, 5, 16), "takes both alike"),
+        (x, x.half(), "takes both alike"),
+        (x, x.to("meta"), "on meta; a cache takes both alike"),
+        (x.int(), x.int(), "as floats"),
+    ):
+        cache = QuantizedCache(model.config)
+        with pytest.raises(CanopyError, match=message):
+            cache.update(keys, values, 0)
+        assert cache.get_seq_length() == 0 and cache.nbytes == 0
+    for layer in range(3):
+        cache.update(x, x, layer)
+    with pytest.raises(CanopyError, match="on cpu, and got 1 in torch.float32 on meta"):
+        cache.update(x.to("meta"), x.to("meta"), 0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_batch_of_no_chats(model, name: str) -> None:
+    cache = QuantizedCache(model.config, name, window=0)
+    for n in (100, 1, 30):
+        for layer in range(3):
+            seen = cache.update(torch.randn(0, 2, n, 16), torch.randn(0, 2, n, 16), layer)
+    assert seen[0].shape == seen[1].shape == (0, 2, 131, 16)
+    assert cache.get_seq_length() == 131 and cache.nbytes == 0

@@ -28,8 +28,10 @@ def test_recall_by_cache_and_length(tutor) -> None:
     assert (none.kl, none.nbytes) == (0, None)
     assert 0 < kv4.kl < tokens.kl
     assert tokens.nbytes < kv4.nbytes < 2 * 8 * 2 * 64 * 4
-    assert kv4.to_dict()["share"]["n"] == 6
+    assert kv4.to_dict()["share"]["n"] == len(kv4.to_dict()["kls"]) == 6
     assert "KL" in str(kv4)
+    late = long_chat(*tutor, ("kv4",), fillers=(6,), questions=2, first=4)
+    assert (late[1].right, late[1].kls) == (kv4.right[4:], pytest.approx(kv4.kls[4:], rel=1e-3))
 
 
 @pytest.mark.parametrize(("caches", "fillers"), [((), (0,)), (("kv4",), ())])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import statistics
 from fractions import Fraction
 from itertools import product
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from canopyq.errors import CanopyError
-from canopyq.stats import Share, mcnemar, wilson
+from canopyq.stats import Share, bootstrap, mcnemar, wilson
 
 Z = 1.959964
 SMALL = [(right, n) for n in (1, 2, 3, 10, 30, 200) for right in {0, 1, n // 2, n - 1, n}]
@@ -130,3 +132,35 @@ def test_mcnemar_stands_large_counts() -> None:
 def test_mcnemar_refuses_negative_counts(lost: int, gained: int) -> None:
     with pytest.raises(CanopyError, match="cannot be counts"):
         mcnemar(lost, gained)
+
+
+# The bootstrap --------------------------------------------------------------------------------------------------------
+
+
+def test_bootstrap_agrees_with_the_normal_interval_where_that_holds() -> None:
+    values = [math.sin(i * 12.9898) for i in range(400)]  # bounded, and many
+    mean, spread = statistics.mean(values), statistics.stdev(values) / 20
+    assert bootstrap(values) == pytest.approx((mean - 1.96 * spread, mean + 1.96 * spread), abs=0.25 * spread)
+
+
+def test_bootstrap_holds_the_mean_as_often_as_it_says() -> None:
+    random = Random(1)
+    hits = 0
+    for _ in range(200):
+        low, high = bootstrap([random.expovariate(1) for _ in range(60)], resamples=300)
+        hits += low <= 1 <= high
+    assert 175 <= hits <= 199
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=20), st.integers(0, 5))
+def test_bootstrap_lies_within_the_values(values: list[float], seed: int) -> None:
+    low, high = bootstrap(values, resamples=50, seed=seed)
+    slack = 1e-9 * max(map(abs, values))
+    assert min(values) - slack <= low <= high <= max(values) + slack
+    assert (low, high) == bootstrap(values, resamples=50, seed=seed)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, math.nan], [1.0, math.inf]])
+def test_bootstrap_needs_two_finite_values(values: list[float]) -> None:
+    with pytest.raises(CanopyError, match="have no interval"):
+        bootstrap(values)

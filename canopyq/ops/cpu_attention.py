@@ -3,9 +3,6 @@
 What scales and offsets do is done to something smaller where that is possible. A block's key offsets meet the query
 once for all its tokens, q · (s ∘ u + o) = q · (s ∘ u) + q · o, and a value token's scale and offset go to its
 probability: Σ p (s u + o) = Σ (p s) u + Σ p o.
-
-Codes of 4 and 2 bits are taken apart field by field: first the codes in the lowest bits of all bytes, then the next.
-That is another order of channels, and the query is brought into the same order, which is far less to move.
 """
 
 from __future__ import annotations
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor
 
 from canopyq.kv_codes import BLOCK, QuantizedStates, e4m3_to_float
+from canopyq.packing import unpack_bytes
 
 
 def refuse(query_dtype: torch.dtype, keys: str, device: torch.device) -> str | None:
@@ -65,9 +63,8 @@ def attend(
 def _scores(q: Tensor, keys: QuantizedStates) -> Tensor:
     """q · x̂ᵀ: (B, H, m, D) -> (B, H, m, T)."""
     codes, factor = _codes(keys)
-    scale = _by_field(keys.scale.float() * factor, keys)
-    codes = codes.unflatten(2, (-1, BLOCK)).mul_(scale.unsqueeze(3)).flatten(2, 3)
-    scores = _by_field(q, keys) @ codes.transpose(2, 3)
+    codes = codes.unflatten(2, (-1, BLOCK)).mul_((keys.scale.float() * factor).unsqueeze(3)).flatten(2, 3)
+    scores = q @ codes.transpose(2, 3)
     if keys.offset is not None:
         scores.unflatten(3, (-1, BLOCK)).add_((q @ keys.offset.float().transpose(2, 3)).unsqueeze(4))
     return scores
@@ -80,38 +77,14 @@ def _weighted(p: Tensor, values: QuantizedStates) -> Tensor:
     if groups == 1:
         out = (p * scale.transpose(2, 3)) @ codes
     else:
-        fields = codes.shape[3] // values.codes.shape[3]
-        codes.unflatten(3, (fields, groups, -1)).mul_(scale[:, :, :, None, :, None])
-        out = p @ codes
-    out = _by_channel(out, values)
+        out = p @ codes.unflatten(3, (groups, -1)).mul_(scale.unsqueeze(4)).flatten(3)
     if values.offset is not None:
         out = (out.unflatten(3, (groups, -1)) + (p @ values.offset.float()).unsqueeze(4)).flatten(3)
     return out
 
 
 def _codes(states: QuantizedStates) -> tuple[Tensor, int]:
-    """Codes as float32 (B, H, T, D), field by field, and what to multiply them by."""
-    codes, bits = states.codes, states.format.bits
+    """Codes as float32 (B, H, T, D), and what to multiply them by."""
     if states.format.is_float:
-        return e4m3_to_float(codes), 256
-    if bits == 8:
-        return codes.float(), 1
-    last = 8 - bits
-    fields = [
-        codes & (2**bits - 1),
-        *((codes >> shift) & (2**bits - 1) for shift in range(bits, last, bits)),
-        codes >> last,
-    ]
-    return torch.cat(fields, 3).float(), 1
-
-
-def _by_field(x: Tensor, states: QuantizedStates) -> Tensor:
-    """Channels (…, D) in the order of `_codes`."""
-    fields = x.shape[-1] // states.codes.shape[3]
-    return x if fields == 1 else x.unflatten(-1, (-1, fields)).transpose(-1, -2).flatten(-2)
-
-
-def _by_channel(x: Tensor, states: QuantizedStates) -> Tensor:
-    """The inverse of `_by_field`."""
-    fields = x.shape[-1] // states.codes.shape[3]
-    return x if fields == 1 else x.unflatten(-1, (fields, -1)).transpose(-1, -2).flatten(-2)
+        return e4m3_to_float(states.codes), 256
+    return unpack_bytes(states.codes, states.format.bits).float(), 1

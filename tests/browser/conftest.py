@@ -1,4 +1,4 @@
-"""One browser and one JupyterLab for all browser tests.
+"""One browser and one JupyterLab for all browser tests; with ``-n 2``, for those of each worker.
 
 ``CANOPYQ_SCREENSHOTS=folder`` keeps pictures. ``CANOPYQ_REQUIRE_BROWSER=1`` makes a missing browser a failure.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 import pytest
 
-from tests.browser.demo import write_demo
+from tests.browser.demo import NOTEBOOKS, write
 from tests.browser.lab import ARGUMENTS, ROOT, LabPage, find_browser, lab_server
 
 
@@ -42,32 +43,21 @@ def address(workplace: Path) -> Iterator[str]:
     source = ROOT / "notebooks"
     hidden = shutil.ignore_patterns(".*", "__pycache__")
     shutil.copytree(source, folder, ignore=hidden) if source.is_dir() else folder.mkdir()
-    for name in ("demo.ipynb", "restart.ipynb", "widgets.ipynb"):  # tests that write into it share no copy
-        write_demo(folder / name)
+    for name, cells in NOTEBOOKS.items():
+        write(folder / name, cells)
     with lab_server(workplace, folder) as url:
         yield url
 
 
 @pytest.fixture(scope="session")
-def chromium(address: str) -> Iterator[object]:
+def visit(address: str) -> Iterator[Callable[[str], AbstractContextManager[LabPage]]]:
+    """``with visit("widgets.ipynb") as lab`` opens a notebook in a page of its own, and closes it with its kernel."""
     from playwright.sync_api import sync_playwright
 
-    path = find_browser()
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_notebook(chromium, address: str) -> Iterator[Callable[[str], LabPage]]:
-    """``open_notebook("demo.ipynb")`` gives the notebook, open in a fresh window."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 1000})
-    context.set_default_timeout(20_000)
     folder = os.environ.get("CANOPYQ_SCREENSHOTS")
-
-    def opened(name: str) -> LabPage:
-        return LabPage(context.new_page(), address, name, Path(folder) if folder else None)
-
-    yield opened
-    context.close()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_browser(), args=ARGUMENTS)
+        window = browser.new_context(viewport={"width": 1280, "height": 1000})
+        window.set_default_timeout(20_000)
+        yield lambda name: closing(LabPage(window.new_page(), address, name, Path(folder) if folder else None))
+        browser.close()

@@ -1,4 +1,4 @@
-"""A small notebook with one of everything: quizzes, an exercise, a guess, the explorers and the figures."""
+"""Small notebooks of the tests' own: one of everything, quizzes alone, and widgets that do not work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-CELLS = [
+EVERYTHING = [
     "import matplotlib.pyplot as plt\nimport torch\n\nimport canopyq as cq\nfrom canopyq import lessons",
     'lessons.quiz("memory")',
     'lessons.quiz("symmetry")',
@@ -52,8 +52,26 @@ CELLS = [
 ]
 
 
-def write_demo(path: Path) -> None:
-    """Write the notebook, not executed."""
-    cells = [new_markdown_cell("# One of everything"), *(new_code_cell(source) for source in CELLS)]
+QUIZZES = ["from canopyq import lessons", 'lessons.quiz("memory")', 'lessons.quiz("symmetry")']
+
+BROKEN = [
+    "from canopyq import lessons\nfrom canopyq.lessons.diagnose import diagnose\n"
+    "from canopyq.lessons.exercise import ExerciseCard",
+    'quiz = lessons.quiz("memory")\n'
+    "quiz._record = lambda choice, record=quiz._record: record(quiz.question.right)  # every choice is right\nquiz",
+    "ExerciseCard.judge = lambda card, answer: diagnose(card.spec, card.spec.build(card.stub))  # no answer is seen\n"
+    'ex = lessons.exercise("00-bytes")\nex',
+    'lessons.exercise("00-bytes").check(None)',
+    'explorer = lessons.explore.float_bits(0.1)\n'
+    'explorer._draw = lambda figure, **values: "always the same"\nexplorer',
+    "1 / 0",
+]
+
+NOTEBOOKS = {"widgets.ipynb": EVERYTHING, "restart.ipynb": QUIZZES, "broken.ipynb": BROKEN}
+
+
+def write(path: Path, sources: list[str]) -> None:
+    """Write a notebook of these code cells, not executed."""
+    cells = [new_markdown_cell(f"# {path.stem}"), *(new_code_cell(source) for source in sources)]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)

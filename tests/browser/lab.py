@@ -108,6 +108,16 @@ class LabPage:
         with contextlib.suppress(Exception):  # the file browser takes a third of the width
             self.page.keyboard.press("Control+b")
 
+    def close(self) -> None:
+        """Close the page and end its kernel, whose memory others need."""
+        self.page.evaluate(
+            """async ([base, token, notebook]) => { const at = base + '/api/sessions';
+                for (const s of await (await fetch(at + '?token=' + token)).json()) if (s.path == notebook)
+                    await fetch(at + '/' + s.id + '?token=' + token, {method: 'DELETE'}); }""",
+            [self.address, TOKEN, self.notebook],
+        )
+        self.page.close()
+
     def wait_idle(self) -> None:
         idle = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
         self.page.locator(idle).first.wait_for(timeout=RUN_TIMEOUT)
@@ -152,8 +162,9 @@ class LabPage:
         self.run_all()
 
     def errors(self) -> list[str]:
-        """The text of every error output."""
-        found = self.page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+        """The text of every error output, which JupyterLab shows as it shows stderr."""
+        stderr = self.page.locator('[data-mime-type="application/vnd.jupyter.stderr"]')
+        found = stderr.filter(has_text="Traceback (most recent call last)").all_inner_texts()
         broken = self.page.locator(".jp-OutputArea").get_by_text("Error displaying widget").all_inner_texts()
         return [*found, *broken]
 
@@ -206,8 +217,8 @@ class LabPage:
             handle.press("ArrowLeft" if at_end else "ArrowRight")
         else:
             control.locator("button:not(.mod-active)").last.click()
-        for _ in range(40):
-            self.page.wait_for_timeout(250)
+        for _ in range(60):
+            self.page.wait_for_timeout(100)
             if explorer.evaluate(f"at => {DRAWN}") != before:
                 return True
         return False

@@ -13,41 +13,54 @@ from canopyq.lessons.quiz import load
 from canopyq.lessons.text import plain
 from tests.browser.lab import PROGRESS, ROOT, LabPage
 
-NOTEBOOKS = ["demo.ipynb", *sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))]
+NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_walk_through_a_notebook(name: str, open_notebook, workplace: Path) -> None:
-    lab = open_notebook(name)
-    lab.run_all()
-    assert lab.errors() == []
-    for quiz in lab.quizzes():
-        answer_every_choice(lab, quiz)
-    moved = {control: lab.move(control) for control in lab.controls()}
-    for explorer in {explorer for explorer, _ in moved}:  # a choice may make no difference; not all of them
-        assert any(changed for (number, _), changed in moved.items() if number == explorer)
-    done = lab.exercises()
-    for exercise in done:
-        ask_for_a_hint(lab, exercise)
-        solve(lab, exercise)
-    assert lab.errors() == []
+def test_walk_through_a_notebook(name: str, visit, workplace: Path) -> None:
+    with visit(name) as lab:
+        lab.run_all()
+        assert lab.errors() == []
+        for quiz in lab.quizzes():
+            answer_every_choice(lab, quiz)
+        move_every_control(lab)
+        done = lab.exercises()
+        for exercise in done:
+            ask_for_a_hint(lab, exercise)
+            solve(lab, exercise)
+        assert lab.errors() == []
     kept = json.loads((workplace / PROGRESS).read_text()) if done else {"exercises": {}}
     assert [exercise for exercise in done if not kept["exercises"][exercise]["passed"]] == []
 
 
-def test_answers_are_back_after_a_restart(open_notebook, workplace: Path) -> None:
+def test_answers_are_back_after_a_restart(visit, workplace: Path) -> None:
     (workplace / PROGRESS).unlink(missing_ok=True)  # a reader who has answered nothing yet
-    lab = open_notebook("restart.ipynb")
-    lab.run_all()
-    for quiz in lab.quizzes():
-        lab.answer(quiz, load(quiz).right.letter)
-    lab.restart_and_run()
-    assert lab.errors() == []
-    for quiz in lab.quizzes():
-        assert lab.chosen(quiz) == load(quiz).right.letter
-        assert plain(load(quiz).right.reason) in lab.feedback(quiz)
+    with visit("restart.ipynb") as lab:
+        lab.run_all()
+        assert len(lab.quizzes()) == 2
+        for quiz in lab.quizzes():
+            lab.answer(quiz, load(quiz).right.letter)
+        lab.restart_and_run()
+        assert lab.errors() == []
+        for quiz in lab.quizzes():
+            assert lab.chosen(quiz) == load(quiz).right.letter
+            assert plain(load(quiz).right.reason) in lab.feedback(quiz)
+
+
+def test_a_walk_fails_where_something_is_broken(visit) -> None:
+    """Every choice of this quiz is called right, its exercise takes no answer, its controls move nothing."""
+    with visit("broken.ipynb") as lab:
+        lab.run_all()
+        assert len(lab.errors()) == 1 and "ZeroDivisionError" in lab.errors()[0]
+        for part in (
+            lambda: answer_every_choice(lab, "memory"),
+            lambda: move_every_control(lab),
+            lambda: solve(lab, "00-bytes"),
+        ):
+            with pytest.raises(AssertionError):
+                part()
 
 
 def answer_every_choice(lab: LabPage, quiz: str) -> None:
@@ -56,6 +69,12 @@ def answer_every_choice(lab: LabPage, quiz: str) -> None:
         assert said.startswith("Right." if choice.correct else "Not this one.")
         assert plain(choice.reason) in said
     lab.photograph(f"quiz-{quiz}", lab.quiz(quiz))
+
+
+def move_every_control(lab: LabPage) -> None:
+    moved = {control: lab.move(control) for control in lab.controls()}
+    for explorer in {explorer for explorer, _ in moved}:  # a choice may make no difference; not all of them
+        assert any(changed for (number, _), changed in moved.items() if number == explorer)
 
 
 def ask_for_a_hint(lab: LabPage, exercise: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,19 +14,16 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def demo(chromium, address: str, workplace: Path) -> Iterator[LabPage]:
-    """The demo notebook, run once for all tests of this file by a reader who has done nothing yet."""
+def demo(visit, workplace: Path) -> Iterator[LabPage]:
+    """A notebook with one of everything, run once for all tests of this file by a reader who has done nothing yet."""
     (workplace / PROGRESS).unlink(missing_ok=True)
-    context = chromium.new_context(viewport={"width": 1280, "height": 1000})
-    context.set_default_timeout(20_000)
-    folder = os.environ.get("CANOPYQ_SCREENSHOTS")
-    lab = LabPage(context.new_page(), address, "widgets.ipynb", Path(folder) if folder else None)
-    lab.run_all()
-    for i, output in enumerate(lab.page.locator(".jp-CodeCell .jp-Cell-outputWrapper").all()):
-        if output.bounding_box() and output.bounding_box()["height"] > 10:
-            lab.photograph(f"cell-{i:02d}", output)
-    yield lab
-    context.close()
+    with visit("widgets.ipynb") as lab:
+        lab.run_all()
+        if lab.screenshots:
+            for i, output in enumerate(lab.page.locator(".jp-CodeCell .jp-Cell-outputWrapper").all()):
+                if output.bounding_box() and output.bounding_box()["height"] > 10:
+                    lab.photograph(f"cell-{i:02d}", output)
+        yield lab
 
 
 def test_a_quiz_can_be_answered_from_the_keyboard(demo) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import combinations
 
 import pytest
@@ -31,6 +32,14 @@ def test_the_solution_passes(name: str) -> None:
     spec = load(name)
     finding = diagnose(spec, spec.build(spec.solution))
     assert finding.kind == "passed" and finding.notes == ()
+
+
+@pytest.mark.parametrize("name", names())
+def test_numbers_in_the_task_are_right(name: str) -> None:
+    spec = load(name)
+    call = rf"`({spec.function}\([^`()]*\d\))` is (-?[\d.]*\d)"
+    for example, result in re.findall(call, spec.task):
+        assert eval(example, {spec.function: spec.build(spec.solution)}) == float(result)
 
 
 @pytest.mark.parametrize("name", names())

@@ -80,27 +80,20 @@ def test_moving_a_control_updates_and_prints_nothing(name: str, capsys: pytest.C
         assert len(explorer.image.value) < 60_000
     assert capsys.readouterr() == ("", "")
     assert not plt.get_fignums(), "no figure is left for the notebook to show"
+    shown, other = explorer._repr_mimebundle_(), EXPLORERS[name]()
+    html, text = shown["text/html"], shown["text/plain"]
+    assert (html, text) == (other.static_html(), other.plain()), "the static form is the same each time"
+    assert "<table" in html and "<img" not in html and text.startswith(f"Explore {name}: ")
 
 
-@pytest.mark.parametrize("name", EXPLORERS)
-def test_the_static_form_is_the_same_each_time_and_holds_no_picture(name: str) -> None:
-    one, two = EXPLORERS[name](), EXPLORERS[name]()
-    two.widget()
-    control, value = MOVES[name]
-    two.controls[control].value = value
-    a, b = one._repr_mimebundle_(), two._repr_mimebundle_()
-    assert a["text/html"] == b["text/html"] and a["text/plain"] == b["text/plain"]
-    assert "<table" in a["text/html"] and "<img" not in a["text/html"]
-    assert a["text/plain"].startswith(f"Explore {name}: ")
-
-
-@pytest.mark.parametrize("range", ["symmetric", "restricted", "asymmetric"])
 @pytest.mark.parametrize("picture", ["staircase", "histogram"])
-def test_every_setting_of_bits(range: str, picture: str) -> None:
+def test_every_setting_of_bits(picture: str) -> None:
     explorer = explore.bits(X + 1)
     explorer.widget()
-    explorer.controls["range"].value, explorer.controls["picture"].value = range, picture
-    assert f"INT4, {range}" in explorer.line.value
+    explorer.controls["picture"].value = picture
+    for range in ("restricted", "asymmetric", "symmetric"):
+        explorer.controls["range"].value = range
+        assert f"INT4, {range}" in explorer.line.value
 
 
 @pytest.mark.parametrize("options", [{}, {"restricted": True}, {"symmetric": False}])
@@ -175,9 +168,11 @@ def test_the_error_of_groups_is_counted_by_hand() -> None:
 
 @pytest.mark.parametrize("shape", [(7,), (3, 70), (2, 5, 96)])
 def test_groups_of_any_shape(shape: tuple[int, ...]) -> None:
-    explorer = explore.groups(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert all(0 < GroupsView(x).cost(name, 4).error < 0.2 for name in GroupsView(x).names)
+    explorer = explore.groups(x)
     explorer.widget()
-    for name in explorer.controls["scale"].options:
+    for name in (explorer.controls["scale"].options[0], explorer.controls["scale"].options[-1]):
         explorer.controls["scale"].value = name
         assert f"INT4, {name}" in explorer.line.value
 
@@ -232,8 +227,9 @@ def test_words_come_apart_as_they_were_packed(bits: int, columns: int) -> None:
         assert word.codes == codes[place * many : (place + 1) * many].tolist()
         unpacked = [(word.number >> (bits * i)) % 2**bits - 2 ** (bits - 1) for i in range(len(word.codes))]
         assert unpacked == word.codes and int.from_bytes(word.bytes, "little") == word.number
-        view.draw(plt.figure(), place, bits)
-        plt.close("all")
+        if place in (0, view.last):
+            view.draw(plt.figure(), place, bits)
+            plt.close("all")
 
 
 def test_words_say_the_worked_value() -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from tests.notebooks.nbval_plugin import Stopwatch, without_blank_streams
 from tools import notebooks
 
 NOTEBOOKS = sorted(notebooks.FOLDER.glob("*.ipynb"))
@@ -85,6 +88,10 @@ def stderr(nb: NotebookNode) -> None:
     nb.cells[2].outputs.append(new_output("stream", name="stderr", text="  0%|"))
 
 
+def progress_bar(nb: NotebookNode) -> None:
+    nb.cells[2].outputs.append(new_output("stream", name="stdout", text="evaluating:  93%|█████▎| 13/14 [00:02<00:00]"))
+
+
 def widget_state(nb: NotebookNode) -> None:
     nb.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}, "version_major": 2}}
 
@@ -132,6 +139,7 @@ def home(nb: NotebookNode) -> None:
         (few_outputs, "holds outputs in 0 of 3 code cells"),
         (error_output, "cell 2 holds an error: ValueError: no"),
         (stderr, "cell 2 holds stderr text"),
+        (progress_bar, "cell 2 holds a progress bar"),
         (widget_state, "holds widget state"),
         (widget_view, "cell 2 holds a widget view"),
         (widget_without_html, "cell 2 shows a widget that has no plain HTML form"),
@@ -255,8 +263,6 @@ def test_a_bar_that_came_in_pieces_is_wiped_out() -> None:
 
 
 def test_nbval_compares_no_bar() -> None:
-    from tests.notebooks.nbval_plugin import without_blank_streams
-
     bar = [new_output("stream", name="stdout", text=text) for text in ("\rhalf: 50%|#", "\r        \r")]
     value = new_output("display_data", data={"text/plain": "3"})
     assert without_blank_streams([*bar, value]) == [value] and without_blank_streams([]) == []
@@ -279,63 +285,70 @@ def test_execute_leaves_a_failing_notebook_alone(tmp_path: Path, capsys: pytest.
 
 
 def nbval(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """What the Makefile runs, on the notebooks in ``folder``."""
+    """What the Makefile runs, on the notebooks in ``folder``, in one worker."""
     command = [sys.executable, "-m", "pytest", str(folder), f"--rootdir={folder}", "-p", "no:cacheprovider"]
     command += ["-p", "tests.notebooks.nbval_plugin", "--nbval", "--nbval-current-env", "--color=no"]
-    command += ["--nbval-sanitize-with=tests/notebooks/sanitize.cfg", *options]
+    command += ["--nbval-sanitize-with=tests/notebooks/sanitize.cfg", "-n", "1", "--dist", "loadfile", *options]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     return subprocess.run(command, cwd=notebooks.ROOT, env=clean, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
 def test_nbval_accepts_what_execute_stored(tmp_path: Path, learner: Path) -> None:
+    """Two notebooks, one after the other in one worker: the second must not see the progress of the first."""
     folder = tmp_path / "lessons"
     folder.mkdir()
-    for name in ("one.ipynb", "two.ipynb"):
-        assert notebooks.main(["execute", str(save(lively(), folder, name))]) == 0
-    done = nbval(folder, "-n", "2", "--dist", "loadfile")
+    assert notebooks.main(["execute", str(save(lively(), folder, "one.ipynb"))]) == 0
+    shutil.copy(folder / "one.ipynb", folder / "two.ipynb")
+    done = nbval(folder)
     assert done.returncode == 0, done.stdout
     assert "10 passed" in done.stdout
     assert re.search(
         r"seconds per notebook.*\d+\.\d  one\.ipynb\n +\d+\.\d  two\.ipynb\n +\d+\.\d  all", done.stdout, re.S
     )
-    done = nbval(folder)  # both in one process: the second must not see the progress of the first
-    assert done.returncode == 0, done.stdout
     assert learner.read_text(encoding="utf-8") == "{}"
 
 
 @pytest.mark.slow
-def test_nbval_sees_a_wrong_number(tmp_path: Path) -> None:
-    nb = good()
-    nb.cells[3].outputs[0].text = "4\n"
-    save(nb, tmp_path)
-    done = nbval(tmp_path)
-    assert done.returncode == 1
-    assert "1 failed, 2 passed" in done.stdout
-
-
-@pytest.mark.slow
-def test_a_failure_after_a_timeout_counts(tmp_path: Path) -> None:
-    nb = good()
-    nb.cells[2].source = "import time\ntime.sleep(60)"
-    nb.cells[3].source = "raise SystemError('this must be seen')"
-    save(nb, tmp_path)
+def test_nbval_sees_wrong_numbers_and_failures_after_a_timeout(tmp_path: Path) -> None:
+    wrong, late = good(), good()
+    wrong.cells[3].outputs[0].text = "4\n"
+    save(wrong, tmp_path, "wrong.ipynb")
+    late.cells[2].source = "import time\ntime.sleep(60)"
+    late.cells[3].source = "raise SystemError('this must be seen')"
+    save(late, tmp_path, "late.ipynb")
     done = nbval(tmp_path, "--nbval-cell-timeout=1")
     assert done.returncode == 1
-    assert "2 failed, 1 passed" in done.stdout and "xfailed" not in done.stdout
+    assert "3 failed, 3 passed" in done.stdout and "xfailed" not in done.stdout
+    for name, cell in (("wrong", 2), ("late", 1), ("late", 2)):
+        assert re.search(rf"^FAILED .*{name}\.ipynb::Cell {cell}\b", done.stdout, re.M)
     assert "this must be seen" in done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--notebook-seconds=0.01",), "TOO SLOW: lesson.ipynb took"),
-        (("--course-seconds=0.01", "-n", "1", "--dist", "loadfile"), "TOO SLOW: all notebooks together took"),
-    ],
-)
-def test_slow_notebooks_fail(options: tuple[str, ...], words: str, tmp_path: Path) -> None:
+def test_slow_notebooks_fail(tmp_path: Path) -> None:
     save(good(), tmp_path)
-    done = nbval(tmp_path, *options)
+    done = nbval(tmp_path, "--course-seconds=0.01")
     assert done.returncode == 1
-    assert "3 passed" in done.stdout and words in done.stdout
+    assert "3 passed" in done.stdout and "TOO SLOW: all notebooks together took" in done.stdout
+
+
+def test_every_limit_of_time_is_held() -> None:
+    def complaints(notebook_seconds: float, course_seconds: float, tolerance: float) -> str:
+        options = SimpleNamespace(notebook_seconds=notebook_seconds, course_seconds=course_seconds)
+        watch = Stopwatch(SimpleNamespace(option=options))
+        for cell, seconds in enumerate((20.0, 25.0)):
+            watch.pytest_runtest_logreport(SimpleNamespace(nodeid=f"one.ipynb::Cell {cell}", duration=seconds))
+        watch.begin -= 50
+        return " ".join(watch.complaints(tolerance))
+
+    assert complaints(60, 360, 1) == complaints(0, 0, 1) == complaints(40, 40, 2) == ""
+    assert complaints(40, 360, 1) == "one.ipynb took 45 s; the limit is 40 s"
+    assert complaints(60, 40, 1) == "all notebooks together took 50 s; the limit is 40 s"
+    assert "one.ipynb" in complaints(20, 20, 2) and "all notebooks" in complaints(20, 20, 2)
+
+
+@pytest.mark.parametrize(("load", "times"), [(0.0, 2), (1.0, 2), (3.0, 6)])
+def test_a_busy_machine_gets_more_time(load: float, times: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, load * os.cpu_count(), 0.0))
+    assert Stopwatch(SimpleNamespace(option=SimpleNamespace(notebook_seconds=1, course_seconds=1))).patience() == times

@@ -131,8 +131,8 @@ quantized.
 - `linear` is how many weights those layers have. Each is kept in `bits` bits, and every `group_size` of them share a
   scale of 16 bits.
 - `other` is how many parameters are left as they are: embedding, head and norms, in BF16.
-- The result is a float. With 6.48 billion linear weights and 0.26 billion others, `bits=4` and `group_size=128` give
-  3.87 GB.
+- The result is a float. Llama-2-7B has 6,476,005,376 linear weights and 262,410,240 others:
+  `model_bytes(6476005376, 262410240, 4, 128)` is 3864010752, or 3.86 GB.
 """,
     function="model_bytes",
     stub=BYTES_STUB,
