@@ -346,3 +346,9 @@ def test_every_limit_of_time_is_held() -> None:
     assert complaints(40, 360, 1) == "one.ipynb took 45 s; the limit is 40 s"
     assert complaints(60, 40, 1) == "all notebooks together took 50 s; the limit is 40 s"
     assert "one.ipynb" in complaints(20, 20, 2) and "all notebooks" in complaints(20, 20, 2)
+
+
+@pytest.mark.parametrize(("load", "times"), [(0.0, 2), (1.0, 2), (3.0, 6)])
+def test_a_busy_machine_gets_more_time(load: float, times: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, load * os.cpu_count(), 0.0))
+    assert Stopwatch(SimpleNamespace(option=SimpleNamespace(notebook_seconds=1, course_seconds=1))).patience() == times
