@@ -9,6 +9,7 @@
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 LABFLAGS ?=
+PIPFLAGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -84,6 +85,6 @@ $(STAMP): pyproject.toml constraints.txt
 		"name another: make lab PYTHON=python3.12"; exit 1; }
 	@$(RUN) -c '$(MIN_PYTHON)' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || \
 		{ echo "$(PYTHON) could not create $(VENV); on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
-	$(RUN) -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS),--upgrade --upgrade-strategy eager) -e '.[course,test]'
+	$(RUN) -m pip install $(PIPFLAGS) $(if $(CONSTRAINTS),-c $(CONSTRAINTS),--upgrade --upgrade-strategy eager) -e '.[course,test]'
 	@rm -f $(VENV)/.installed*
 	@echo '$(CURDIR)' > $@

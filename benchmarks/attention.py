@@ -185,9 +185,9 @@ def main() -> None:
             for row in measure(batch, tokens):
                 rows.append(row)
                 print(row, flush=True)
-        content = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": D, "recent": RECENT, "machine": describe(),
-                   "date": date.today().isoformat(), "results": rows}  # fmt: skip
-        RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            content = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": D, "recent": RECENT, "machine": describe(),
+                       "date": date.today().isoformat(), "results": rows}  # fmt: skip
+            RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     plot()
 
 

@@ -151,40 +151,48 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--no-compile", action="store_true", help="leave out the rows that take minutes to compile")
+    parser.add_argument("--only-torchao", action="store_true", help="measure its row, and add it to the file")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/decode.py needs an NVIDIA GPU that torch can use, and finds none here.")
     result = {"machine": describe(), "date": date.today().isoformat(), "steps": STEPS, "rows": [], "absent": []}
+    if options.only_torchao:
+        result = json.loads(options.json.read_text(encoding="utf-8"))
+        result["rows"] = [row for row in result["rows"] if not row["name"].startswith("torchao")]
     result["shape"] = f"Llama-2-7B, {options.layers} layers, batch 1, prompt {PROMPT}"
 
-    def add(name: str, seconds: float, model: nn.Module, **more: object) -> None:
+    def add(name: str, seconds: float, held: int, **more: object) -> None:
         row = {"name": name, "tokens_per_s": round(1 / seconds, 1), "ms": round(seconds * 1e3, 3),
-               "GB": round(bytes_held(model) / 1e9, 2)} | more  # fmt: skip
+               "GB": round(held / 1e9, 2)} | more  # fmt: skip
         result["rows"].append(row)
         print(f"{name:42} {row['tokens_per_s']:8.1f} tokens/s {row['ms']:8.3f} ms {row['GB']:6.2f} GB", flush=True)
         _write(options.json, result)
 
-    model = llama_7b(options.layers)
     prompt = torch.randint(3, 32000, (1, PROMPT), device="cuda")
-    add("transformers generate, bf16", transformers_eager(model, prompt), model)
+    if options.only_torchao:
+        _torchao(options, prompt, add, result["absent"])
+        _write(options.json, result)
+        return
+    model = llama_7b(options.layers)
+    add("transformers generate, bf16", transformers_eager(model, prompt), bytes_held(model))
     if not options.no_compile:
-        add("transformers static cache, compiled, bf16", compiled_loop(model, prompt), model)
+        add("transformers static cache, compiled, bf16", compiled_loop(model, prompt), bytes_held(model))
         torch._dynamo.reset()
     seconds, decoder = ours(model, prompt)
-    add("canopyq, bf16", seconds, model, notes=decoder.notes)
+    add("canopyq, bf16", seconds, bytes_held(model), notes=decoder.notes)
     del decoder
-    for recipe in ("w8a16", "w4a16-g128"):
+    for recipe in ("w8a16", "w4a16-g128", "w8a8", "fp8"):
         free()
         model = llama_7b(options.layers)
         cq.quantize_(model, recipe)
         seconds, decoder = ours(model, prompt)
-        add(f"canopyq, {recipe}", seconds, model, notes=decoder.notes)
+        add(f"canopyq, {recipe}", seconds, bytes_held(model), notes=decoder.notes)
         del decoder
     free()
     model = llama_7b(options.layers)
     cq.quantize_(model, "w4a16-g128")
     seconds, decoder = ours(model, prompt, with_tinygemm)
-    add("canopyq's loop with tinygemm, w4a16-g128", seconds, model, notes=decoder.notes)
+    add("canopyq's loop with tinygemm, w4a16-g128", seconds, bytes_held(model), notes=decoder.notes)
     del decoder
     _torchao(options, prompt, add, result["absent"])
     _write(options.json, result)
@@ -207,9 +215,12 @@ def _torchao(options: argparse.Namespace, prompt: Tensor, add: Callable, absent:
         absent.append(f"torchao: {error}")
         return
     free()
+    before = torch.cuda.memory_allocated()
     model = llama_7b(options.layers)
     quantize_(model, Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d"))
-    add("torchao INT4 g128, static cache, compiled", compiled_loop(model, prompt), model)
+    free()
+    held = torch.cuda.memory_allocated() - before  # its tensors have no storage to count
+    add("torchao INT4 g128, static cache, compiled", compiled_loop(model, prompt), held)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ def ours(weight: QuantizedTensor, copies: int) -> tuple[list[Callable[[Tensor], 
 
 
 @torch.inference_mode()
-def measure(bits: int, shapes: list[tuple[int, int]], rows: tuple[int, ...]) -> dict:
+def measure(bits: int, shapes: list[tuple[int, int]], rows: tuple[int, ...], path: Path) -> None:
+    """Writes after every layer, so that a run that is cut short keeps what it measured."""
     peers, absent = available(bits)
     for name, reason in absent.items():
         print(f"absent: {name}: {reason}")
@@ -107,8 +108,9 @@ def measure(bits: int, shapes: list[tuple[int, int]], rows: tuple[int, ...]) -> 
             print(f"{line}, {gain:.2f}x, bfloat16 {over:.2f}x", flush=True)
         del layers, entries, copies_full
         torch.cuda.empty_cache()
-    return {"recipe": RECIPES[bits], "machine": describe(), "date": date.today().isoformat(), "absent": absent,
-            "failed": failed, "results": results}  # fmt: skip
+        content = {"recipe": RECIPES[bits], "machine": describe(), "date": date.today().isoformat(), "absent": absent,
+                   "failed": failed, "results": results}  # fmt: skip
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def plot(content: dict, path: Path) -> None:
@@ -164,8 +166,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs an NVIDIA GPU that torch can use")
     shapes, rows = (SHAPES[:2], (1, 16, 128, 1024)) if options.short else (SHAPES, ROWS)
-    content = measure(options.bits, shapes, rows)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    measure(options.bits, shapes, rows, path)
     print(f"wrote {path}")
 
 

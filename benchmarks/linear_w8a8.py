@@ -154,8 +154,8 @@ def main(shapes: list[tuple[int, int]] = SHAPES, rows: tuple[int, ...] = ROWS) -
             for row in measure(k, n, rows):
                 found.append(row)
                 print(row, flush=True)
-        content = {"machine": describe(), "date": date.today().isoformat(), "results": found}
-        RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            content = {"machine": describe(), "date": date.today().isoformat(), "results": found}
+            RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")  # after every layer
     plot()
 
 

@@ -2,7 +2,8 @@
 
 Every maker takes codes (N, K), unsigned and symmetric around the middle, and scales (N, groups), and returns a function
 x (M, K) -> (M, N). `available` says which of them there are and why not the others. vLLM's kernels may also be loaded
-from a folder that holds ``_C.abi3.so`` and ``_C_stable_libtorch.abi3.so``, named by CANOPYQ_VLLM.
+from a folder that holds ``_C.abi3.so`` and ``_C_stable_libtorch.abi3.so``, named by CANOPYQ_VLLM. torchao's INT4 layers
+run tinygemm, with scales of their own; `decode.py` has them.
 """
 
 from __future__ import annotations
@@ -98,23 +99,11 @@ def _tinygemm(codes: Tensor, scale: Tensor) -> Product:
     return lambda x: torch.ops.aten._weight_int4pack_mm(x, weight, group, both)
 
 
-def _torchao(codes: Tensor, scale: Tensor) -> Product:
-    from torchao.quantization import Int4WeightOnlyConfig, quantize_
-
-    group = codes.shape[1] // scale.shape[1]
-    values = ((codes.to(BF16) - 8).view(len(codes), -1, group) * scale.to(BF16)[..., None]).view(codes.shape)
-    linear = torch.nn.Linear(codes.shape[1], len(codes), bias=False, device="cuda", dtype=BF16)
-    linear.weight.data.copy_(values)
-    quantize_(linear, Int4WeightOnlyConfig(group_size=group))
-    return linear
-
-
 PEERS = (
     Peer("tinygemm", 4, _tinygemm, most_rows=64, needs="torch"),
     Peer("Marlin (vLLM)", 4, _marlin(4)),
     Peer("Machete (vLLM)", 4, _machete(4)),
     Peer("ExLlamaV2 (vLLM)", 4, _exllama, dtype=FP16, most_rows=32),
-    Peer("torchao", 4, _torchao, most_rows=256, needs="torchao"),
     Peer("Marlin (vLLM)", 8, _marlin(8)),
     Peer("Machete (vLLM)", 8, _machete(8)),
 )
@@ -138,7 +127,6 @@ def load_vllm() -> str | None:
 def available(bits: int) -> tuple[list[Peer], dict[str, str]]:
     """The peers for weights of so many bits, and why each other one is absent."""
     reasons = {"torch": None, "vllm": load_vllm()}
-    reasons["torchao"] = None if importlib.util.find_spec("torchao") else "torchao is not installed"
     wanted = [peer for peer in PEERS if peer.bits == bits]
     absent = {peer.name: reason for peer in wanted if (reason := reasons[peer.needs])}
     return [peer for peer in wanted if peer.name not in absent], absent

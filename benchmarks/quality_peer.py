@@ -1,6 +1,6 @@
 """Quantize the tutor with a public implementation, in that implementation's own virtual environment.
 
-`benchmarks/quality.py` runs it and says how to make the environment. It writes the whole model after quantizing, with
+`benchmarks.quality` runs it and says how to make the environment. It writes the whole model after quantizing, with
 every weight as what its codes stand for, so that all methods are evaluated by the same code.
 
     python benchmarks/quality_peer.py MODEL METHOD SETTING IDS OUT
@@ -16,6 +16,16 @@ import warnings
 from pathlib import Path
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.utils import update_offload_parameter
+from datasets import Dataset
+from hqq.core.quantize import Quantizer
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -30,8 +40,6 @@ def rss() -> int:
 
 
 def with_hqq(model: torch.nn.Module, bits: int, group: int | None) -> None:
-    from hqq.core.quantize import Quantizer
-
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             codes, meta = Quantizer.quantize(
@@ -42,13 +50,6 @@ def with_hqq(model: torch.nn.Module, bits: int, group: int | None) -> None:
 
 
 def with_llmcompressor(model: torch.nn.Module, method: str, setting: str, ids: torch.Tensor) -> None:
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-    from datasets import Dataset
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
-    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
-
     bits, group, inputs = GROUPS[setting]
     weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, group_size=group,
                                strategy="group" if group else "channel")  # fmt: skip
@@ -57,15 +58,16 @@ def with_llmcompressor(model: torch.nn.Module, method: str, setting: str, ids: t
         activations = QuantizationArgs(num_bits=inputs, type="int", symmetric=True, strategy="token", dynamic=True)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations)
     steps = [SmoothQuantModifier(smoothing_strength=0.8)] if "smoothquant" in method else []
+    steps += [AWQModifier()] if "awq" in method else []
     rounding = GPTQModifier if "gptq" in method else QuantizationModifier
     steps.append(rounding(config_groups={"group_0": scheme}, ignore=["lm_head"]))
     data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
     oneshot(model=model, dataset=data, recipe=steps, num_calibration_samples=len(ids), max_seq_length=ids.shape[1])
     for module in model.modules():
         if getattr(module, "quantization_scheme", None) is not None:
-            module.weight.data = fake_quantize(
-                module.weight, module.weight_scale, getattr(module, "weight_zero_point", None), weights
-            )
+            zero = getattr(module, "weight_zero_point", None)
+            values = fake_quantize(module.weight, module.weight_scale, zero, weights)
+            update_offload_parameter(module, "weight", values)
 
 
 def main() -> None:

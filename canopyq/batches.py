@@ -76,6 +76,8 @@ def _from_texts(texts: Sequence[str], tokenizer, length: int | None, limit: int 
     if tokenizer is None:
         raise CanopyError("calibration takes batches of token ids (B, T), got str; tokenize the texts first, or pass "
                           "the tokenizer too")  # fmt: skip
+    if not callable(getattr(tokenizer, "encode", None)) or isinstance(tokenizer, str):
+        raise CanopyError(f"a {type(tokenizer).__name__} is no tokenizer; load the model's own with AutoTokenizer")
     if length is not None and (length < 1 or (limit is not None and length > limit)):
         raise CanopyError(f"calibration texts of {length} tokens do not fit the model's context of {limit}")
     most = length or min(LENGTH, limit or LENGTH)

@@ -101,6 +101,8 @@ def calibrate(
     length: int | None = None,
     layers: Collection[str] | None = None,
     hessian: bool = False,
+    cap: float | None = None,
+    histograms: bool = True,
     examples: int = 0,
     visit: Visit | None = None,
 ) -> Calibration:
@@ -114,6 +116,10 @@ def calibrate(
         batches, tokenizer, length: texts, token ids (B, T) or what a tokenizer returns; see `batches.read_batches`.
         layers: names of those to watch; None watches all but the output head.
         hessian: keep Σ x xᵀ / tokens of every layer too. With ``visit`` it is let go after the visit.
+        cap: a token whose input to a layer is more than so many times as long as the median of its batch counts in the
+            Hessian as if it were so long. Few tokens are far louder than the others, and the norm after the layer makes
+            up for it; uncapped they decide over every column.
+        histograms: count the values of every layer's inputs.
         examples: keep about so many of every layer's inputs too.
         visit: called with a block's name and the statistics of its layers once they are complete, before anything
             after the block runs; it may change the block or replace what is in it. Layers outside the blocks come
@@ -127,7 +133,8 @@ def calibrate(
     watched = _layers(model, layers)
     if not watched:
         raise CanopyError(f"{type(model).__name__} has no linear layer to calibrate")
-    collector = _Collector(model, watched, hessian, -(-examples // len(data)))
+    keep = {"histogram": histograms, "examples": -(-examples // len(data)), "cap": cap}
+    collector = _Collector(model, watched, hessian, keep)
     with eval_mode(model):
         blocks = find_blocks(model, watched, data[0])
         if blocks is None:
@@ -157,8 +164,8 @@ def _layers(model: nn.Module, wanted: Collection[str] | None) -> dict[str, str]:
 class _Collector:
     """Hooks on the layers, and the statistics that they fill."""
 
-    def __init__(self, model: nn.Module, watched: dict[str, str], hessian: bool, examples: int) -> None:
-        self.model, self.watched, self.hessian, self.examples = model, watched, hessian, examples
+    def __init__(self, model: nn.Module, watched: dict[str, str], hessian: bool, keep: dict[str, Any]) -> None:
+        self.model, self.watched, self.hessian, self.keep = model, watched, hessian, keep
         self.statistics: dict[str, InputStatistics] = {}
         self.called: set[str] = set()
         self._last: tuple[Tensor, Seen] | None = None
@@ -223,7 +230,7 @@ class _Collector:
                 if seen.tokens and layer not in self.statistics:
                     self.statistics[layer] = InputStatistics.empty(x.shape[-1], x.device, hessian=self.hessian)
                 if seen.tokens:
-                    self.statistics[layer].add(seen, examples=self.examples)
+                    self.statistics[layer].add(seen, **self.keep)
         except CanopyError as error:
             raise CanopyError(f"{layers[0]}: {error}") from None
 
@@ -241,7 +248,7 @@ def _run_blocks(blocks: Blocks, collector: _Collector, data: list[Batch], visit:
     names = blocks.names()
     inside = {name: collector.inside(name) for name in names}
     outside = [layer for layer in collector.watched if not any(layer in own for own in inside.values())]
-    passes = len(names) * (1 if visit is None else 2) + bool(outside)
+    passes = len(names) * (1 if visit is None else 2) + (1 if outside else -1 if visit is not None else 0)
     bar = iter(track(range(passes * len(data)), "calibrating", passes * len(data)))
     entering: list[Any] = [None] * len(data)
 
@@ -257,7 +264,8 @@ def _run_blocks(blocks: Blocks, collector: _Collector, data: list[Batch], visit:
         run(number, inside[name], keep=visit is None)
         if visit is not None:
             _show(visit, name, collector, inside[name])
-            run(number, [], keep=True)
+            if outside or number + 1 < len(names):
+                run(number, [], keep=True)
     if outside:
         with collector.watching(outside):
             for batch, leaving, _ in zip(data, entering, bar, strict=False):

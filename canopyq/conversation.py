@@ -67,11 +67,17 @@ class Conversation:
         """The answer to the next turn.
 
         Raises:
-            CanopyError: if the chat has come to the end of the model's context. It is then as it was.
+            CanopyError: if the chat has come to the end of the model's context, or the tokenizer is of another model.
+                It is then as it was.
         """
         import torch
 
         new = self._with(question)
+        vocabulary = getattr(self.model.config, "vocab_size", None)
+        if vocabulary is not None and max(new) >= vocabulary:
+            raise CanopyError(
+                f"the tokenizer gives token {max(new)}, the model's vocabulary has {vocabulary}; use the model's own"
+            )
         room = max_new_tokens if self.limit is None else min(max_new_tokens, self.limit - len(new))
         if room < 1:
             raise CanopyError(

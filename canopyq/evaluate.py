@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -210,7 +210,11 @@ class _Examiner:
     """The questions as padded batches of similar length."""
 
     def __init__(self, tokenizer, questions: Sequence[Question]) -> None:
-        self.questions = tuple(questions)
+        self.questions = tuple(questions) if isinstance(questions, Iterable) else (questions,)
+        if not all(isinstance(question, Question) for question in self.questions):
+            raise CanopyError("questions are a list of Question; use e.g. cq.tutor.questions(200)")
+        if not callable(getattr(tokenizer, "encode", None)) or isinstance(tokenizer, str):
+            raise CanopyError(f"a {type(tokenizer).__name__} is no tokenizer; pass the model's own")
         if not self.questions:
             raise CanopyError("no questions to evaluate on; use e.g. cq.tutor.questions(200)")
         self.encoded = [encode(tokenizer, question.turns) for question in self.questions]
@@ -235,6 +239,8 @@ class _Examiner:
         """The evaluation of each model with its cache, and its KL divergence from the kept predictions or else from
         the first one's: of all tokens, and of each question's."""
         models = [model for model, _ in examined]
+        if wrong := [type(model).__name__ for model in models if not isinstance(model, nn.Module)]:
+            raise CanopyError(f"a {wrong[0]} is no model; load it first, by cq.load or transformers")
         self._check(models, kept)
         tallies = [_Tally(model, _maker(cache), len(self.questions)) for model, cache in examined]
         with eval_mode(*models):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import torch
 from torch import Tensor, nn
 
@@ -66,10 +68,12 @@ class QuantizedExperts(nn.ModuleList):
 def is_experts(module: nn.Module) -> bool:
     """Whether a module is what `QuantizedExperts` can stand for: fused gate and up, (experts, out, in), no biases."""
     named = dict(module.named_parameters(recurse=False))
-    gate = getattr(type(module), "_apply_gate", None)
+    if set(named) != {"gate_up_proj", "down_proj"} or any(weight.dim() != 3 for weight in named.values()):
+        return False
+    (experts, both, hidden), gate = named["gate_up_proj"].shape, getattr(type(module), "_apply_gate", None)
     return (
-        set(named) == {"gate_up_proj", "down_proj"}
-        and all(weight.dim() == 3 for weight in named.values())
+        named["down_proj"].shape == (experts, hidden, both // 2)  # Llama 4 has them the other way round
+        and len(signature(module.forward).parameters) >= 3
         and all(getattr(module, flag, value) is value for flag, value in FLAGS.items())
         and (gate is None or gate.__module__ == "transformers.integrations.moe")
         and hasattr(module, "act_fn")

@@ -86,6 +86,8 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         CanopyError: if there is none.
     """
+    if not isinstance(model, nn.Module):
+        raise CanopyError(f"explain needs a torch module, got {type(model).__name__}; load the model first")
     layers = [
         LayerExplained(
             name,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from canopyq.errors import CanopyError
 from canopyq.kv_cache import ATTENTION, CachedStates
@@ -33,7 +33,7 @@ def fuse_attention(model: nn.Module, format: str | CacheFormat = "kv8") -> nn.Mo
     if reason := refuse(model, format):
         raise CanopyError(f"attention on codes cannot run in this {config.model_type}: {reason}")
     AttentionInterface.register(ATTENTION, attend_cached)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION, mask_of_pass)
     model.set_attn_implementation(ATTENTION)
     return model
 
@@ -52,6 +52,19 @@ def refuse(model: nn.Module, format: str | CacheFormat = "kv8") -> str | None:
     if weight.device.type == "cpu":
         return cpu_attention.refuse(weight.dtype, "channel", weight.device)
     return attention.refuse(name, head_dim, weight.dtype, "channel", min(GROUP, head_dim), weight.device)
+
+
+def mask_of_pass(*sizes: int, **given: object) -> Tensor | None:
+    """transformers' mask. None, which says causal, while a CUDA graph is captured: a mask would stay as long as the
+    context is then."""
+    causal = given.get("mask_function", causal_mask_function) is causal_mask_function
+    if causal and given.get("attention_mask") is None and _capturing():
+        return None
+    return sdpa_mask(*sizes, **given)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def attend_cached(
@@ -95,6 +108,8 @@ def _starts(mask: Tensor | None, held: CachedStates) -> tuple[Tensor | None, boo
         return None, True
     if mask.dtype != torch.bool or mask.dim() != 4:
         return None, False
+    if _capturing():
+        raise CanopyError("a captured step takes no attention mask, which would stay as it is; leave padding out")
     if getattr(mask, "_canopyq_starts", None) is None:  # every layer of a pass has the same mask: look at it once
         tokens, total = mask.shape[2:]
         place = torch.arange(total, device=mask.device)

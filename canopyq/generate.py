@@ -7,13 +7,22 @@ is replayed for every token. Query, key and value projections are one product, g
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from canopyq.errors import CanopyError
 from canopyq.joined import Separate, join
+from canopyq.kv_codes import GROUP, get_cache_format
+from canopyq.linear import QuantizedLinear
 from canopyq.ops import step_cuda
+from canopyq.ops.cuda import attention, eight_bits
 from canopyq.ops.step import add_rms_norm, attend, rotate_and_append, silu_mul
+from canopyq.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from canopyq.kv_static import StaticQuantizedCache
 
 FAMILIES = ("llama", "mistral", "qwen2")
 LOOK = 16  # tokens between two looks at whether all sequences have ended
@@ -21,7 +30,12 @@ LOOK = 16  # tokens between two looks at whether all sequences have ended
 
 @torch.no_grad()
 def fast_generate(
-    model: nn.Module, input_ids: Tensor, max_new_tokens: int = 100, *, eos_token_id: int | None = None
+    model: nn.Module,
+    input_ids: Tensor,
+    max_new_tokens: int = 100,
+    *,
+    eos_token_id: int | None = None,
+    cache: str | None = None,
 ) -> Tensor:
     """What ``model.generate(input_ids, do_sample=False)`` gives, faster: (B, T) -> (B, T + new).
 
@@ -32,16 +46,19 @@ def fast_generate(
         input_ids: (B, T) prompts of one length, without padding.
         max_new_tokens: at most so many tokens are added.
         eos_token_id: ends a sequence; None takes the model's own. What follows it in a longer batch is padding.
+        cache: what holds keys and values on a GPU, ``"kv8"``, ``"kv4"``, ``"kv2"`` or ``"kv-fp8"``; None leaves them in
+            the model's dtype.
 
     Raises:
-        CanopyError: for another architecture, padded or empty prompts, or more tokens than the model's context.
+        CanopyError: for another architecture, padded or empty prompts, more tokens than the model's context, or a cache
+            that the attention kernel does not read here.
     """
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
         raise CanopyError("fast_generate takes token ids (B, T) of at least one token; use tokenizer(…).input_ids")
     if max_new_tokens < 1:
         raise CanopyError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; use 1 or more")
     batch, length = input_ids.shape
-    decoder = Decoder(model, batch, length + max_new_tokens)
+    decoder = Decoder(model, batch, length + max_new_tokens, cache)
     return decoder.generate(input_ids, max_new_tokens, eos_token_id=eos_token_id)
 
 
@@ -52,23 +69,28 @@ class Decoder:
         model: of a Llama-family architecture, quantized or not. Its projections come to share memory with joined ones.
         batch: how many sequences at a time.
         length: room for so many tokens, prompt included.
+        cache: as for `fast_generate`.
 
     Attributes:
         logits: (batch, vocabulary) of the newest step.
         notes: what does not run as fast as it could here, and why.
 
     Raises:
-        CanopyError: for another architecture, or more room than the model's context.
+        CanopyError: for another architecture, more room than the model's context, or a cache that cannot be read here.
     """
 
-    def __init__(self, model: nn.Module, batch: int, length: int) -> None:
+    def __init__(self, model: nn.Module, batch: int, length: int, cache: str | None = None) -> None:
         _check(model, length)
         self.model, self.config, self.batch, self.length = model, model.config, batch, length
         inner = model.model
         device, dtype = inner.norm.weight.device, inner.norm.weight.dtype
         d = inner.layers[0].self_attn.head_dim
-        shape = (batch, self.config.num_key_value_heads, length, d)
-        self.blocks = [_Block(layer, torch.zeros(2, *shape, device=device, dtype=dtype)) for layer in inner.layers]
+        self.cache = None if cache is None else _quantized_cache(model, cache, batch, length, dtype, device, d)
+        # Keys and values of all tokens; of the newest alone, where codes hold the others.
+        shape = (batch, self.config.num_key_value_heads, length if cache is None else 1, d)
+        self.blocks = [
+            _Block(layer, torch.zeros(2, *shape, device=device, dtype=dtype), self.cache) for layer in inner.layers
+        ]
         places = torch.arange(length, device=device).unsqueeze(0)
         cos, sin = inner.rotary_emb(torch.zeros(1, device=device), places)  # float32, both halves of a head alike
         self.cos, self.sin = cos[0, :, : d // 2].contiguous(), sin[0, :, : d // 2].contiguous()
@@ -132,9 +154,12 @@ class Decoder:
         ids = input_ids.to(self.ids.device)
         cache = DynamicCache(config=self.config)
         logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
-            block.keys[:, :, :start] = layer.keys
-            block.values[:, :, :start] = layer.values
+        if self.cache is not None:
+            self.cache.take_prompt((layer.keys, layer.values) for layer in cache.layers)
+        else:
+            for block, layer in zip(self.blocks, cache.layers, strict=True):
+                block.keys[:, :, :start] = layer.keys
+                block.values[:, :, :start] = layer.values
         self.ids[:, :start] = ids
         self.position.fill_(start)
         self._append(logits[:, -1])
@@ -155,17 +180,21 @@ class Decoder:
 
     def _record(self) -> None:
         """Record one step as a graph. Steps that warm up write to places which the replays then write again."""
-        token, position = self.token.clone(), self.position.clone()
+        moved = [self.token, self.position] + ([] if self.cache is None else [self.cache.count])
+        before = [x.clone() for x in moved]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._step()
         torch.cuda.current_stream().wait_stream(stream)
-        self.token.copy_(token), self.position.copy_(position)
+        for x, was in zip(moved, before, strict=True):
+            x.copy_(was)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step()
         self.graph = graph
+        if self.cache is not None:
+            self.cache.synchronize()
 
     def _ends(self, eos_token_id: int | None) -> tuple[Tensor | None, int]:
         own = getattr(self.model.generation_config, "eos_token_id", None)
@@ -191,11 +220,12 @@ class Decoder:
 
 
 class _Block:
-    """One decoder layer, its cache, and its joined projections."""
+    """One decoder layer, its keys and values, and its joined projections."""
 
-    def __init__(self, layer: nn.Module, cache: Tensor) -> None:
+    def __init__(self, layer: nn.Module, states: Tensor, cache: StaticQuantizedCache | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.keys, self.values = cache.unbind(0)
+        self.keys, self.values = states.unbind(0)
+        self.cache, self.index = cache, attention.layer_idx
         self.norms = (layer.input_layernorm, layer.post_attention_layernorm)
         self.qkv = join(attention.q_proj, attention.k_proj, attention.v_proj)
         self.gate_up = join(mlp.gate_proj, mlp.up_proj)
@@ -204,11 +234,59 @@ class _Block:
     def __call__(self, residual: Tensor, change: Tensor | None, decoder: Decoder) -> Tensor:
         """What this block adds to the residual stream (B, H), which takes the last block's ``change`` on the way."""
         before, after = self.norms
-        x = add_rms_norm(residual, change, before.weight, before.variance_epsilon)
-        q = rotate_and_append(self.qkv(x), decoder.cos, decoder.sin, decoder.position, self.keys, self.values)
-        change = self.out(attend(q, self.keys, self.values, decoder.position))
-        x = add_rms_norm(residual, change, after.weight, after.variance_epsilon)
-        return self.down(silu_mul(self.gate_up(x)))
+        qkv = _normed_product(residual, change, before, self.qkv)
+        q = rotate_and_append(qkv, decoder.cos, decoder.sin, decoder.position, self.keys, self.values)
+        change = self.out(self._attend(q, decoder.position))
+        return _gated_product(_normed_product(residual, change, after, self.gate_up), self.down)
+
+    def _attend(self, q: Tensor, position: Tensor) -> Tensor:
+        """(B, Hq, D) -> (B, Hq · D)."""
+        if self.cache is None:
+            return attend(q, self.keys, self.values, position)
+        seen, _ = self.cache.update(self.keys, self.values, self.index)
+        keys, values = seen.quantized_keys, seen.quantized_values
+        codes = (keys.codes, keys.scale, keys.offset, values.codes, values.scale, values.offset, seen.keys, seen.values)
+        scale = q.shape[2] ** -0.5
+        out = attention.attend(q.unsqueeze(2), *codes, keys.format.name, scale, None, seen.before, seen.window)
+        return out.reshape(len(q), -1)
+
+
+# Where a layer takes 8-bit codes, the step before it writes them at once: three kernels a block less.
+
+
+def _normed_product(residual: Tensor, change: Tensor | None, norm: nn.Module, layer: nn.Module) -> Tensor:
+    """A layer's output for the norm of the residual stream (B, H), to which ``change`` is added on the way."""
+    if isinstance(layer, QuantizedLinear) and layer.takes_codes_of(residual):
+        format = layer.activations.format.name
+        codes = eight_bits.quantize_normed(residual, change, norm.weight, norm.variance_epsilon, format)
+        return _product(codes, residual, layer)
+    return layer(add_rms_norm(residual, change, norm.weight, norm.variance_epsilon))
+
+
+def _gated_product(gate_up: Tensor, layer: nn.Module) -> Tensor:
+    """A layer's output for silu(gate) · up of ``gate_up`` (B, 2 I)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if isinstance(layer, QuantizedLinear) and layer.takes_codes_of(gate):
+        return _product(eight_bits.quantize_gated(gate, up, layer.activations.format.name), gate, layer)
+    return layer(silu_mul(gate_up))
+
+
+def _product(found: tuple[Tensor, Tensor], x: Tensor, layer: QuantizedLinear) -> Tensor:
+    codes, scale = found
+    return layer.multiply(QuantizedTensor(codes, scale, None, layer.activations, x.shape, x.dtype))
+
+
+def _quantized_cache(
+    model: nn.Module, format: str, batch: int, length: int, dtype: torch.dtype, device: torch.device, head_dim: int
+) -> StaticQuantizedCache:
+    from canopyq.kv_static import StaticQuantizedCache
+
+    name = get_cache_format(format).name
+    if reason := attention.refuse(name, head_dim, dtype, "channel", min(GROUP, head_dim), device):
+        raise CanopyError(
+            f"fast_generate cannot read a {name} cache here: {reason}; use model.generate with cq.QuantizedCache"
+        )
+    return StaticQuantizedCache(model.config, name, batch=batch, length=length, dtype=dtype, device=device)
 
 
 def _check(model: nn.Module, length: int) -> None:

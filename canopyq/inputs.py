@@ -20,10 +20,11 @@ class InputStatistics:
         lo, hi: smallest and largest value of each input feature, float32 (K,).
         mean_abs: mean |x| of each input feature, float32 (K,).
         ranges: smallest and largest value of each sample, in the order of the data, float32 (samples, 2).
-        histogram: counts of all values.
+        histogram: counts of all values; none unless asked for.
         examples: some of the inputs themselves, spread evenly over the data, float32 (rows, K); none unless asked for.
         hessian: Σ x xᵀ / tokens, float32 (K, K), or None. Half the second derivative of the mean squared output error
-            with respect to one row of the weight (Frantar et al. 2022, "GPTQ", section 3).
+            with respect to one row of the weight (Frantar et al. 2022, "GPTQ", section 3). Tokens may have been
+            capped (see `calibration.calibrate`).
     """
 
     tokens: int
@@ -44,20 +45,22 @@ class InputStatistics:
         none = torch.empty(0, features, device=device)
         return cls(0, infinite, -infinite, zeros, torch.empty(0, 2), Histogram(device), none, square)
 
-    def add(self, seen: Seen, *, examples: int = 0) -> None:
-        """Take the inputs of one more batch into account, and keep up to ``examples`` of them."""
+    def add(self, seen: Seen, *, histogram: bool = True, examples: int = 0, cap: float | None = None) -> None:
+        """Take the inputs of one more batch into account, and keep up to ``examples`` of them. ``cap``: see
+        `Seen.second_moment`."""
         if not seen.tokens:
             return
         share = seen.tokens / (self.tokens + seen.tokens)
         self.lo, self.hi = torch.minimum(self.lo, seen.lo), torch.maximum(self.hi, seen.hi)
         self.mean_abs = self.mean_abs.lerp(seen.mean_abs, share)
         if self.hessian is not None:
-            self.hessian.lerp_(seen.second_moment(), share)
+            self.hessian.lerp_(seen.second_moment(cap), share)
         self.ranges = torch.cat([self.ranges, seen.ranges])
         if examples:
             picked = torch.linspace(0, seen.tokens - 1, min(examples, seen.tokens)).long()
             self.examples = torch.cat([self.examples, seen.rows[picked.to(seen.rows.device)]])
-        self.histogram.merge(seen.histogram)
+        if histogram:
+            self.histogram.merge(seen.histogram())
         self.tokens += seen.tokens
 
     def divided(self, scales: Tensor) -> InputStatistics:
@@ -114,12 +117,22 @@ class Seen:
         low = infinite.scatter_reduce(0, sample, least, "amin")
         high = (-infinite).scatter_reduce(0, sample, most, "amax")
         self.ranges = torch.stack([low, high], dim=1)[low <= high].cpu()
-        self.histogram = Histogram(rows.device)
-        self.histogram.add(rows)
+        self._histogram: Histogram | None = None
         self._second_moment: Tensor | None = None
 
-    def second_moment(self) -> Tensor:
-        """Mean of x xᵀ, (K, K)."""
+    def histogram(self) -> Histogram:
+        """Counts of all values."""
+        if self._histogram is None:
+            self._histogram = Histogram(self.rows.device)
+            self._histogram.add(self.rows)
+        return self._histogram
+
+    def second_moment(self, cap: float | None) -> Tensor:
+        """Mean of x xᵀ, (K, K). A token longer than ``cap`` times the batch's median counts as if it were so long."""
         if self._second_moment is None:
-            self._second_moment = self.rows.t() @ self.rows / self.tokens
+            rows = self.rows
+            if cap is not None:
+                length = rows.norm(dim=1, keepdim=True)
+                rows = rows * (cap * length.median() / length.clamp(min=1e-30)).clamp(max=1)
+            self._second_moment = rows.t() @ rows / self.tokens
         return self._second_moment

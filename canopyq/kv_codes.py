@@ -137,7 +137,8 @@ class QuantizedStates:
         the processor's cache, and never more than a part is dequantized; elsewhere all is one part."""
         tokens = self.tokens
         if self.codes.device.type == "cpu":
-            row = self.codes[:, :, 0].numel() * 8 // self.format.bits
+            batch, heads, _, width = self.codes.shape
+            row = batch * heads * width * 8 // self.format.bits
             tokens = max(1, TILE // max(1, row * BLOCK)) * BLOCK
         if tokens >= self.tokens:
             yield 0, self

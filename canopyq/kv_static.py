@@ -6,6 +6,7 @@ be replayed: each replay appends its tokens, reads all of them, and counts on. I
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,7 @@ class StaticLayer(CacheLayerMixin):
             needed = self.held + count
             raise CanopyError(f"the cache has room for {cache.room} tokens, not for {needed}; make a larger one")
         if count > FEW:
-            self._take_prompt(key_states, value_states)
+            self.take_prompt(key_states, value_states)
             return key_states, value_states
         whole = [x for s in (self.quantized_keys, self.quantized_values) for x in (s.codes, s.scale, s.offset)]
         append(key_states, value_states, self.keys, self.values, *whole, cache.before, cache.format.name, cache.window)
@@ -71,7 +72,8 @@ class StaticLayer(CacheLayerMixin):
         self.held += count
         return seen, seen
 
-    def _take_prompt(self, key_states: Tensor, value_states: Tensor) -> None:
+    def take_prompt(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Hold a prompt's keys and values (B, H, n, D), of any length, in an empty cache."""
         if self.held:
             raise CanopyError(
                 f"a cache of fixed size takes passes of more than {FEW} tokens only when it is empty, and it holds "
@@ -188,6 +190,13 @@ class StaticQuantizedCache(Cache):
         if layer_idx == len(self.layers) - 1:
             self.count += key_states.shape[2]  # the last layer's attention still reads `before`
         return seen
+
+    def take_prompt(self, layers: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Forget everything and hold a prompt's keys and values (B, H, n, D), of each layer."""
+        self.reset()
+        for layer, (keys, values) in zip(self.layers, layers, strict=True):
+            layer.take_prompt(keys, values)
+        self.count.fill_(keys.shape[2])
 
     def synchronize(self) -> int:
         """How many tokens are held, read from the device: after replays of a graph."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from canopyq import affine
 from canopyq.errors import CanopyError
 from canopyq.ops import activations, reference, select
+from canopyq.ops.cuda import eight_bits
 from canopyq.ops.kernel import Layout, Problem
 from canopyq.scheme import Scheme
 from canopyq.tensor import QuantizedTensor, quantize
@@ -116,6 +117,19 @@ class QuantizedLinear(nn.Module):
         if self.bias is not None:
             out = out + self.bias.to(out.dtype)
         return out.reshape(*x.shape[:-1], self.out_features)
+
+    def takes_codes_of(self, x: Tensor) -> bool:
+        """Whether `multiply` takes codes that were made of inputs such as ``x`` (M, in_features) beforehand."""
+        if self._kernels is None:
+            self.arrange()
+        dynamic = self.activations is not None and self.input_scale is None
+        return dynamic and select.pick(self._kernels, len(x)).takes_codes and eight_bits.takes(x, self.activations)
+
+    def multiply(self, x: QuantizedTensor) -> Tensor:
+        """What `forward` gives for an input whose codes, in the scheme of ``activations``, are known:
+        (M, in_features) -> (M, out_features)."""
+        out = select.pick(self._kernels, len(x.data)).run(x, self.held, self.problem)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def _multiply(self, x: Tensor) -> Tensor:
         """(M, in_features) -> (M, out_features)."""

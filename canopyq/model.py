@@ -29,6 +29,9 @@ from canopyq.static_range import static_scale
 from canopyq.targets import Target, find_targets
 from canopyq.tensor import quantized_bytes
 
+HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+         "_forward_hooks_always_called")  # fmt: skip
+
 
 def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
     """What `quantize_` would do to ``model``, without doing it: works on the meta device too.
@@ -66,9 +69,10 @@ def quantize_(
 
     Weights are rounded by ``method`` and kept packed. Every layer is quantized before the first is replaced, so that an
     error leaves the model as it was. A layer that the model uses in several places is quantized once and stays
-    shared. Each layer stays on its device; one that accelerate keeps on disk or in RAM (``device_map``) is read from
-    there, and its packed weight goes there. The output head and the embedding stay as they are, unless the recipe's
-    name has ``+head`` or ``+embed``; a head that shared its weight with the embedding then has one of its own.
+    shared. Each layer stays on its device and keeps the hooks that were put on it; one that accelerate keeps on disk or
+    in RAM (``device_map``) is read from there, and its packed weight goes there. The output head and the embedding stay
+    as they are, unless the recipe's name has ``+head`` or ``+embed``; a head that shared its weight with the embedding
+    then has one of its own.
 
     Args:
         model: any torch module; GPT-2's Conv1D and transformers' fused experts are known beside nn.Linear.
@@ -231,6 +235,8 @@ def _replace(model: nn.Module, targets: list[Target], layers: dict[str, Quantize
     _untie(model, new)
     for old, layer in new.items():
         carry_over(old, layer)
+        for hooks in HOOKS:  # the dict itself, so that whoever added one can still remove it
+            setattr(layer, hooks, getattr(old, hooks))
     for name in places:
         model.set_submodule(name, new[modules[name]])
 

@@ -159,13 +159,13 @@ class Recipe:
             return spec
         text, *extras = str(spec).lower().split("+")
         activations = None
-        if match := re.fullmatch(r"w([2-8])a16(?:-(tensor|channel|g\d+))?(-asym)?", text):
+        if match := re.fullmatch(r"w([2-8])a16(?:-(tensor|channel|g[0-9]+))?(-asym)?", text):
             bits, granularity, asym = match.groups()
             granularity = granularity or ("channel" if bits == "8" else "g128")
             scheme = Scheme(f"int{bits}", granularity, symmetric=not asym, scale_dtype=torch.bfloat16)
         elif text in ("nf4", "mxfp4", "nvfp4"):
             scheme = Scheme(text, scale_dtype=torch.bfloat16 if text == "nf4" else None)
-        elif match := re.fullmatch(r"w([2-8])a([2-8])(?:-(tensor|channel|g\d+))?(-static)?(-asym)?", text):
+        elif match := re.fullmatch(r"w([2-8])a([2-8])(?:-(tensor|channel|g[0-9]+))?(-static)?(-asym)?", text):
             bits, input_bits, granularity, static, asym = match.groups()
             granularity = granularity or ("channel" if bits == "8" else "g128")
             scheme = Scheme(f"int{bits}", granularity, scale_dtype=torch.bfloat16)
@@ -182,6 +182,7 @@ class Recipe:
         for extra in extras:
             if extra not in known:
                 raise unknown(f"addition to {text}", f"+{extra}", [f"+{name}" for name in known])
+        extras = list(dict.fromkeys(extras))
         caches = [extra for extra in extras if extra in CACHE_FORMATS]
         if len(caches) > 1:
             raise CanopyError(f"{spec} names {len(caches)} caches; a model has one: keep +{caches[0]}")

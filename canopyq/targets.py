@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import cache
+from inspect import getsource, isfunction
 from types import SimpleNamespace
 
 from torch import Tensor, nn
@@ -68,9 +71,12 @@ def find_targets(model: nn.Module, recipe: Recipe) -> tuple[list[Target], dict[s
             continue
         if any(is_lazy(weight) for weight in weights):
             raise CanopyError(f"{label} has no weights yet; call the model once, so that they take their shape")
+        linear = linear_kind(module)
         if recipe.ignores(name):
             kept[label] = "named in the recipe's ignore list"
-        elif (linear := linear_kind(module)) in ("linear", "conv1d"):
+        elif (linear or isinstance(module, nn.Embedding)) and (reader := _reader(model, name)):
+            kept[label] = f"{reader} computes with its weight itself; only plain calls are quantized"
+        elif linear in ("linear", "conv1d"):
             if not name:
                 raise CanopyError(f"a bare {kind} has no place to be replaced in; use QuantizedLinear.from_linear")
             weight = module.weight if linear == "linear" else module.weight.t()
@@ -94,6 +100,27 @@ def find_targets(model: nn.Module, recipe: Recipe) -> tuple[list[Target], dict[s
     if not targets:
         raise CanopyError(f"{type(model).__name__} has no linear layer left to quantize by {recipe.name}")
     return targets, kept
+
+
+def _reader(model: nn.Module, name: str) -> str | None:
+    """The class of the module around a layer if its code reads the layer's weight."""
+    path, _, leaf = name.rpartition(".")
+    parent = type(model.get_submodule(path))
+    return parent.__name__ if name and leaf in _weights_read_by(parent) else None
+
+
+@cache
+def _weights_read_by(parent: type[nn.Module]) -> frozenset[str]:
+    """The layers whose weight the code of a module reads instead of calling them, as Mamba's mixer does with
+    ``dt_proj``: codes in place of the weight would end in an error, or in other numbers."""
+    found: set[str] = set()
+    for name, method in vars(parent).items():
+        if isfunction(method) and name not in ("__init__", "_init_weights", "tie_weights"):
+            try:
+                found |= set(re.findall(r"\bself\.(\w+)\.weight\b", getsource(method)))
+            except (OSError, TypeError):  # no source at hand
+                continue
+    return frozenset(found)
 
 
 def linear_kind(module: nn.Module) -> str | None:

@@ -107,6 +107,31 @@ def test_experts_become_three_layers_each() -> None:
     assert "MixtralTopKRouter" in report.kept["model.layers.0.mlp.gate"]
 
 
+def test_layers_whose_weight_the_model_reads_itself_stay() -> None:
+    """Mamba's mixer multiplies by dt_proj's weight without calling it; codes would end in an error."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "time_step_rank": 32, "state_size": 8}
+    model = tf.MambaForCausalLM(tf.MambaConfig(**sizes)).eval()
+    expected = dequantized(model, "w8a16")(TOKENS).logits
+    report = cq.quantize_(model, "w8a16")
+    assert "MambaMixer computes with its weight itself" in report.kept["backbone.layers.0.mixer.dt_proj"]
+    assert {layer.name.rpartition(".")[2] for layer in report.layers} == {"in_proj"}  # a GPU's kernel reads the rest
+    torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_experts_of_another_make_stay_as_they_are() -> None:
+    """Llama 4's lie transposed, and its router gives them other inputs."""
+    sizes = LLAMA | {"intermediate_size_mlp": 256, "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 32}
+    torch.manual_seed(0)
+    model = tf.Llama4ForCausalLM(tf.Llama4TextConfig(**sizes, interleave_moe_layer_step=1)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)  # the experts are left without values
+    expected = dequantized(model, "w8a16")(TOKENS).logits
+    report = cq.quantize_(model, "w8a16")
+    assert "Llama4TextExperts" in report.kept["model.layers.0.feed_forward.experts"]
+    torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["llama tied", "llama", "gpt2"])
 @pytest.mark.parametrize("extra", ["+head", "+embed", "+head+embed"])
 @torch.no_grad()
@@ -143,9 +168,10 @@ def test_output_errors_are_measured_on_the_data(name: str) -> None:
     layer = "model.layers.1.mlp.down_proj" if name == "llama" else "transformer.h.1.mlp.c_proj"
     seen = []
     old = model.get_submodule(layer)
-    old.register_forward_hook(lambda module, given, y: seen.append((given[0].detach(), y.detach())))
+    watching = old.register_forward_hook(lambda module, given, y: seen.append((given[0].detach(), y.detach())))
     twin = copy.deepcopy(old)
     report = cq.quantize_(model, "w2a16-g32", calibration=[TOKENS, TOKENS + 7])
+    watching.remove()
     with torch.no_grad():
         quantized = [model.get_submodule(layer)(x) for x, _ in seen]
     noise = sum(float((a - y).square().sum()) for a, (_, y) in zip(quantized, seen, strict=True))

@@ -59,6 +59,17 @@ def test_statistics_of_every_sample(model: nn.Module) -> None:
     assert torch.equal(found[DOWN].running()[-1], torch.stack([found[DOWN].lo.min(), found[DOWN].hi.max()]))
 
 
+def test_a_cap_shrinks_loud_tokens_and_no_others(model: nn.Module) -> None:
+    found = calibrate(model, [TOKENS], layers=[DOWN], hessian=True, cap=1.2, histograms=False)[DOWN]
+    rows = watch(model, DOWN, [TOKENS])[0].flatten(0, 1).double()
+    longest = 1.2 * rows.norm(dim=1).median()
+    capped = torch.stack([row * min(1.0, float(longest / row.norm())) for row in rows])
+    assert 0 < int((rows.norm(dim=1) > longest).sum()) < len(rows)
+    torch.testing.assert_close(found.hessian.double(), capped.t() @ capped / len(rows), rtol=1e-4, atol=1e-6)
+    assert int(found.histogram.counts.sum()) == 0
+    torch.testing.assert_close(found.hi.double(), rows.amax(0), rtol=1e-4, atol=1e-6)
+
+
 @torch.no_grad()
 def test_padding_leaves_no_trace(model: nn.Module) -> None:
     alone = calibrate(model, [TOKENS[:1, :5], TOKENS[1:2], TOKENS[2:3, :11]], hessian=True)

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import canopyq as cq
 from canopyq import fused_attention
+from canopyq.generate import Decoder
 from canopyq.kv_codes import QuantizedStates, get_cache_format
 from canopyq.ops import cpu_attention
 from canopyq.ops.cuda import attention
@@ -243,6 +244,45 @@ def test_it_takes_no_more_than_it_has_room_for() -> None:
         model(ids[:, 128:129], past_key_values=cache)
 
 
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("format", ["kv8", "kv2"])
+def test_fast_generate_holds_codes_as_the_growing_cache_does(format: str) -> None:
+    """The same cache, attention and rounding, so the same tokens; a second prompt finds it empty."""
+    model = cq.fuse_attention(tiny(), format)
+    ids = torch.randint(97, (2, 130))
+    decoder = Decoder(model, 2, 260, format)
+    for start in (130, 20):
+        found = decoder.generate(ids[:, :start], 100)
+        cache = cq.QuantizedCache(model.config, format)
+        expected = model.generate(ids[:, :start], past_key_values=cache, max_new_tokens=100, do_sample=False)
+        assert torch.equal(found, expected)
+        assert decoder.cache.synchronize() == start + 99
+
+
+def test_fast_generate_says_why_it_does_not_hold_codes() -> None:
+    with pytest.raises(cq.CanopyError, match=r"cannot read a kv8 cache here: it is for NVIDIA GPUs.*QuantizedCache"):
+        cq.fast_generate(tiny(), torch.ones(1, 3, dtype=torch.long), 5, cache="kv8")
+    with pytest.raises(cq.CanopyError, match="kv9"):
+        cq.fast_generate(tiny(), torch.ones(1, 3, dtype=torch.long), 5, cache="kv9")
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_captured_step_has_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cq.fuse_attention(tiny())
+    cache, seen = make(model, "kv8"), []
+    ids = torch.randint(97, (1, 40))
+    model(ids[:, :30], past_key_values=cache)
+    monkeypatch.setattr(fused_attention, "_capturing", lambda: True)
+    plain = fused_attention._starts
+    monkeypatch.setattr(fused_attention, "_starts", lambda mask, held: seen.append(mask) or plain(mask, held))
+    model(ids[:, 30:31], position_ids=cache.position_ids(1), past_key_values=cache)
+    assert seen == [None] * len(cache.layers)
+    padded = torch.ones(1, 32, dtype=torch.long)
+    padded[0, 0] = 0
+    with pytest.raises(cq.CanopyError, match="captured step takes no attention mask"):
+        model(ids[:, 31:32], attention_mask=padded, past_key_values=cache)
+
+
 def test_bytes_do_not_grow() -> None:
     model = tiny()
     cache = make(model, "kv8", length=4096)
@@ -293,3 +333,26 @@ def test_a_captured_step_is_replayed_token_by_token(format: str, head_dim: int) 
     for a, b in zip(fixed.layers[0].quantized_keys.narrow(0, count).tensors, held, strict=True):
         same = a.view(torch.uint8) == b.view(torch.uint8)  # of the first layer, whose input is the same
         assert same.float().mean() > 0.99
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_fast_generate_replays_a_graph_over_codes(format: str, batch: int) -> None:
+    model = tiny(128).to("cuda", torch.bfloat16)
+    model.generation_config.eos_token_id = None
+    ids = torch.randint(97, (batch, 70), device="cuda")
+    decoder = Decoder(model, batch, 300, format)
+    for start in (70, 9):
+        found = decoder.generate(ids[:, :start], 200)
+        assert decoder.graph is not None and decoder.cache.synchronize() == start + 199
+        codes = cq.QuantizedCache(model.config, format)
+        with torch.inference_mode():
+            exact = model(found[:, :-1]).logits[:, -1].float()
+            model(found[:, :start], past_key_values=codes, use_cache=True)
+            for i in range(start, start + 199):
+                logits = model(found[:, i : i + 1], past_key_values=codes, use_cache=True).logits[:, -1].float()
+        # Rounded to bfloat16 at other places, some numbers get the neighbouring code: less than codes cost altogether.
+        assert (decoder.logits.float() - logits).norm() < 0.1 * exact.norm() + (logits - exact).norm()
+        assert (decoder.logits.float() - exact).norm() < 1.5 * (logits - exact).norm() + 0.1 * exact.norm()

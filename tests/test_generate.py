@@ -101,7 +101,7 @@ def test_what_cannot_be_joined_is_run_separately_and_says_why() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU that torch can use")
-@pytest.mark.parametrize("recipe", [None, "w4a16-g128", "w4a16-g128-asym", "w8a16"])
+@pytest.mark.parametrize("recipe", [None, "w4a16-g128", "w4a16-g128-asym", "w8a16", "w8a8", "fp8"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_the_graph_gives_what_its_steps_give(recipe, rows) -> None:
     sizes = dict(hidden_size=512, num_attention_heads=8, num_key_value_heads=4, intermediate_size=1024)
@@ -113,7 +113,8 @@ def test_the_graph_gives_what_its_steps_give(recipe, rows) -> None:
     assert decoder.notes == []
     found = decoder.generate(ids, 40)
     logits = model(found[:, :-1].contiguous()).logits[:, -1].float()
-    assert (decoder.logits.float() - logits).norm() < 0.02 * logits.norm()
+    rounding = 0.06 if recipe == "fp8" else 0.02  # a code of E4M3 is up to 6 % from the next
+    assert (decoder.logits.float() - logits).norm() < rounding * logits.norm()
     assert decoder.graph is not None
     decoder._record = lambda: None
     decoder.graph = None

@@ -267,6 +267,8 @@ def cell_problems(cell: NotebookNode) -> Iterator[str]:
             yield f"holds an error: {output.ename}: {output.evalue}"
         if output.output_type == "stream" and output.name == "stderr":
             yield "holds stderr text"
+        if output.output_type == "stream" and PROGRESS_BAR.search(output.text):
+            yield "holds a progress bar; execute it by this tool, which leaves bars out"
         if WIDGET_VIEW in data:
             yield "holds a widget view, which no reader without a kernel can see"
         plain = data.get("text/plain", "")

@@ -97,12 +97,12 @@ def advise(
     """
     words = {"memory": memory, "context": context, "batch": batch, "accuracy": accuracy, "gpu": gpu}
     needs = model if isinstance(model, Needs) else Needs.parse(model, **words, priority=priority)
-    known = list(recorded() if measurements is None else measurements)
+    known = list(recorded() if measurements is None else _measurements(measurements))
     if not known:
         raise CanopyError("there is nothing to choose from; measure some recipes with cq.compare")
     if not needs.context:  # no chat was named: whatever cache there will be is not part of the question
         known = [measured for measured in known if measured.parts[1] is None] or known
-    options = [Option.of(measured, needs) for measured in known]
+    options = _options(known, needs)
     meeting = [option for option in options if option.meets(needs)]
     if not meeting:
         raise CanopyError(f"nothing meets these needs ({needs}). {_what_must_give(known, options, needs)}")
@@ -111,6 +111,27 @@ def advise(
     recipe, cache = best.measured.parts
     remarks = [*gpus.remarks(recipe, cache, needs.capability, needs.batch), *_not_counted(best, needs)]
     return Advice(needs, best, tuple(others), tuple(against_the_table(best, options, needs)), tuple(remarks))
+
+
+def _measurements(given: object) -> list[Measurement]:
+    if isinstance(given, Iterable):
+        found = list(given)
+        if all(isinstance(measured, Measurement) for measured in found):
+            return found
+    raise CanopyError("measurements are a list of Measurement; read them by cq.advisor.read(file)")
+
+
+def _options(known: list[Measurement], needs: Needs) -> list[Option]:
+    """The recipes whose groups fit the model's layers."""
+    options, misfits = [], []
+    for measured in known:
+        try:
+            options.append(Option.of(measured, needs))
+        except CanopyError as error:
+            misfits.append(error)
+    if not options:
+        raise misfits[0]
+    return options
 
 
 def _what_must_give(known: list[Measurement], options: list[Option], needs: Needs) -> str:
@@ -137,7 +158,7 @@ def _what_must_give(known: list[Measurement], options: list[Option], needs: Need
     if needs.capability is not None:
         for capability in sorted(set(gpus.GPUS.values())):
             other = replace(needs, capability=capability)
-            able = [option for option in (Option.of(m, other) for m in known) if option.meets(other)]
+            able = [option for option in _options(known, other) if option.meets(other)]
             if able:
                 least = min(able, key=lambda option: option.total)
                 where = f"a GPU of compute capability {capability}" if capability else "a CPU"

@@ -24,7 +24,7 @@ def find_capability(gpu: str | float) -> float:
     Raises:
         CanopyError: for a GPU that is not known, with the nearest that are.
     """
-    key = re.sub(r"[\s_-]", "", str(gpu).lower()).removeprefix("nvidia")
+    key = re.sub(r"[\s_]|(?<=\w)-", "", str(gpu).lower()).removeprefix("nvidia")
     if key in GPUS:
         return GPUS[key]
     if match := re.fullmatch(r"sm(\d{2,3})a?", key):

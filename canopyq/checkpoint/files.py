@@ -17,8 +17,8 @@ from torch import Tensor
 from canopyq.checkpoint.header import DTYPES, MOST_JSON, Header, TensorInfo, parse_json, read_header
 from canopyq.errors import CanopyError, unknown
 
-__all__ = ["CONFIG", "DTYPES", "INDEX", "SINGLE", "Checkpoint", "Header", "TensorInfo", "read_header", "read_json",
-           "refuse_not_empty", "whole_or_absent", "move_into_place", "sync"]  # fmt: skip
+__all__ = ["CONFIG", "DTYPES", "INDEX", "SINGLE", "Checkpoint", "Header", "TensorInfo", "as_path", "read_header",
+           "read_json", "refuse_not_empty", "whole_or_absent", "move_into_place", "sync"]  # fmt: skip
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -45,7 +45,7 @@ class Checkpoint:
     tensors: dict[str, tuple[Path, TensorInfo]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.folder = Path(self.folder)
+        self.folder = as_path(self.folder)
         files, weight_map = _shards(self.folder)
         self.config = read_json(self.folder / CONFIG)
         for file in files:
@@ -83,6 +83,22 @@ class Checkpoint:
             raise CanopyError(
                 f"{file}: tensor {name!r} cannot be read ({str(error)[:120]}); was the file changed meanwhile?"
             ) from None
+
+
+def as_path(folder: str | Path) -> Path:
+    """What a caller named as a folder; ``~`` is the home.
+
+    Raises:
+        CanopyError: for what cannot be a path.
+    """
+    if not isinstance(folder, (str, os.PathLike)) or "\0" in os.fspath(folder):
+        raise CanopyError(
+            f"{str(folder)[:80]!r} ({type(folder).__name__}) names no folder; use a text such as 'out/w4'"
+        )
+    path = Path(os.path.expanduser(folder))
+    if too_long := [part for part in path.parts if len(os.fsencode(part)) > 255 - len(".partial")]:
+        raise CanopyError(f"{too_long[0][:60]}… has {len(too_long[0])} characters, too many for a folder; shorten it")
+    return path
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -130,7 +146,7 @@ def _never_unpickled(file: Path) -> str:
 
 def refuse_not_empty(folder: Path | str) -> None:
     """Raise `CanopyError` unless a checkpoint can be written there: ``folder`` is absent, or an empty folder."""
-    folder = Path(os.path.realpath(folder))
+    folder = Path(os.path.realpath(as_path(folder)))
     if folder.exists() and not folder.is_dir():
         raise CanopyError(f"{folder} is a file; name a folder that does not exist yet")
     above = next(path for path in (folder.parent, *folder.parent.parents) if path.exists())
@@ -138,6 +154,8 @@ def refuse_not_empty(folder: Path | str) -> None:
         raise CanopyError(f"{folder} cannot be made: {above} is not a folder that you may write to; name another")
     if folder.is_dir() and next(folder.iterdir(), None) is not None:
         raise CanopyError(f"{folder} is not empty; name a folder that does not exist yet, or empty it first")
+    if folder.is_dir() and folder.samefile(os.curdir):  # a new folder takes its place, and this process is in the old
+        raise CanopyError(f"{folder} is the current folder; name one in it or beside it")
 
 
 @contextmanager
@@ -150,7 +168,7 @@ def whole_or_absent(folder: Path | str) -> Iterator[Path]:
         CanopyError: if ``folder`` exists and is not empty.
     """
     refuse_not_empty(folder)
-    folder = Path(os.path.realpath(folder))
+    folder = Path(os.path.realpath(as_path(folder)))
     work = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
     work.mkdir(parents=True)
     try:

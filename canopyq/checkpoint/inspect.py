@@ -87,7 +87,7 @@ def inspect(folder: str | Path) -> Inspection:
     Raises:
         CanopyError: for a folder that holds no checkpoint, or damaged files.
     """
-    checkpoint = Checkpoint(Path(folder))
+    checkpoint = Checkpoint(folder)
     given = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
     quantization, problem = None, "no: it is not quantized; use transformers"
     if given is not None:

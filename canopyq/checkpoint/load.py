@@ -62,7 +62,7 @@ def load_as(
     attention: str | None = None,
 ) -> PreTrainedModel:
     """`load` with a choice of transformers' attention implementation."""
-    checkpoint = Checkpoint(Path(folder))
+    checkpoint = Checkpoint(folder)
     given = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
     if given is None:
         raise CanopyError(f"{folder} holds no quantized model (no quantization_config); use transformers to load it")
@@ -80,7 +80,7 @@ def load_as(
 def _device(device: torch.device | str) -> torch.device:
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
+        torch.empty(1, device=place).tolist()  # the meta device, too, refuses to give values
     except Exception as error:
         raise CanopyError(f"device {str(device)!r} cannot be used here ({one_line(error)}); use 'cpu'") from error
     return place

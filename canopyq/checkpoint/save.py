@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from canopyq.checkpoint.config import Group, Quantization, write_config
-from canopyq.checkpoint.files import CONFIG, INDEX, SINGLE, refuse_not_empty, whole_or_absent
+from canopyq.checkpoint.files import CONFIG, INDEX, SINGLE, as_path, refuse_not_empty, whole_or_absent
 from canopyq.checkpoint.groups import grouped, ignored, layers_of, word
 from canopyq.checkpoint.layout import SCALE_DTYPES, disk_format, input_to_disk, to_disk
 from canopyq.checkpoint.names import Names, names_of
@@ -86,7 +86,7 @@ def save(
         CanopyError: for a model that is not quantized, or in a way that the format cannot hold; a folder that is not
             empty; a disk that is full; a file that gives other logits than the model.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     original = _original(model)
     files = names_of(original)
     layers = layers_of(model, original, files)
@@ -95,6 +95,8 @@ def save(
         raise CanopyError(f"weights are saved in bfloat16, float16 or float32, not {dtype}")
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise CanopyError(f"a file of at most {max_shard_bytes} bytes holds nothing; use 5_000_000_000")
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise CanopyError(f"a {type(tokenizer).__name__} is no tokenizer; pass the model's own, or leave it out")
     refuse_not_empty(folder)
     plain = _plain(model)
     stored = dtype or (torch.bfloat16 if _lossless(plain.values(), torch.bfloat16) else None)

@@ -101,7 +101,7 @@ def prepare(
 
     recipe = Recipe.of_weights(recipe)
     refuse_not_empty(out)
-    checkpoint = Checkpoint(Path(source))
+    checkpoint = Checkpoint(source)
     plan = make_plan(checkpoint, recipe, shard_bytes)
     outputs = {file: [(s.name, sorted(map(str, s.outputs.items()))) for s in own] for file, own in plan.shards.items()}
     terms = {

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from canopyq.checkpoint.files import CONFIG, Checkpoint, move_into_place, read_json, refuse_not_empty, sync
+from canopyq.checkpoint.files import CONFIG, Checkpoint, as_path, move_into_place, read_json, refuse_not_empty, sync
 from canopyq.errors import CanopyError
 
 MANIFEST, LOCK, MODEL = "manifest.json", "lock", "model"
@@ -30,7 +30,7 @@ class Work:
 
     def __init__(self, out: Path | str, terms: dict[str, object]) -> None:
         refuse_not_empty(out)
-        self.out = Path(os.path.realpath(out))
+        self.out = Path(os.path.realpath(as_path(out)))
         self.folder = self.out.with_name(f".{self.out.name}.partial")
         self.model = self.folder / MODEL
         self.terms = json.loads(json.dumps(terms))

@@ -36,12 +36,14 @@ app.command()(advise)
 
 def main() -> None:
     """Run the command; a mistake, or output that cannot be written, becomes one line and exit code 2."""
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="replace")  # "?" for what the terminal cannot show
+    for stream in (sys.stdin, sys.stdout):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # "?" for what the terminal cannot show, or nobody can read
     try:
         app()
     except (CanopyError, OSError) as error:
-        print(f"canopyq: {error}", file=sys.stderr)
+        if sys.stderr is not None:
+            print(f"canopyq: {error}", file=sys.stderr)
         if isinstance(error, OSError):
             sys.stdout = None  # Python would try once more to write what is left in it
         sys.exit(2)

@@ -55,7 +55,7 @@ def chat(
 def _load(model: str, recipe: Recipe | None):
     """The model, quantized as the recipe says, and its tokenizer."""
     if model != "tutor":
-        if not Path(model).is_dir():
+        if not Path(model).expanduser().is_dir():
             raise CanopyError(f"unknown model {model!r}; chat with 'tutor', or with the folder of a checkpoint of it")
         if recipe is not None and recipe.weights is not None:
             raise CanopyError(f"{model} is quantized already; leave --recipe out, or name a cache such as kv4")
@@ -70,6 +70,8 @@ def _load(model: str, recipe: Recipe | None):
 def _read() -> str | None:
     """The next line without the blanks around it; None at the end of the input."""
     try:
+        if sys.stdin is None:  # closed by who started the command
+            return None
         if sys.stdin.isatty():
             return input("you> ").strip()
         line = input().strip()

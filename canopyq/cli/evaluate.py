@@ -36,7 +36,7 @@ def evaluate(
     from canopyq.evaluate import compare, examine
     from canopyq.tutor.loading import TUTOR, VARIABLE, source
 
-    saved = model != TUTOR and Path(model).is_dir()
+    saved = model != TUTOR and Path(model).expanduser().is_dir()
     if model != TUTOR and not saved:
         raise CanopyError(
             f"unknown model {model!r}; only 'tutor' goes here, or the folder of a checkpoint of it, and another model "

@@ -37,10 +37,12 @@ def quantize(
     from canopyq.checkpoint.stream import prepare, quantize_checkpoint
 
     say = (lambda line: None) if as_json else print_plain
+    out, more = out.expanduser(), "continues"
     try:
         parsed, how = Recipe.parse(recipe), Method.parse(method)
         folder = _folder(model)
         if parsed.static or how.name != "rtn":
+            more = "starts over"
             _in_memory(model, folder, parsed, how, out, calibration, dry_run, as_json)
             return
         if calibration is not None:
@@ -52,7 +54,7 @@ def quantize(
             done = quantize_checkpoint(folder, parsed, out, say=say)
             plan, resumed = done.plan, done.resumed
     except KeyboardInterrupt:
-        print(f"canopyq: interrupted; {out} was not made, the same command continues", file=sys.stderr)
+        print(f"canopyq: interrupted; {out} was not made; the same command {more}", file=sys.stderr)
         raise typer.Exit(130) from None
     if as_json:
         size = {"before": plan.bytes_before, "after": plan.bytes_after, "peak": plan.peak_bytes}

@@ -23,7 +23,7 @@ def check_device(device: str) -> str:
     import torch
 
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).tolist()  # the meta device, too, refuses to give values
     except (RuntimeError, AssertionError) as error:
         raise CanopyError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}; use cpu") from None
     return device

@@ -56,8 +56,8 @@ class ExerciseCard(Shown):
 
     def hint(self, number: int) -> Fixed:
         """Hint 1, 2 or 3, where the buttons do not work."""
-        if number not in (1, 2, 3):
-            raise CanopyError(f"there is no hint {number}; use 1, 2 or 3")
+        if type(number) is not int or number not in (1, 2, 3):
+            raise CanopyError(f"there is no hint {number!r}; use 1, 2 or 3")
         text = self.spec.hints[number - 1]
         return Fixed(box("note", f"<b>Hint {number}.</b> {inline(text)}"), f"Hint {number}. {plain(text)}")
 

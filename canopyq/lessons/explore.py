@@ -24,6 +24,7 @@ from .explore_context import ContextView
 from .explore_float import FloatView
 from .explore_groups import GroupsView
 from .explore_outlier import OutlierView
+from .explore_rounding import RoundingView
 from .explore_speed import SpeedView
 from .explore_static import StaticView
 from .explore_turns import Grown, TurnsView
@@ -32,8 +33,8 @@ from .look import card, heading, section, table
 from .shown import Shown
 from .text import inline
 
-__all__ = ["Explorer", "answers", "bits", "choose", "clip", "context", "float_bits", "groups", "outlier", "speed",
-           "static", "turns", "words"]  # fmt: skip
+__all__ = ["Explorer", "answers", "bits", "choose", "clip", "context", "float_bits", "groups", "outlier",
+           "rounding", "speed", "static", "turns", "words"]  # fmt: skip
 
 
 class Explorer(Shown):
@@ -167,3 +168,9 @@ def static(x: torch.Tensor, title: str = "One range for all tokens") -> Explorer
     """Where the one range of all tokens (tokens, features) ends: who is clipped, who vanishes, beside own ranges."""
     view = StaticView(x)
     return Explorer("static", title, view.controls(), view.draw, view.rows)
+
+
+def rounding(first: float, second: float, title: str = "Two weights on a grid") -> Explorer:
+    """Two weights whose inputs go together more or less: the nearest grid point, and the one nearest in the output."""
+    view = RoundingView((first, second))
+    return Explorer("rounding", title, view.controls(), view.draw, view.rows)

@@ -42,8 +42,8 @@ class ClipView:
         return box(
             "info",
             f"<b>Range ±{end:.4g}</b> ({clip:.0%} of the largest magnitude, {here.share:.2%} of the values lie beyond"
-            f"). Squared error: clipping {here.clipping:.3g} + rounding {here.rounding:.3g} = <b>{here.error:.3g}</b>; "
-            f"least of the curve: {self.at(best, bits).error:.3g} at {best:.0%}.",
+            f"). Mean squared error: clipping {here.clipping:.3g} + rounding {here.rounding:.3g} = <b>{here.error:.3g}"
+            f"</b>; least of the curve: {self.at(best, bits).error:.3g} at {best:.0%}.",
         )
 
     def best(self, bits: int) -> float:
@@ -80,4 +80,4 @@ class ClipView:
             best = self.best(bits)
             whole, cut = self.at(1.0, bits).error, self.at(best, bits).error
             lines.append([str(bits), f"{whole:.2g}", f"{best:.0%}", f"{cut:.2g}"])
-        return ["bits", "error with the whole range", "best clip", "error there"], lines
+        return ["bits", "mean squared error, whole range", "best clip", "mean squared error there"], lines

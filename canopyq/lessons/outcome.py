@@ -53,6 +53,7 @@ def _tensor(name: str, value: Any, whole: bool) -> tuple[Tensor, str]:
         note = f"`{name}` is a {type(value).__name__}. The numbers count here, but the lessons go on with tensors."
     try:
         tensor = torch.as_tensor(value).detach().cpu()
+        tensor = tensor if tensor.layout == torch.strided else tensor.to_dense()
     except (TypeError, ValueError, RuntimeError):
         raise FormError(f"`{name}` should be a tensor of numbers; yours is {_kind(value)}.") from None
     if tensor.is_complex() or tensor.dtype == torch.bool:

@@ -3,7 +3,7 @@
 ``four_panels`` is the picture that every idea gets. Its friends: ``number_line`` (where a format has numbers), ``bars``
 (bytes), ``staircase`` (a value against what is left of it), ``histogram_with_grid`` (data and the levels it must fit),
 ``curve`` (one thing against another), ``intervals`` (shares and how sure they are), ``trade_off`` (what a bit buys),
-``channels`` (how large each channel gets).
+``channels`` (how large each channel gets), ``dots`` (several things in several settings).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .canvas import (
     styled,
 )
 from .channels import channels
+from .dots import dots
 from .heatmaps import four_panels
 from .tradeoff import trade_off
 
@@ -39,6 +40,7 @@ __all__ = [
     "bars",
     "channels",
     "curve",
+    "dots",
     "four_panels",
     "histogram_with_grid",
     "intervals",

@@ -8,6 +8,8 @@ from functools import cached_property
 
 from ipywidgets import HTML, Button, HBox, Layout, Text, VBox
 
+from canopyq.errors import CanopyError
+
 from .look import box, card, details, heading, section
 from .shown import Shown
 from .store import store
@@ -27,14 +29,17 @@ class Predict(Shown):
 
     def say(self, number: float) -> Predict:
         """Guess without the widget: ``guess.say(0.3)``."""
-        store().record("predictions", self.id, guess=float(number))
+        guess = _number(number)
+        if not math.isfinite(guess):
+            raise CanopyError(f"{number!r} cannot be measured; guess a number such as 0.3")
+        store().record("predictions", self.id, guess=guess)
         if "_live" in self.__dict__:
-            self._entry.value = f"{float(number):g}"
+            self._entry.value = f"{guess:g}"
         return self
 
     def reveal(self, value: float, fmt: str = ".3g") -> Reveal:
         """Hold the guess against the measured ``value``, written with the format ``fmt``."""
-        return Reveal(self, float(value), fmt)
+        return Reveal(self, _number(value), fmt)
 
     def widget(self) -> VBox:
         return self._live
@@ -112,6 +117,13 @@ class Reveal(Shown):
 def predict(name: str, question: str, unit: str = "") -> Predict:
     """Ask for a number before it is measured; ``name`` starts with the lesson, as in ``"02-error"``."""
     return Predict(name, question, unit)
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise CanopyError(f"{str(value)[:60]!r} is no number; give one such as 0.3") from None
 
 
 def parse(text: str) -> float | None:

@@ -26,7 +26,8 @@ from canopyq.tensor import QuantizedTensor, quantize
 from canopyq.track import track
 
 OUTLIERS = 0.01  # of a layer's inputs, the loudest, that ``outliers`` keeps in 16 bits; at least one
-EXAMPLES = 256  # inputs of each layer that SmoothQuant tries its α on
+CAP = 2.0  # times as long as the median token: more than that does not count
+EXAMPLES = 256  # inputs of each layer that SmoothQuant tries its α on, and that errors are taken from without a Hessian
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Rounded:
     Attributes:
         weight: the codes.
         sqnr_db: of the weight as it was just before rounding.
-        output_error: ‖y − ŷ‖ / ‖y‖ over the data, from the second moment of the inputs; None without data.
+        output_error: ‖y − ŷ‖ / ‖y‖, from the second moment of the inputs if the method needs it and else from some of
+            the inputs; None without data.
         notes: what the method did to this layer, in words.
         kept: indices (k,) and columns (N, k) of inputs that stay in 16 bits; their codes are zero.
     """
@@ -69,8 +71,12 @@ def round_weights(
         require_known(model, {"awq": "AWQ", "smoothquant": "SmoothQuant"}[method.smoothing])
     if batches is not None and (method.needs_data or method.transforms):
         watched = [target.name for target in targets if target.kind != "embedding"]
-        examples = EXAMPLES if method.smoothing == "smoothquant" else 0
-        calibrate(model, batches, layers=watched, hessian=True, examples=examples, visit=work.visit)
+        hessian = method.smoothing == "awq" or method.rounding in ("clip", "gptq")
+        examples = EXAMPLES if method.smoothing == "smoothquant" or not hessian else 0
+        calibrate(
+            model, batches, layers=watched, hessian=hessian, cap=CAP, histograms=False, examples=examples,
+            visit=work.visit,
+        )  # fmt: skip
     rest = [target for target in targets if target.name not in work.done]
     for target in track(rest, f"quantizing to {recipe.name}", len(rest)):
         work.round(target, None)
@@ -127,14 +133,15 @@ class _Work:
         if inputs is not None and "outliers" in self.method.transforms and target.kind != "expert":
             kept = _loudest(original, inputs)
             original = original.index_fill(1, kept[0], 0)
-            loudness = hessian.diagonal().mean()
-            hessian = hessian.index_fill(0, kept[0], 0).index_fill_(1, kept[0], 0)
-            hessian.diagonal()[kept[0]] = loudness  # alone, so that these columns neither give nor take
+            if hessian is not None:
+                loudness = hessian.diagonal().mean()
+                hessian = hessian.index_fill(0, kept[0], 0).index_fill_(1, kept[0], 0)
+                hessian.diagonal()[kept[0]] = loudness  # alone, so that these columns neither give nor take
         try:
             weight, said = _round(original, hessian, target.scheme, self.method.rounding)
         except CanopyError as error:
             raise CanopyError(f"{target.name}: {error}") from None
-        if hessian is None and self.method.needs_data:
+        if inputs is None and self.method.needs_data:
             said = [*said, "no data reached it: rounded to nearest"]
         if hessian is not None and inputs.tokens < len(hessian):
             said = [*said, f"only {inputs.tokens} tokens for {len(hessian)} inputs: give more data"]
@@ -145,7 +152,7 @@ class _Work:
         values = weight.dequantize(torch.float32)
         if kept is not None:
             values[:, kept[0]] = kept[1].float()
-        error = None if inputs is None else _output_error(before, values, inputs.hessian)
+        error = None if inputs is None else _output_error(before, values, inputs)
         self.done[target.name] = Rounded(weight, sqnr_db(original, weight), error, (*notes, *said), kept)
         if write and not target.weight.is_meta:
             self.undo.change(target.weight, values)
@@ -167,7 +174,11 @@ def _loudest(weight: Tensor, inputs: InputStatistics) -> tuple[Tensor, Tensor]:
     return columns, weight[:, columns].to(torch.bfloat16)
 
 
-def _output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
-    before, error = weight.float(), weight.float() - rounded
-    noise, signal = (float(((x @ hessian) * x).sum()) for x in (error, before))
-    return (max(noise, 0.0) / signal) ** 0.5 if signal > 0 else 0.0
+def _output_error(weight: Tensor, rounded: Tensor, inputs: InputStatistics) -> float:
+    def power(rows: Tensor) -> float:
+        if inputs.hessian is None:
+            return float((inputs.examples @ rows.t()).square().sum())
+        return max(float(((rows @ inputs.hessian) * rows).sum()), 0.0)
+
+    signal = power(weight.float())
+    return (power(weight.float() - rounded) / signal) ** 0.5 if signal > 0 else 0.0

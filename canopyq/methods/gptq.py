@@ -27,7 +27,7 @@ def gptq(
     *,
     damping: float = 0.01,
     order: bool = True,
-    block: int = 128,
+    block: int = 64,
     clipped: bool = True,
     rounds: int = 2,
 ) -> tuple[QuantizedTensor, list[str]]:
@@ -73,14 +73,17 @@ def gptq(
 
     grid = Grid(start)
     left = weight.float().t()[columns].contiguous()  # column by column, what is still to be rounded
-    rounded = torch.empty_like(left)
+    rounded, diagonal, places = torch.empty_like(left), inverse.diagonal().tolist(), columns.tolist()
     for first in range(0, k, block):
         last = min(first + block, k)
         errors = left.new_empty(last - first, n)
-        for i in range(first, last):
-            rounded[i] = grid.nearest(left[i], int(columns[i]))
-            errors[i - first] = (left[i] - rounded[i]) / inverse[i, i]
-            left[i + 1 : last].addr_(inverse[i, i + 1 : last], errors[i - first], alpha=-1)
+        inside = inverse[first:last, first:last].contiguous()
+        for i in range(last - first):
+            column = left[first + i]
+            value = grid.nearest(column, places[first + i])
+            rounded[first + i] = value
+            error = torch.sub(column, value, out=errors[i]).div_(diagonal[first + i])
+            left[first + i + 1 : last].addr_(inside[i, i + 1 :], error, alpha=-1)
         left[last:].addmm_(inverse[first:last, last:].t(), errors, alpha=-1)
     values = torch.empty_like(rounded)
     values[columns] = rounded

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from canopyq import affine
@@ -25,17 +24,16 @@ class Grid:
         self.zero = None
         if start.zero_point is not None:
             self.zero = _by_column(start.zero_point.float(), start.scheme.granularity, n, k)
+        self._steps = self.step.unbind(0)  # a view for each column: the loops over columns live on small change
         if isinstance(self.format, IntFormat):
-            zero = 0.0 if self.zero is None else self.zero
-            lowest = self.format.qmin + start.scheme.restricted
-            self.lowest, self.highest = (torch.as_tensor(end - zero).expand(k, n) for end in (lowest, self.format.qmax))
+            ends = (self.format.qmin + start.scheme.restricted, self.format.qmax)
+            self._ends = [ends] * k if self.zero is None else [(ends[0] - z, ends[1] - z) for z in self.zero.unbind(0)]
 
     def nearest(self, values: Tensor, column: int) -> Tensor:
         """The grid point nearest to each of ``values`` (N,) in a column."""
-        step = self.step[column]
+        step = self._steps[column]
         if isinstance(self.format, IntFormat):
-            whole = (values / step).round_()
-            return torch.clamp(whole, self.lowest[column], self.highest[column]).mul_(step)
+            return (values / step).round_().clamp_(*self._ends[column]).mul_(step)
         return self.format.round(values / step).mul_(step)
 
     def encode(self, values: Tensor) -> QuantizedTensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from canopyq.methods.grid import Grid
 from canopyq.tensor import QuantizedTensor
 
-BLOCK = 128
+BLOCK = 64
 FARTHEST = 2.0  # a scale may become this many times larger or smaller: more means that its codes say little of it
 
 
@@ -27,26 +27,36 @@ def refine(
         hessian: Σ x xᵀ / tokens of the layer's inputs, (K, K).
         damping: added to its diagonal, as a share of the mean: how little the data is trusted.
     """
+    weight = weight.float()
     damped = hessian.float() + torch.diag_embed((damping * hessian.diagonal().mean()).expand(len(hessian)))
+    target = weight @ damped
     current = start
     for _ in range(rounds):
+        slope, cost = _slope(weight, damped, current)
         if Grid(current).has_free_scales:
-            rescaled = _rescale(weight.float(), damped, current)
-            if output_cost(weight, rescaled, damped) < output_cost(weight, current, damped):
-                current = rescaled
-        current = _descend(weight.float(), damped, current)
+            rescaled = _rescale(target, damped, current)
+            better_slope, better_cost = _slope(weight, damped, rescaled)
+            if better_cost < cost:
+                current, slope = rescaled, better_slope
+        current = _descend(slope, damped, current)
     return current
 
 
 def output_cost(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> float:
     """tr(E H Eᵀ), the mean squared error of a layer's outputs, summed over them."""
-    error = weight.float() - quantized.dequantize(torch.float32)
-    return float(((error @ hessian) * error).sum())
+    return _slope(weight.float(), hessian, quantized)[1]
 
 
-def _rescale(weight: Tensor, hessian: Tensor, current: QuantizedTensor) -> QuantizedTensor:
-    """Least squares: row n is Σ_g s_ng q_ng, so that its scales s_n solve (q H qᵀ) s_n = q H w_n."""
-    n, k = weight.shape
+def _slope(weight: Tensor, hessian: Tensor, quantized: QuantizedTensor) -> tuple[Tensor, float]:
+    """E H (N, K): how far each weight wants to move, times its curvature; and tr(E H Eᵀ)."""
+    error = weight - quantized.dequantize(torch.float32)
+    slope = error @ hessian
+    return slope, float(torch.dot(slope.flatten(), error.flatten()))
+
+
+def _rescale(target: Tensor, hessian: Tensor, current: QuantizedTensor) -> QuantizedTensor:
+    """Least squares: row n is Σ_g s_ng q_ng, so that its scales s_n solve (q H qᵀ) s_n = q H w_n. ``target`` is W H."""
+    n, k = target.shape
     scheme = current.scheme
     unit = current.with_codes(current.codes, torch.ones_like(current.scale)).dequantize(torch.float32)
     size = scheme.granularity.group_size or k
@@ -54,7 +64,7 @@ def _rescale(weight: Tensor, hessian: Tensor, current: QuantizedTensor) -> Quant
     unit = torch.nn.functional.pad(unit, (0, pad)).reshape(n, -1, size)
     groups = unit.shape[1]
     hessian_by_group = torch.nn.functional.pad(hessian, (0, pad, 0, pad)).reshape(groups, size, groups, size)
-    target = torch.nn.functional.pad(weight @ hessian, (0, pad)).reshape(n, groups, size)
+    target = torch.nn.functional.pad(target, (0, pad)).reshape(n, groups, size)
     right = (target * unit).sum(-1)
     left = torch.stack([(torch.einsum("ni,ihj->nhj", unit[:, g], hessian_by_group[g]) * unit).sum(-1)
                         for g in range(groups)], dim=1)  # fmt: skip
@@ -67,19 +77,21 @@ def _rescale(weight: Tensor, hessian: Tensor, current: QuantizedTensor) -> Quant
     return current.with_codes(current.codes, torch.where(sensible, found, before))
 
 
-def _descend(weight: Tensor, hessian: Tensor, current: QuantizedTensor) -> QuantizedTensor:
-    """One pass of coordinate descent over all columns."""
-    n, k = weight.shape
+def _descend(slope: Tensor, hessian: Tensor, current: QuantizedTensor) -> QuantizedTensor:
+    """One pass of coordinate descent over all columns. ``slope``: of `_slope`."""
+    n, k = slope.shape
     grid = Grid(current)
-    values = current.dequantize(torch.float32).t().contiguous()
-    slope = hessian @ (weight.t() - values)  # (K, N): how far each column wants to move, times its curvature
+    values, slope = current.dequantize(torch.float32).t().contiguous(), slope.t().contiguous()
+    pull = hessian.diagonal().reciprocal().tolist()
     for first in range(0, k, BLOCK):
         last = min(first + BLOCK, k)
         moves = values.new_empty(last - first, n)
-        for j in range(first, last):
-            best = grid.nearest(values[j] + slope[j] / hessian[j, j], j)
-            moves[j - first] = best - values[j]
-            values[j] = best
-            slope[j + 1 : last].addr_(hessian[j, j + 1 : last], moves[j - first], alpha=-1)
+        inside = hessian[first:last, first:last].contiguous()
+        for i, j in enumerate(range(first, last)):
+            value = values[j]
+            best = grid.nearest(torch.add(value, slope[j], alpha=pull[j]), j)
+            move = torch.sub(best, value, out=moves[i])
+            value.copy_(best)
+            slope[j + 1 : last].addr_(inside[i, i + 1 :], move, alpha=-1)
         slope[last:].addmm_(hessian[first:last, last:].t(), moves, alpha=-1)
     return grid.encode(values.t())

@@ -16,7 +16,7 @@ from torch import Tensor
 from canopyq.scheme import Scheme
 from canopyq.tensor import quantize
 
-ALPHAS = tuple(step / 20 for step in range(4, 19))  # 0.2 … 0.9
+ALPHAS = tuple(step / 10 for step in range(2, 10))  # 0.2 … 0.9
 
 
 def smooth_scales(
@@ -41,24 +41,23 @@ def smooth_scales(
         The scales (K,), and their α; all 1 and None if no α beats leaving the inputs alone.
     """
     loud = share(absmax.float()).clamp(min=1e-5)
-    heavy = share(torch.stack([weights[name].float().abs().amax(0) for name in schemes]).amax(0)).clamp(min=1e-5)
-    plain = torch.ones_like(loud)
-    best_scales, best_alpha, best = plain, None, _error(weights, inputs, plain, schemes, activations)
+    inputs = inputs.float()
+    whole = {name: weights[name].float() for name in schemes}
+    heavy = share(torch.stack([weight.abs().amax(0) for weight in whole.values()]).amax(0)).clamp(min=1e-5)
+    wanted = {name: inputs @ weight.t() for name, weight in whole.items()}
+
+    def error(scales: Tensor) -> float:
+        rounded = quantize(inputs / scales, activations).dequantize(torch.float32)
+        total = 0.0
+        for name, scheme in schemes.items():
+            there = quantize(whole[name] * scales, scheme).dequantize(torch.float32)
+            total += float((wanted[name] - rounded @ there.t()).square().sum())
+        return total
+
+    best_scales = torch.ones_like(loud)
+    best_alpha, best = None, error(best_scales)
     for alpha in ALPHAS:
         scales = (loud.pow(alpha) / heavy.pow(1 - alpha)).clamp(min=1e-5)
-        error = _error(weights, inputs, scales, schemes, activations)
-        if error < best:
-            best_scales, best_alpha, best = scales, alpha, error
+        if (found := error(scales)) < best:
+            best_scales, best_alpha, best = scales, alpha, found
     return best_scales, best_alpha
-
-
-def _error(
-    weights: Mapping[str, Tensor], inputs: Tensor, scales: Tensor, schemes: Mapping[str, Scheme], activations: Scheme
-) -> float:
-    rounded = quantize(inputs.float() / scales, activations).dequantize(torch.float32)
-    total = 0.0
-    for name, scheme in schemes.items():
-        weight = weights[name].float()
-        there = quantize(weight * scales, scheme).dequantize(torch.float32)
-        total += float((inputs.float() @ weight.t() - rounded @ there.t()).square().sum())
-    return total

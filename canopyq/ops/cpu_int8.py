@@ -90,6 +90,7 @@ def epilogue(sums: Tensor, x: QuantizedTensor, codes: Tensor, scale: Tensor) -> 
     return out.mul_(scale.to(torch.float32).t()).to(x.dtype)
 
 
+@torch.compiler.disable  # inductor cannot lower _weight_int8pack_mm with a constant scale
 def codes_in_bfloat16(x: QuantizedTensor, held: Held, problem: Problem) -> Tensor:
     """The same with float32 sums, rounded to bfloat16 once: (M, K) -> (M, N) in x's dtype."""
     codes = x.data.to(torch.bfloat16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from canopyq.ops import cpu_int4, cpu_int8, cublas, reference, skinny, sliced
+from canopyq.ops import cpu_int4, cpu_int8, cublas, many_codes, reference, skinny, sliced
 from canopyq.ops.cuda import weight_only
 from canopyq.ops.kernel import Kernel, Layout, Problem
 
@@ -22,6 +22,8 @@ KERNELS: tuple[Kernel, ...] = (
     cpu_int8.CODES,
     skinny.INT8,
     skinny.FP8,
+    many_codes.INT8,
+    many_codes.FP8,
     cublas.INT8,
     cublas.FP8,
     sliced.SLICED,

@@ -1,6 +1,6 @@
 """8 bits by 8 bits on an NVIDIA GPU for few rows: our own kernel, in the layout that cuBLAS reads too.
 
-How many rows are few was measured on an H200: from there on cuBLAS is as fast.
+How many rows are few was measured on an H200, see `cuda.tiles`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from canopyq.ops import cpu_int8, cublas
-from canopyq.ops.cuda import eight_bits, launch
+from canopyq.ops.cuda import eight_bits, launch, tiles, warpgroup_codes
 from canopyq.ops.kernel import Held, Kernel, Problem
 from canopyq.tensor import QuantizedTensor
 
@@ -40,11 +40,22 @@ def run(x: QuantizedTensor, held: Held, problem: Problem) -> Tensor:
     return eight_bits.multiply_codes(x.data, scale, held["weight"], held["weight_scale"], x.dtype)
 
 
+def few_int8(problem: Problem) -> int:
+    return _few(problem, "w8a8")
+
+
 def few_fp8(problem: Problem) -> int:
-    """A product of many features fills the GPU in cuBLAS already with 16 rows, and codes need not be made halves."""
-    return eight_bits.MOST_ROWS if problem.n < 8192 else eight_bits.MOST_ROWS // 2
+    return _few(problem, "fp8")
 
 
-LAYOUT, FEW = cublas.EIGHT_BITS, eight_bits.MOST_ROWS
-INT8 = Kernel("int8 by int8, few rows (CUDA)", LAYOUT, refuse_int8, run, FEW, "w8a8", "cuda", takes_codes=True)
+def _few(problem: Problem, recipe: str) -> int:
+    """Up to how many rows it is faster than the kernel for warpgroups, if there is one."""
+    if torch.cuda.get_device_capability(problem.device) != warpgroup_codes.HOPPER:
+        return eight_bits.MOST_ROWS
+    found = tiles.nearest(recipe, problem.n, problem.k)
+    return max((count for count, (name, _) in found.items() if name == "skinny"), default=0)
+
+
+LAYOUT = cublas.EIGHT_BITS
+INT8 = Kernel("int8 by int8, few rows (CUDA)", LAYOUT, refuse_int8, run, few_int8, "w8a8", "cuda", takes_codes=True)
 FP8 = Kernel("FP8 by FP8, few rows (CUDA)", LAYOUT, refuse_fp8, run, few_fp8, "fp8", "cuda", takes_codes=True)

@@ -34,7 +34,7 @@ def rotate_and_append_reference(
     qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
     """Split ``qkv`` (B, (Hq + 2 Hkv) · D) of one token a sequence, rotate queries and keys to ``position`` (rotary
-    embedding, halves of a head paired), and write keys and values into the cache at that place.
+    embedding, halves of a head paired), and write keys and values into the cache at that place modulo its length.
 
     Args:
         cos, sin: (L, D / 2) float32, of every position.
@@ -48,8 +48,9 @@ def rotate_and_append_reference(
     heads = qkv.shape[1] // d - 2 * kv_heads
     q, k, v = qkv.view(batch, -1, d).split([heads, kv_heads, kv_heads], dim=1)
     c, s = cos[position].to(qkv.dtype), sin[position].to(qkv.dtype)
-    keys.index_copy_(2, position, _rotate(k, c, s).unsqueeze(2))
-    values.index_copy_(2, position, v.unsqueeze(2))
+    place = position % keys.shape[2]
+    keys.index_copy_(2, place, _rotate(k, c, s).unsqueeze(2))
+    values.index_copy_(2, place, v.unsqueeze(2))
     return _rotate(q, c, s)
 
 

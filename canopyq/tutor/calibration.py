@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MEMOS = 10  # that a chat may hold
+MOST = 100_000
 
 
 def calibration(
@@ -25,12 +26,14 @@ def calibration(
     ones do not depend on ``n``.
 
     Raises:
-        CanopyError: for numbers below 1.
+        CanopyError: for numbers that are not between 1 and `MOST`.
     """
     import torch
 
-    if min(n, length, rows) < 1:
-        raise CanopyError(f"cannot draw {n} chats of {length} tokens, {rows} a batch; each has to be 1 or more")
+    if not all(type(count) is int and 1 <= count <= MOST for count in (n, length, rows)):
+        raise CanopyError(
+            f"cannot draw {n} chats of {length} tokens, {rows} a batch; each is a number from 1 to {MOST:,}"
+        )
     chats = [_chat(tokenizer, length, Random(f"{seed}/calibration/{number}")) for number in range(n)]
     return list(torch.tensor(chats).split(rows))
 

@@ -42,8 +42,8 @@ def questions(
     there are only some twenty easy sums in the test split, and once they are used up harder ones fill their place.
     ``fillers`` sets how many turns lie between telling and asking; it goes with ``skill="recall"``.
     """
-    if n < 0:
-        raise CanopyError(f"cannot draw {n} questions; ask for 0 or more")
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise CanopyError(f"cannot draw {n!r} questions; ask for a number, 0 or more")
     if skill is not None:
         return _exactly(n, skill, split, seed, fillers)
     if fillers is not None:

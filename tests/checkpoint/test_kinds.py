@@ -182,6 +182,7 @@ def test_streaming_says_what_two_names_of_one_tensor_cannot_be(tmp_path: Path) -
 # Elsewhere ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not tf.__version__.startswith("5.23"), reason="verdicts are those of the version that was tried")
 @pytest.mark.parametrize(
     ("name", "recipe", "verdict", "vllm"),
     [

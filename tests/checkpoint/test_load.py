@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import shutil
 import struct
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import canopyq as cq
+import canopyq.checkpoint.load as loading_module
 from benchmarks.load import measure
 from canopyq import cli
 from canopyq.checkpoint.files import INDEX, SINGLE
@@ -72,6 +75,34 @@ def test_weights_stay_packed(recipe: str, saved: Callable, logits: Callable) -> 
         for layer in layers.values():
             bits = 8 * sum(part.untyped_storage().nbytes() for part in layer.quantized_weight.parts.values())
             assert bits <= {"w4a16-g32-asym": 4.9, "w8a16": 8.6}[recipe] * layer.out_features * layer.in_features
+        logits(loaded)
+
+
+@pytest.mark.parametrize(("recipe", "most"), [("w4a16-g128", 4.3), ("w8a16", 8.3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_storages_hold_the_bits_that_were_promised(
+    recipe: str, most: float, dtype: torch.dtype, llama: Callable, logits: Callable, tmp_path: Path, monkeypatch
+) -> None:
+    """All memory behind the linear weights; and none of what was read from the files lives on beside it."""
+    model = llama(dtype, hidden_size=256, intermediate_size=512)
+    cq.quantize_(model, recipe)
+    cq.save(model, tmp_path / "model", check=False)
+    read: list[weakref.ref] = []
+    real = loading_module._Reader.__call__
+    monkeypatch.setattr(
+        loading_module._Reader, "__call__",
+        lambda self, name: (tensor := real(self, name), read.append(weakref.ref(tensor)))[0],
+    )  # fmt: skip
+    loaded = cq.load(tmp_path / "model")
+    gc.collect()
+    assert len(read) > 40 and not any(tensor() is not None for tensor in read)
+    for _ in range(2):  # and once a kernel has laid them out
+        storages = {}
+        for _, layer in quantized_layers(loaded):
+            for tensor in [*layer.parameters(), *layer.buffers()]:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        weights = sum(layer.out_features * layer.in_features for _, layer in quantized_layers(loaded))
+        assert 8 * sum(storages.values()) / weights <= most
         logits(loaded)
 
 
@@ -256,6 +287,7 @@ def test_bad_checkpoints_on_the_command_line(name: str, folder: Path, monkeypatc
     ("options", "part"),
     [
         ({"device": "gpu"}, "device 'gpu' cannot be used here"),
+        ({"device": "meta"}, "device 'meta' cannot be used here"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
         ({"dtype": torch.float64}, "unknown dtype 'float64'"),

@@ -107,6 +107,11 @@ def test_what_cannot_be_compared(result: object, words: str) -> None:
     assert finding.kind == "form" and words in finding.message
 
 
+def test_a_sparse_result_counts() -> None:
+    exercise = load("01-round-to-format")
+    assert diagnose(exercise, lambda *given: torch.ones(4).to_sparse()).kind in ("wrong", "mistake")
+
+
 def test_a_wrong_shape() -> None:
     def flat(x, scale=None):
         codes, scale, values = SOLUTION(x, scale)

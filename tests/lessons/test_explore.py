@@ -14,6 +14,7 @@ from canopyq.lessons.explore_clip import ClipView
 from canopyq.lessons.explore_float import FORMATS, split_bits, stored
 from canopyq.lessons.explore_groups import GroupsView
 from canopyq.lessons.explore_outlier import OutlierView
+from canopyq.lessons.explore_rounding import RoundingView
 from canopyq.lessons.explore_static import StaticView
 from canopyq.lessons.explore_words import WordsView
 from canopyq.tensor import quantize
@@ -47,6 +48,7 @@ EXPLORERS = {
         {"full": [(9, 90), (20, 200), (31, 310)], "kv4": [(9, 90), (20, 80), (31, 95)]}, 200
     ),
     "words": lambda: explore.words(X.reshape(15, 100)),
+    "rounding": lambda: explore.rounding(0.4, 0.4),
     "static": lambda: explore.static(TOKENS),
 }
 MOVES = {
@@ -60,6 +62,7 @@ MOVES = {
     "context": ("context", "256k"),
     "turns": ("turn", 3),
     "words": ("word", 3),
+    "rounding": ("correlation", -0.5),
     "static": ("reach", 0.1),
 }
 
@@ -77,27 +80,20 @@ def test_moving_a_control_updates_and_prints_nothing(name: str, capsys: pytest.C
         assert len(explorer.image.value) < 60_000
     assert capsys.readouterr() == ("", "")
     assert not plt.get_fignums(), "no figure is left for the notebook to show"
+    shown, other = explorer._repr_mimebundle_(), EXPLORERS[name]()
+    html, text = shown["text/html"], shown["text/plain"]
+    assert (html, text) == (other.static_html(), other.plain()), "the static form is the same each time"
+    assert "<table" in html and "<img" not in html and text.startswith(f"Explore {name}: ")
 
 
-@pytest.mark.parametrize("name", EXPLORERS)
-def test_the_static_form_is_the_same_each_time_and_holds_no_picture(name: str) -> None:
-    one, two = EXPLORERS[name](), EXPLORERS[name]()
-    two.widget()
-    control, value = MOVES[name]
-    two.controls[control].value = value
-    a, b = one._repr_mimebundle_(), two._repr_mimebundle_()
-    assert a["text/html"] == b["text/html"] and a["text/plain"] == b["text/plain"]
-    assert "<table" in a["text/html"] and "<img" not in a["text/html"]
-    assert a["text/plain"].startswith(f"Explore {name}: ")
-
-
-@pytest.mark.parametrize("range", ["symmetric", "restricted", "asymmetric"])
 @pytest.mark.parametrize("picture", ["staircase", "histogram"])
-def test_every_setting_of_bits(range: str, picture: str) -> None:
+def test_every_setting_of_bits(picture: str) -> None:
     explorer = explore.bits(X + 1)
     explorer.widget()
-    explorer.controls["range"].value, explorer.controls["picture"].value = range, picture
-    assert f"INT4, {range}" in explorer.line.value
+    explorer.controls["picture"].value = picture
+    for range in ("restricted", "asymmetric", "symmetric"):
+        explorer.controls["range"].value = range
+        assert f"INT4, {range}" in explorer.line.value
 
 
 @pytest.mark.parametrize("options", [{}, {"restricted": True}, {"symmetric": False}])
@@ -261,3 +257,12 @@ def test_one_range_for_all_tokens_clips_some_or_blurs_others() -> None:
     torch.testing.assert_close(own.error, (q - TOKENS).norm(dim=1) / TOKENS.norm(dim=1))
     head, rows = view.rows()
     assert {len(row) for row in rows} == {len(head)} and rows[-1][0] == "each token's own"
+
+
+def test_two_weights_make_up_for_each_other_when_their_inputs_go_together() -> None:
+    view = RoundingView((0.4, 0.4))
+    alone, best = view.choices((0.4, 0.4), 0.98)
+    assert alone.point == (0, 0) and sum(best.point) == 1
+    assert best.error < 0.2 * alone.error
+    alone, best = view.choices((0.4, 0.4), 0.0)
+    assert alone == best and alone.error == pytest.approx(0.32)

@@ -63,6 +63,11 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "curve": lambda: plots.curve(
         [2, 4, 8, 16], {"a": [4, 3, 2, 1], "b": [1, 1, 1, 2]}, "x", "y", "Curve", log="xy", mark=5
     ),
+    "dots": lambda: plots.dots(
+        {"one": {"w4": 0.0012, "w2": 0.1, "w8": 7e-5}, "two": {"w4": 0.0005, "w2": 0.03}, "three": {"w8": 9e-5}},
+        "x",
+        "D",
+    ),
     "trade-off": lambda: plots.trade_off(TRADES, {"one": "right", "two": "left", "three": "below"}, title="A title"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from canopyq import lessons
+from canopyq.errors import CanopyError
 from canopyq.lessons.predict import distance, parse
 
 QUESTION = "How large can the rounding error get, in steps?"
@@ -72,3 +73,11 @@ def test_distance_in_words() -> None:
     assert distance(0.6, 0.5) == " (20% too high)"
     assert distance(1, 8) == " (a factor of 8 too low)"
     assert distance(-1, 8) == distance(0, 8) == ""
+
+
+@pytest.mark.parametrize("given", [None, "much", [1], 1 + 2j, float("inf"), 10**400])
+def test_what_cannot_be_guessed(given: object) -> None:
+    guess = lessons.predict("02-error", QUESTION)
+    with pytest.raises(CanopyError, match="a number such as 0.3|one such as 0.3"):
+        guess.say(given)
+    assert guess.guess is None

@@ -88,6 +88,10 @@ def stderr(nb: NotebookNode) -> None:
     nb.cells[2].outputs.append(new_output("stream", name="stderr", text="  0%|"))
 
 
+def progress_bar(nb: NotebookNode) -> None:
+    nb.cells[2].outputs.append(new_output("stream", name="stdout", text="evaluating:  93%|█████▎| 13/14 [00:02<00:00]"))
+
+
 def widget_state(nb: NotebookNode) -> None:
     nb.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}, "version_major": 2}}
 
@@ -135,6 +139,7 @@ def home(nb: NotebookNode) -> None:
         (few_outputs, "holds outputs in 0 of 3 code cells"),
         (error_output, "cell 2 holds an error: ValueError: no"),
         (stderr, "cell 2 holds stderr text"),
+        (progress_bar, "cell 2 holds a progress bar"),
         (widget_state, "holds widget state"),
         (widget_view, "cell 2 holds a widget view"),
         (widget_without_html, "cell 2 shows a widget that has no plain HTML form"),
@@ -341,3 +346,9 @@ def test_every_limit_of_time_is_held() -> None:
     assert complaints(40, 360, 1) == "one.ipynb took 45 s; the limit is 40 s"
     assert complaints(60, 40, 1) == "all notebooks together took 50 s; the limit is 40 s"
     assert "one.ipynb" in complaints(20, 20, 2) and "all notebooks" in complaints(20, 20, 2)
+
+
+@pytest.mark.parametrize(("load", "times"), [(0.0, 2), (1.0, 2), (3.0, 6)])
+def test_a_busy_machine_gets_more_time(load: float, times: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, load * os.cpu_count(), 0.0))
+    assert Stopwatch(SimpleNamespace(option=SimpleNamespace(notebook_seconds=1, course_seconds=1))).patience() == times

@@ -18,7 +18,7 @@ DECODE = {"ELEMENT_BF16": 1, "SCALE_BF16": 1, "BITS": 4, "GROUP": 128, "ASYMMETR
 def test_what_was_compiled_is_read_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(nvrtc.VARIABLE, str(tmp_path / "cache"))
     first = nvrtc.compile("decode.cu", DECODE, "sm_80")
-    assert first.cubin[:4] == b"\x7fELF" and 0 < first.registers <= 64
+    assert first.cubin[:4] == b"\x7fELF" and 0 < first.registers <= 128
     monkeypatch.setattr(nvrtc, "_compile", lambda *_: pytest.fail("compiled again"))
     assert nvrtc.compile("decode.cu", DECODE, "sm_80") == first
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".cubin", ".log"]

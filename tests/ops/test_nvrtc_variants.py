@@ -42,7 +42,7 @@ def check(found: dict[str, nvrtc.Compiled]) -> None:
 
 def table(kernel: str, matters: tuple[int, ...]) -> list[tuple[int, ...]]:
     """One tile of the table for each combination of the constants at these places; others hardly change the code."""
-    found = [tuple(row["tile"]) for row in tiles._measured() if row["kernel"] == kernel]
+    found = [tuple(row["tile"]) for row in tiles.measured() if row["kernel"] == kernel]
     return list({tuple(tile[i] for i in matters): tile for tile in found}.values())
 
 

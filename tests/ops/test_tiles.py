@@ -32,6 +32,7 @@ def test_every_shape_gets_tiles_that_fit(n: int, k: int, bits: int, group: int, 
     if rows <= tiles.most_rows(weight, "warpgroup"):
         tile = tiles.choose(weight, "warpgroup", rows)
         assert isinstance(tile, WarpgroupTile) and tile.stages > tile.deep and tile.cluster <= weight.steps
+        assert tile.stages % tile.deep == 0  # else warpgroups that take turns would wait for each other's copies
         assert (tile.shared(weight) + tiles.RESERVED) * tile.per_sm <= tiles.SHARED
         assert tile.threads * tile.per_sm <= 2048
 
@@ -48,3 +49,11 @@ def test_more_rows_go_to_the_kernel_for_more_rows(bits: int) -> None:
 def test_a_row_too_long_for_shared_memory_is_left_to_another_kernel() -> None:
     weight = weight_of(4096, 128_000)
     assert tiles.most_rows(weight, "decode") == 0 and tiles.most_rows(weight, "warpgroup") > 0
+
+
+def test_warpgroups_that_take_turns_get_stages_of_their_own() -> None:
+    weight = weight_of(4096, 11008)
+    for deep in (1, 2, 4):
+        for stages in range(5, 21):
+            tile = WarpgroupTile(8, 1, 1, deep, stages, 2, 1, 1).fitted(weight)
+            assert tile.stages % tile.deep == 0 and stages - tile.deep < tile.stages <= stages

@@ -75,7 +75,7 @@ def _functions(format: str, head_dim: int, dtype: torch.dtype, tiles: int, devic
     )
 
 
-@torch.library.custom_op("canopyq::attend", mutates_args=())
+@torch.library.custom_op("canopyq::attend_codes", mutates_args=())
 def attend(
     query: Tensor,
     key_codes: Tensor,
@@ -126,7 +126,7 @@ def attend(
     row_tiles = -(-rows // (8 * tiles))
     device = query.device.index
     decode, combine = _functions(format, head_dim, query.dtype, tiles, device)
-    resident = REGISTERS // (decode.compiled.registers * THREADS)
+    resident = REGISTERS // (decode.registers * THREADS)
     splits = splits_for(capacity // BLOCK, batch * kv_heads * row_tiles, launch.multiprocessors(device), resident)
     out = query.new_empty(batch, tokens, heads, head_dim)
     partial = torch.empty(batch * tokens * heads, splits, head_dim, dtype=torch.float32, device=query.device)

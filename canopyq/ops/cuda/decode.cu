@@ -6,10 +6,12 @@
 // * Every lane copies its own share of W into a ring in shared memory DEPTH steps ahead, over the borders of tiles, and is
 //   the only one to read it back. So many loads are in flight, and no barrier is needed in the loop.
 // * x lies in shared memory for as long as the block lives. A cluster of CLUSTER blocks splits the columns, so that each
-//   holds a part of x, and adds up over the cluster.
+//   holds a part of x, and adds up over the cluster: the sums of a tile while the products of the next are under way.
 // * W is the 16-row operand of the tensor cores and x the one with 8 columns: COLUMN_TILES · 8 rows of x cost hardly more
 //   than one. Rows of x that do not exist repeat the last; their sums are never stored.
-// * Scales multiply the float32 sums of a group, so that no product is rounded.
+// * Scales multiply the float32 sums of a group, so that no product is rounded. With 4-bit codes and bfloat16 zero points
+//   come off those sums too, Σ (128 + u)·x − (128 + z)·Σ x, where one product more with ones gives Σ x: instructions are
+//   what this kernel spends most of its time on. (1024 + u in float16 would lose too many bits that way.)
 //
 // Constants: ELEMENT_BF16, SCALE_BF16, BITS, GROUP, ASYMMETRIC, COLUMN_TILES, TILE_BLOCKS, WARPS, DEPTH, CLUSTER.
 #include "fragments.cuh"
@@ -21,20 +23,13 @@ constexpr int RING_BYTES = DEPTH * TILE_BLOCKS * SLOT_BYTES;                    
 constexpr int SUM_COLUMN = 20;      // floats from one column of sums to the next: 16, and 4 to spread over the banks
 constexpr int SUMS = TILE_BLOCKS * COLUMN_TILES * 8 * SUM_COLUMN;
 constexpr int X_PAD = 8;            // elements between two rows of x, so that 8 rows lie in different banks
+constexpr int STEP_APART = WARPS * SLAB_BLOCKS * STEP_BYTES;    // codes between two steps of a warp
+constexpr int PAIRS_APART = (GROUP > STEP ? WARPS * STEP / GROUP : GROUP > 0 ? WARPS * STEP_GROUPS : 0) * SLAB_BLOCKS * 8;
+static_assert(SLAB_BLOCKS % TILE_BLOCKS == 0 && (GROUP <= STEP || WARPS % (GROUP / STEP) == 0), "as the walk takes it");
+constexpr bool SHIFT_SUMS = BITS == 4 && ELEMENT_BF16;
+constexpr u32 ONES[4] = {ONE2, ONE2, ONE2, ONE2};
 
-// Where a warp is in its walk through the tiles and, in each, through its own steps.
-struct Place {
-    int tile, step;
-    __device__ __forceinline__ void next(int first, int stop, int tiles_apart) {
-        step += WARPS;
-        if (step >= stop) {
-            step = first;
-            tile += tiles_apart;
-        }
-    }
-};
-
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 decode(const unsigned char* __restrict__ codes, const u32* __restrict__ scales, const u32* __restrict__ zeros,
        const u16* __restrict__ x, u16* __restrict__ y, int rows, int n, int k, int row_blocks, int steps, int groups) {
     extern __shared__ __align__(128) unsigned char memory[];
@@ -53,26 +48,35 @@ decode(const unsigned char* __restrict__ codes, const u32* __restrict__ scales, 
 
     let_next_kernel_start();
 
-    Place ahead = {first < stop ? int(blockIdx.x) : tiles, first};
-    int slot_ahead = 0;
+    // The walk: through this block's tiles, and in each through this warp's steps. A tile lies within a slab.
+    int tile_ahead = first < stop ? int(blockIdx.x) : tiles, step_ahead = first, slot_ahead = 0;
+    const unsigned char* codes_from;
+    size_t pair_from;
+    auto enter_tile = [&]() {
+        codes_from = codes + codes_at(tile_ahead * TILE_BLOCKS, first, steps) + lane * 16;
+        pair_from = pairs_at(tile_ahead * TILE_BLOCKS, first_group(first) + lane / 8, groups) + lane % 8;
+    };
+    enter_tile();
     auto fetch = [&]() {
-        if (ahead.tile < tiles) {
-            const int group = first_group(ahead.step);
+        if (tile_ahead < tiles) {
+            const u32 slot = ring + slot_ahead * TILE_BLOCKS * SLOT_BYTES;
 #pragma unroll
-            for (int b = 0; b < TILE_BLOCKS; b++) {
-                const int block = min(ahead.tile * TILE_BLOCKS + b, row_blocks - 1);
-                const u32 slot = ring + (slot_ahead * TILE_BLOCKS + b) * SLOT_BYTES;
-                const unsigned char* from = codes + codes_at(block, ahead.step, steps) + lane * 16;
+            for (int b = 0; b < TILE_BLOCKS; b++)
 #pragma unroll
                 for (int p = 0; p < PIECES; p++)
-                    copy_16(slot + p * PIECE_BYTES + lane * 16, from + p * PIECE_BYTES);
-                if (lane < STEP_GROUPS * 8) {
-                    const size_t meta = pairs_at(block, group + lane / 8, groups) + lane % 8;
-                    copy_4(slot + STEP_BYTES + lane * 4, scales + meta);
-                    if (ASYMMETRIC) copy_4(slot + STEP_BYTES + META_BYTES + lane * 4, zeros + meta);
+                    copy_16(slot + b * SLOT_BYTES + p * PIECE_BYTES + lane * 16, codes_from + b * STEP_BYTES + p * PIECE_BYTES);
+            if (lane < STEP_GROUPS * 8)
+#pragma unroll
+                for (int b = 0; b < TILE_BLOCKS; b++) {
+                    copy_4(slot + b * SLOT_BYTES + STEP_BYTES + lane * 4, scales + pair_from + b * 8);
+                    if (ASYMMETRIC)
+                        copy_4(slot + b * SLOT_BYTES + STEP_BYTES + META_BYTES + lane * 4, zeros + pair_from + b * 8);
                 }
+            step_ahead += WARPS, codes_from += STEP_APART, pair_from += PAIRS_APART;
+            if (step_ahead >= stop) {
+                step_ahead = first, tile_ahead += gridDim.x;
+                enter_tile();
             }
-            ahead.next(first, stop, gridDim.x);
         }
         close_batch();
         slot_ahead = slot_ahead + 1 == DEPTH ? 0 : slot_ahead + 1;
@@ -99,6 +103,23 @@ decode(const unsigned char* __restrict__ codes, const u32* __restrict__ scales, 
     for (int c = 0; c < COLUMN_TILES; c++)
         x_row[c] = x_shared + (min(c * 8 + lane % 8, rows - 1) * pitch + (lane / 8) * 8) * 2;
 
+    constexpr int COLUMNS = COLUMN_TILES * 8, RESULTS = TILE_BLOCKS * COLUMNS * BLOCK_ROWS;
+    constexpr int SET = (WARPS + (CLUSTER > 1)) * SUMS;                                // the last of them the block's own
+    // Each block of the cluster stores its share of a tile's results, when all have put their sums in place.
+    auto add_over_cluster = [&](int tile, int parity) {
+        cluster_wait();
+        for (int e = threadIdx.x + rank * THREADS; e < RESULTS; e += THREADS * CLUSTER) {
+            const int row = e % BLOCK_ROWS, column = e / BLOCK_ROWS % COLUMNS, b = e / (BLOCK_ROWS * COLUMNS);
+            if (column >= rows) continue;
+            const u32 at = shared_address(sums + parity * SET + WARPS * SUMS + (b * COLUMNS + column) * SUM_COLUMN + row);
+            float sum = 0.f;
+#pragma unroll
+            for (int r = 0; r < CLUSTER; r++) sum += load_from_cluster(at, r);
+            const int out = (tile * TILE_BLOCKS + b) * BLOCK_ROWS + row;
+            if (out < n) y[size_t(column) * n + out] = to_element(sum);
+        }
+    };
+
     int slot = 0, parity = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, parity ^= 1) {
         float total[TILE_BLOCKS][COLUMN_TILES][4] = {};
@@ -108,8 +129,12 @@ decode(const unsigned char* __restrict__ codes, const u32* __restrict__ scales, 
             __syncwarp();
             const u32 here = ring + slot * TILE_BLOCKS * SLOT_BYTES;
             const u32 x_column = (step - begin) * STEP * 2;
-            float part[TILE_BLOCKS][COLUMN_TILES][4] = {};
+            float part[TILE_BLOCKS][COLUMN_TILES][4] = {}, x_sum[COLUMN_TILES][4] = {};   // of a group
             u32 offset[TILE_BLOCKS][2];                                                // for rows g and g + 8
+            auto zero_points = [&](int b, int group) {                                       // of both rows, 16 bits each
+                return ASYMMETRIC ? load_shared_4(here + b * SLOT_BYTES + STEP_BYTES + META_BYTES + group * GROUP_BYTES + g * 4)
+                                  : MIDDLE * 0x10001u;
+            };
 #pragma unroll
             for (int p = 0; p < PIECES; p++) {
                 uint4 piece[TILE_BLOCKS];
@@ -120,12 +145,10 @@ decode(const unsigned char* __restrict__ codes, const u32* __restrict__ scales, 
                 for (int j = 0; j < PRODUCTS; j++) {
                     const int column = p * PIECE_COLUMNS + j * 16;
                     const int group = column * STEP_GROUPS / STEP;
-                    if (column * STEP_GROUPS % STEP == 0) {                            // a group begins
+                    if (!SHIFT_SUMS && column * STEP_GROUPS % STEP == 0) {             // a group begins
 #pragma unroll
                         for (int b = 0; b < TILE_BLOCKS; b++) {
-                            const u32 z = ASYMMETRIC ? load_shared_4(here + b * SLOT_BYTES + STEP_BYTES + META_BYTES
-                                                                     + group * GROUP_BYTES + g * 4)
-                                                     : MIDDLE * 0x10001u;
+                            const u32 z = zero_points(b, group);
                             offset[b][0] = offset_of(z & 0xffff);
                             offset[b][1] = offset_of(z >> 16);
                         }
@@ -135,11 +158,14 @@ decode(const unsigned char* __restrict__ codes, const u32* __restrict__ scales, 
                     for (int c = 0; c < COLUMN_TILES; c++)
                         if (j % 2 == 0) xs[c] = load_matrices(x_row[c] + x_column + column * 2);
                         else xs[c].x = xs[c].z, xs[c].y = xs[c].w;
+                    if (SHIFT_SUMS)
+#pragma unroll
+                        for (int c = 0; c < COLUMN_TILES; c++) multiply_add(x_sum[c], ONES, xs[c].x, xs[c].y);
 #pragma unroll
                     for (int b = 0; b < TILE_BLOCKS; b++) {
                         u32 a[4];
                         raw(a, piece[b], j);
-                        if (ASYMMETRIC || !SYMMETRIC_IS_RAW)
+                        if (!SHIFT_SUMS && (ASYMMETRIC || !SYMMETRIC_IS_RAW))
 #pragma unroll
                             for (int i = 0; i < 4; i++) a[i] = add2(a[i], offset[b][i % 2]);
 #pragma unroll
@@ -150,14 +176,21 @@ decode(const unsigned char* __restrict__ codes, const u32* __restrict__ scales, 
                         for (int b = 0; b < TILE_BLOCKS; b++) {
                             const u32 s = load_shared_4(here + b * SLOT_BYTES + STEP_BYTES + group * GROUP_BYTES + g * 4);
                             const float s0 = scale_to_float(s & 0xffff), s1 = scale_to_float(s >> 16);
+                            const u32 z = zero_points(b, group);
+                            const float z0 = 128.f + float(z & 0xffff), z1 = 128.f + float(z >> 16);
 #pragma unroll
                             for (int c = 0; c < COLUMN_TILES; c++)
 #pragma unroll
                                 for (int i = 0; i < 4; i++) {
+                                    if (SHIFT_SUMS) part[b][c][i] -= x_sum[c][i] * (i < 2 ? z0 : z1);
                                     total[b][c][i] += part[b][c][i] * (i < 2 ? s0 : s1);
                                     part[b][c][i] = 0.f;
                                 }
                         }
+#pragma unroll
+                        for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+                            for (int i = 0; i < 4; i++) x_sum[c][i] = 0.f;
                     }
                 }
             }
@@ -166,7 +199,7 @@ decode(const unsigned char* __restrict__ codes, const u32* __restrict__ scales, 
         }
 
         // Sums of this warp to shared memory: by tile of x, column (row of x), row of W.
-        float* set = sums + parity * (WARPS + (CLUSTER > 1)) * SUMS;
+        float* set = sums + parity * SET;
 #pragma unroll
         for (int b = 0; b < TILE_BLOCKS; b++)
 #pragma unroll
@@ -177,11 +210,13 @@ decode(const unsigned char* __restrict__ codes, const u32* __restrict__ scales, 
                         set[warp * SUMS + ((b * COLUMN_TILES + c) * 8 + 2 * t + i % 2) * SUM_COLUMN + g + i / 2 * 8] =
                             total[b][c][i];
         __syncthreads();
+        // By then all have read the sums of the tile before the last, whose place is taken next.
+        if (CLUSTER > 1 && tile != blockIdx.x) add_over_cluster(tile - gridDim.x, parity ^ 1);
 
-        constexpr int COLUMNS = COLUMN_TILES * 8;
         float* block_sums = set + WARPS * SUMS;
-        for (int e = threadIdx.x; e < TILE_BLOCKS * rows * BLOCK_ROWS; e += THREADS) {
-            const int row = e % BLOCK_ROWS, rest = e / BLOCK_ROWS, b = rest / rows, column = rest - b * rows;
+        for (int e = threadIdx.x; e < RESULTS; e += THREADS) {
+            const int row = e % BLOCK_ROWS, column = e / BLOCK_ROWS % COLUMNS, b = e / (BLOCK_ROWS * COLUMNS);
+            if (column >= rows) continue;
             const int at = (b * COLUMNS + column) * SUM_COLUMN + row;
             float sum = 0.f;
 #pragma unroll
@@ -190,18 +225,11 @@ decode(const unsigned char* __restrict__ codes, const u32* __restrict__ scales, 
             if (CLUSTER > 1) block_sums[at] = sum;
             else if (out < n) y[size_t(column) * n + out] = to_element(sum);
         }
-        if (CLUSTER > 1) {
-            cluster_barrier();
-            for (int e = threadIdx.x + rank * THREADS; e < TILE_BLOCKS * rows * BLOCK_ROWS; e += THREADS * CLUSTER) {
-                const int row = e % BLOCK_ROWS, rest = e / BLOCK_ROWS, b = rest / rows, column = rest - b * rows;
-                const u32 at = shared_address(block_sums + (b * COLUMNS + column) * SUM_COLUMN + row);
-                float sum = 0.f;
-#pragma unroll
-                for (int r = 0; r < CLUSTER; r++) sum += load_from_cluster(at, r);
-                const int out = (tile * TILE_BLOCKS + b) * BLOCK_ROWS + row;
-                if (out < n) y[size_t(column) * n + out] = to_element(sum);
-            }
-        }
+        if (CLUSTER > 1) cluster_arrive();                                             // this tile's sums are in place
     }
-    if (CLUSTER > 1) cluster_barrier();      // no block leaves while another may read its sums
+    if (CLUSTER > 1) {
+        const int turns = (tiles - 1 - int(blockIdx.x)) / int(gridDim.x);
+        add_over_cluster(blockIdx.x + turns * gridDim.x, parity ^ 1);
+        cluster_barrier();                                                             // no block leaves while its sums are read
+    }
 }

@@ -143,10 +143,25 @@ __device__ __forceinline__ void wait_for_earlier_kernels() {
 
 // ---- clusters: blocks that read each other's shared memory (compute capability 9.0) -----------------------------------
 
-__device__ __forceinline__ void cluster_barrier() {
+// A barrier in two parts: what a thread wrote before it arrived, others read after they waited. Every thread of the
+// cluster's blocks must call both; lanes that took different turns before are brought together first.
+__device__ __forceinline__ void cluster_arrive() {
+    __syncwarp();
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+    __syncwarp();
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+    cluster_arrive();
+    cluster_wait();
 }
 
 // A float of block ``rank`` of the cluster, at the address that this block has it at.

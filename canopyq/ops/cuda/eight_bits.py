@@ -41,9 +41,9 @@ def _scale(scale: torch.dtype, output: torch.dtype, device: int) -> launch.Funct
 
 
 @cache
-def _quantize(format: str, dtype: torch.dtype, source: int, device: int) -> launch.Function:
-    defined = {"CODE": CODES[format], "ELEMENT_BF16": KINDS[dtype], "INPUT": source}
-    return launch.Function("quantize_rows.cu", "quantize_rows", defined, "PPPPiqqf", device, 256)
+def _quantize(format: str, dtype: torch.dtype, source: int, threads: int, device: int) -> launch.Function:
+    defined = {"CODE": CODES[format], "ELEMENT_BF16": KINDS[dtype], "INPUT": source, "THREADS": threads}
+    return launch.Function("quantize_rows.cu", "quantize_rows", defined, "PPPPPiqqf", device, threads)
 
 
 # ------------------------------------------------------------------------------------------------- rows to codes
@@ -73,7 +73,9 @@ def _cannot(format: str, device: torch.device) -> str | None:
     return None
 
 
-def _rows(x: Tensor, format: str, source: int, other: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
+def _rows(
+    x: Tensor, format: str, source: int, other: Tensor | None, epsilon: float, change: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     if x.dim() != 2 or x.dtype not in (torch.float16, torch.bfloat16) or x.shape[1] % 8:
         raise CanopyError(
             f"rows to quantize are 16-bit floats (M, K) with K a multiple of 8, got {x.dtype} {tuple(x.shape)}"
@@ -88,16 +90,28 @@ def _rows(x: Tensor, format: str, source: int, other: Tensor | None, epsilon: fl
             f"beside rows {x.dtype} {tuple(x.shape)} on {x.device} belongs {tuple(shape)} of the same dtype, there, "
             f"got {other.dtype} {tuple(other.shape)} on {other.device}"
         )
+    if change is not None and (change.shape != x.shape or change.dtype != x.dtype or change.device != x.device):
+        raise CanopyError(
+            f"to rows {x.dtype} {tuple(x.shape)} on {x.device} the same is added, got {change.dtype} "
+            f"{tuple(change.shape)} on {change.device}"
+        )
     m, k = x.shape
     codes = torch.empty(m, k, dtype=DTYPES[format], device=x.device)
     scales = torch.empty(m, 1, dtype=torch.float32, device=x.device)
     if not x.numel():
         return codes, scales
+    if change is not None and _aligned(x) is not x:
+        raise CanopyError("rows that are added to lie together, from a multiple of 16 bytes on; use .contiguous()")
     x, other = _aligned(x), None if other is None else _aligned(other)
-    run = _quantize(format, x.dtype, source, x.device.index)
+    added = None if change is None else _aligned(change.contiguous())
+    # Of 512 threads one block finds room on a multiprocessor: good for few long rows alone.
+    threads = 512 if k > 8192 and m <= launch.multiprocessors(x.device.index) else 256
+    run = _quantize(format, x.dtype, source, threads, x.device.index)
     beside = 0 if other is None else other.data_ptr()
     stride = 0 if other is None else other.stride(0)
-    run((m, 1, 1), x.data_ptr(), beside, codes.data_ptr(), scales.data_ptr(), k, x.stride(0), stride, epsilon)
+    more = 0 if added is None else added.data_ptr()
+    places = (x.data_ptr(), beside, more, codes.data_ptr(), scales.data_ptr())
+    run((m, 1, 1), *places, k, x.stride(0), stride, epsilon)
     return codes, scales
 
 
@@ -120,10 +134,13 @@ def quantize_rows(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
     return _rows(x, format, 0, None, 0.0)
 
 
-@torch.library.custom_op("canopyq::quantize_normed", mutates_args=())
-def quantize_normed(x: Tensor, weight: Tensor, epsilon: float, format: str) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` of RMSNorm(x) · weight, with the roundings of transformers' Llama."""
-    return _rows(x, format, 1, weight, epsilon)
+@torch.library.custom_op("canopyq::quantize_normed", mutates_args=("x",))
+def quantize_normed(
+    x: Tensor, change: Tensor | None, weight: Tensor, epsilon: float, format: str
+) -> tuple[Tensor, Tensor]:
+    """Add ``change`` to ``x`` (M, K) in place, then `quantize_rows` of RMSNorm(x) · weight, with the roundings of
+    transformers' Llama."""
+    return _rows(x, format, 1, weight, epsilon, change)
 
 
 @torch.library.custom_op("canopyq::quantize_gated", mutates_args=())
@@ -137,11 +154,41 @@ def _fake_rows(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
 
 
 quantize_rows.register_fake(_fake_rows)
-quantize_normed.register_fake(lambda x, weight, epsilon, format: _fake_rows(x, format))
+quantize_normed.register_fake(lambda x, change, weight, epsilon, format: _fake_rows(x, format))
 quantize_gated.register_fake(lambda gate, up, format: _fake_rows(gate, format))
 
 
 # ----------------------------------------------------------------------------------------------------- products
+
+
+def check_operands(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype
+) -> tuple[str, tuple[Tensor, ...]]:
+    """The format of codes (M, K) and (N, K), and the four tensors as kernels read them: contiguous and aligned."""
+    format = next((name for name, kind in DTYPES.items() if x.dtype == kind), None)
+    if format is None or x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or weight.dtype != x.dtype:
+        raise CanopyError(
+            f"products are of int8 or float8_e4m3fn codes (M, K) and (N, K), got {x.dtype} {tuple(x.shape)} and "
+            f"{weight.dtype} {tuple(weight.shape)}"
+        )
+    (m, k), n = x.shape, weight.shape[0]
+    if k % 16 or k > 2**31 // 2**15:
+        raise CanopyError(f"the kernel takes columns in multiples of 16, {2**16} at most; these are {k}")
+    if x_scale.numel() != m or x_scale.dtype != torch.float32 or weight_scale.numel() != n:
+        raise CanopyError(
+            f"{m} rows and {n} features need as many scales, got {x_scale.numel()} {weight_scale.numel()}"
+        )
+    if weight_scale.dtype not in KINDS or dtype not in KINDS:
+        raise CanopyError(f"scales and results are 16- or 32-bit floats, not {weight_scale.dtype} and {dtype}")
+    tensors = (x, x_scale, weight, weight_scale)
+    if any(t.device != x.device for t in tensors):
+        raise CanopyError(f"codes and scales lie on {', '.join(str(t.device) for t in tensors)}; move them together")
+    if reason := _cannot(format, x.device):
+        raise CanopyError(f"codes cannot be multiplied by the CUDA kernel: {reason}")
+    return format, tuple(
+        t if t.is_contiguous() and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
+        for t in tensors
+    )
 
 
 @torch.library.custom_op("canopyq::multiply_codes", mutates_args=())
@@ -158,37 +205,17 @@ def multiply_codes(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Ten
     Raises:
         CanopyError: for shapes, dtypes and devices that do not fit together.
     """
-    format = next((name for name, kind in DTYPES.items() if x.dtype == kind), None)
-    if format is None or x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or weight.dtype != x.dtype:
-        raise CanopyError(
-            f"products are of int8 or float8_e4m3fn codes (M, K) and (N, K), got {x.dtype} {tuple(x.shape)} and "
-            f"{weight.dtype} {tuple(weight.shape)}"
-        )
-    (m, k), n = x.shape, weight.shape[0]
-    if m > MOST_ROWS or k % 16 or k > 2**31 // 2**15:
-        raise CanopyError(f"the kernel takes up to {MOST_ROWS} rows, columns in multiples of 16; these are {m} by {k}")
-    if x_scale.numel() != m or x_scale.dtype != torch.float32 or weight_scale.numel() != n:
-        raise CanopyError(
-            f"{m} rows and {n} features need as many scales, got {x_scale.numel()} {weight_scale.numel()}"
-        )
-    if weight_scale.dtype not in KINDS or dtype not in KINDS:
-        raise CanopyError(f"scales and results are 16- or 32-bit floats, not {weight_scale.dtype} and {dtype}")
-    tensors = (x, x_scale, weight, weight_scale)
-    if any(t.device != x.device for t in tensors):
-        raise CanopyError(f"codes and scales lie on {', '.join(str(t.device) for t in tensors)}; move them together")
-    if reason := _cannot(format, x.device):
-        raise CanopyError(f"codes cannot be multiplied by the CUDA kernel: {reason}")
+    format, operands = check_operands(x, x_scale, weight, weight_scale, dtype)
+    (m, k), n = x.shape, len(weight)
+    if m > MOST_ROWS:
+        raise CanopyError(f"the kernel takes up to {MOST_ROWS} rows; these are {m}")
     y = torch.empty(m, n, dtype=dtype, device=x.device)
     if not y.numel():
         return y
-    x, x_scale, weight, weight_scale = (
-        t if t.is_contiguous() and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
-        for t in tensors
-    )
     tiles = 1 if m <= 8 else 2
     run = _skinny(format, tiles, weight_scale.dtype, dtype, x.device.index)
     blocks = min(-(-n // 16), 2 * launch.multiprocessors(x.device.index))
-    run((blocks, 1, 1), *(t.data_ptr() for t in (x, x_scale, weight, weight_scale, y)), m, n, k)
+    run((blocks, 1, 1), *(t.data_ptr() for t in (*operands, y)), m, n, k)
     return y
 
 

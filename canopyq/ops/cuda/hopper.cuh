@@ -52,6 +52,29 @@ __device__ __forceinline__ void box_copy(u32 to, const TensorMap* map, int row, 
                  ::"r"(to), "l"(map), "r"(row), "r"(half_step), "r"(barrier) : "memory");
 }
 
+// The box of a matrix of bytes that begins at this row and column; what lies outside arrives as zeros.
+__device__ __forceinline__ void tile_copy(u32 to, const TensorMap* map, int row, int column, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+
+// The other way: a box from shared memory, as the copy engine swizzles it, into a matrix; what lies outside is left out.
+// It runs on while the thread does, as part of the batch that the thread closes next.
+__device__ __forceinline__ void tile_store(const TensorMap* map, u32 from, int row, int column) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];"
+                 ::"l"(map), "r"(column), "r"(row), "r"(from) : "memory");
+}
+
+__device__ __forceinline__ void close_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until all of this thread's stores have read shared memory; until they are done.
+__device__ __forceinline__ void wait_for_stores_to_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// What this thread wrote to shared memory is there for the copy engine, once a barrier has followed.
+__device__ __forceinline__ void show_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // ---- products of a warpgroup: four warps, 64 rows ----------------------------------------------------------------------
 
 // Registers and shared memory written so far may be read by the products that follow.
@@ -83,9 +106,14 @@ __device__ __forceinline__ void registers_grow() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
+// Barrier number ``which`` (1 … 15) of a block, among ``threads`` threads, whole warps.
+__device__ __forceinline__ void barrier_among(int which, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(which), "r"(threads) : "memory");
+}
+
 // A barrier among the first ``threads`` threads of a block.
 __device__ __forceinline__ void consumers_barrier(int threads) {
-    asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
+    barrier_among(1, threads);
 }
 
 __device__ __forceinline__ float4 load_shared_floats(u32 address) {

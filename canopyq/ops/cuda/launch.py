@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -76,10 +76,10 @@ class Function:
         self._driver, self.name, self._device, self._shared = driver, f"{name} of {file}", device, shared
         capability = torch.cuda.get_device_capability(device)
         torch.cuda.init()
-        self.compiled = nvrtc.compile(file, constants, nvrtc.architecture(capability), extra=extra)
+        compiled = nvrtc.compile(file, constants, nvrtc.architecture(capability), extra=extra)
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # creates the context that the driver loads into
-            library = self._check(driver.cuLibraryLoadData(self.compiled.cubin, [], [], 0, [], [], 0))
+            library = self._check(driver.cuLibraryLoadData(compiled.cubin, [], [], 0, [], [], 0))
             kernel = self._check(driver.cuLibraryGetKernel(library, name.encode()))
             of_kernel, of_device = driver.CUfunction_attribute, driver.CUdevice_attribute
             most = of_device.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
@@ -87,6 +87,8 @@ class Function:
             static = self._check(
                 driver.cuKernelGetAttribute(of_kernel.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, kernel, gpu)
             )
+            registers = of_kernel.CU_FUNC_ATTRIBUTE_NUM_REGS
+            self.registers = self._check(driver.cuKernelGetAttribute(registers, kernel, gpu))  # of each thread
             self.most_shared = self._check(driver.cuDeviceGetAttribute(most, gpu)) - static
             attribute = of_kernel.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._check(driver.cuKernelSetAttribute(attribute, self.most_shared, kernel, gpu))
@@ -161,3 +163,34 @@ def _words(arguments: str) -> list[tuple[int, int]]:
 @cache
 def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=4096)
+def matrix_map(pointer: int, rows: int, columns: int, item: int, box_rows: int, box_columns: int) -> bytes:
+    """Tells the copy engine where a matrix lies and in what boxes it comes or goes, swizzled by 128 bytes.
+
+    Args:
+        item: bytes of an element, 1 or 2. A row takes a multiple of 16 bytes, a box 128 bytes across.
+
+    Raises:
+        CanopyError: if the driver does not accept it.
+    """
+    from cuda.bindings import driver as d
+
+    kinds = d.CUtensorMapDataType
+    result, made = d.cuTensorMapEncodeTiled(
+        kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8 if item == 1 else kinds.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+        2,
+        pointer,
+        [d.cuuint64_t(columns), d.cuuint64_t(rows)],
+        [d.cuuint64_t(columns * item)],
+        [d.cuuint32_t(box_columns), d.cuuint32_t(box_rows)],
+        [d.cuuint32_t(1)] * 2,
+        d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if result != 0:
+        raise CanopyError(f"the driver does not describe a matrix of shape ({rows}, {columns}): {result.name}")
+    return ctypes.string_at(made.getPtr(), 128)

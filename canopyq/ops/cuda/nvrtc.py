@@ -17,6 +17,8 @@ SOURCES = Path(__file__).parent
 VARIABLE = "CANOPYQ_CACHE"  # a folder for compiled kernels, instead of ~/.cache/canopyq
 OLDEST = (8, 0)  # compute capability: the first with bfloat16 tensor cores and asynchronous copies
 
+NO_LOG_FROM = (13, 0)  # NVRTC: it has a cache of its own, and reports nothing of what it takes from there
+
 Constants = Mapping[str, int | str]
 
 
@@ -80,6 +82,8 @@ def compile(file: str, constants: Constants, arch: str, *, extra: str = "") -> C
     options += [f"-D{name}={value}" for name, value in sorted(constants.items())]
     options.append("--device-as-default-execution-space")  # generic lambdas cannot be marked __device__
     version = nvrtc.nvrtcVersion()[1:]
+    if version >= NO_LOG_FROM:
+        options.append("--no-cache")
     key = hashlib.sha256(repr((version, options, source, headers)).encode()).hexdigest()[:24]
     path = folder() / f"{Path(file).stem}-{arch}-{key}.cubin"
     try:

@@ -11,9 +11,8 @@
 // * INT8 is multiplied by the tensor cores as it is, with sums in int32. FP8 becomes halves first, which is exact,
 //   because the tensor cores' own FP8 products keep only 14 bits of their sums.
 //
-// Constants: CODE (8 for INT8, 0 for FP8 E4M3), SCALE and OUTPUT (dtypes of W's scales and of y: 0 half, 1 bfloat16,
-// 2 float), COLUMN_TILES (8 rows of x each).
-#include "eight_bits.cuh"
+// Constants: CODE (8 for INT8, 0 for FP8 E4M3), SCALE and OUTPUT (see scales.cuh), COLUMN_TILES (8 rows of x each).
+#include "scales.cuh"
 
 constexpr int WARPS = 8, THREADS = WARPS * WARP;
 constexpr int PIECE = 64, SLOT = 32 * WARP, DEPTH = 12;  // columns of a piece; its bytes in the ring; pieces in the ring
@@ -22,27 +21,6 @@ constexpr int ROWS = COLUMN_TILES * 8, SUM_STRIDE = 17;  // rows of x; numbers f
 constexpr int SUMS = WARPS * ROWS * SUM_STRIDE;
 static_assert(ROWS * 16 <= THREADS, "a thread has at most one result of a tile");
 extern __shared__ __align__(16) u8 memory[];  // the ring, then two sets of sums, taken in turn
-
-template <bool FLOAT>
-struct Sums {
-    typedef float Type;
-};
-template <>
-struct Sums<false> {
-    typedef int Type;
-};
-typedef Sums<FP8>::Type Sum;
-
-__device__ __forceinline__ float load_scale(const void* scales, int i) {
-    if (SCALE == 2) return ((const float*)scales)[i];
-    u16 scale = ((const u16*)scales)[i];
-    return SCALE == 1 ? bf16_to_float(scale) : half_to_float(scale);
-}
-__device__ __forceinline__ void store(void* y, size_t i, float f) {
-    if (OUTPUT == 2) ((float*)y)[i] = f;
-    else
-        ((u16*)y)[i] = to_element(f);
-}
 
 // The products of one piece: 16 codes of rows g and g + 8 of W with 16 codes of a row of x.
 __device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&low)[8], const u32 (&high)[8],
@@ -147,7 +125,5 @@ extern "C" __global__ void __launch_bounds__(256)
                         float(sum.y) * scale * load_scale(w_scales, column + 1),
                         float(sum.z) * scale * load_scale(w_scales, column + 2),
                         float(sum.w) * scale * load_scale(w_scales, column + 3)};
-    if (OUTPUT == 2) ((float4*)y)[at / 4] = make_float4(f[0], f[1], f[2], f[3]);
-    else
-        ((uint2*)y)[at / 4] = make_uint2(pack(f[0], f[1]), pack(f[2], f[3]));
+    store_four(y, at, f);
 }

@@ -110,7 +110,7 @@ rotate_and_append(const u16* __restrict__ qkv, const float* __restrict__ cosines
     if (head < heads) to = q + (size_t(row) * heads + head) * HEAD_DIM;
     else {
         const int kv = (head - heads) % kv_heads;
-        to = (head < heads + kv_heads ? keys : values) + ((size_t(row) * kv_heads + kv) * length + place) * HEAD_DIM;
+        to = (head < heads + kv_heads ? keys : values) + ((size_t(row) * kv_heads + kv) * length + place % length) * HEAD_DIM;
     }
     const bool turns = head < heads + kv_heads;
 #pragma unroll

@@ -40,6 +40,11 @@ class Weight:
     asymmetric: bool
 
     @property
+    def recipe(self) -> str:
+        """As the table calls it."""
+        return f"w{self.bits}a16"
+
+    @property
     def blocks(self) -> int:
         """Of 16 rows, without those of the padding."""
         return -(-self.n // 16)
@@ -110,7 +115,10 @@ class WarpgroupTile:
     def fitted(self, weight: Weight) -> WarpgroupTile:
         """This tile with as many stages as fit, and no more blocks to a cluster than there are steps."""
         most = (SHARED // self.per_sm - RESERVED - 1024 - 512) // self.stage_bytes(weight)
-        tile = replace(self, stages=min(self.stages, most), cluster=min(self.cluster, weight.steps))
+        # Warpgroups take turns, and a stage must always be the same one's: a barrier tells a phase only from the next,
+        # so that one which is a phase ahead of another would take what is still to come for what has been.
+        stages = min(self.stages, most) // self.deep * self.deep
+        tile = replace(self, stages=stages, cluster=min(self.cluster, weight.steps))
         # A warpgroup frees a stage when it has got its next one, so there must be more stages than take turns.
         if tile.stages > tile.deep:
             return tile
@@ -122,20 +130,24 @@ class WarpgroupTile:
 
 
 @cache
-def _measured() -> list[dict]:
+def measured() -> list[dict]:
     return json.loads(TABLE.read_text(encoding="utf-8"))["tiles"]
 
 
 @cache
-def _nearest(bits: int, n: int, k: int) -> dict[int, tuple[str, tuple[int, ...]]]:
-    """Kernel and constants by number of rows, of the measured shape that is nearest."""
+def nearest(recipe: str, n: int, k: int) -> dict[int, tuple[str, tuple[int, ...]]]:
+    """Kernel and constants by number of rows, of the measured shape that is nearest.
+
+    Args:
+        recipe: w4a16, w8a16, w8a8 or fp8.
+    """
 
     def distance(row: dict) -> float:
         return abs(log(row["n"] / n)) + abs(log(row["k"] / k))
 
-    rows = [row for row in _measured() if row["bits"] == bits]
-    nearest = min(map(distance, rows))
-    return {row["rows"]: (row["kernel"], tuple(row["tile"])) for row in rows if distance(row) == nearest}
+    rows = [row for row in measured() if row["recipe"] == recipe]
+    least = min(map(distance, rows))
+    return {row["rows"]: (row["kernel"], tuple(row["tile"])) for row in rows if distance(row) == least}
 
 
 @cache
@@ -144,7 +156,7 @@ def choose(weight: Weight, kernel: str, rows: int) -> DecodeTile | WarpgroupTile
 
     It is the one measured for the next larger number of rows for which this kernel was the fastest.
     """
-    best = _nearest(weight.bits, weight.n, weight.steps * 128)
+    best = nearest(weight.recipe, weight.n, weight.steps * 128)
     fits = [count for count, (name, _) in best.items() if name == kernel and count >= rows]
     if not fits:
         return None
@@ -157,7 +169,7 @@ def choose(weight: Weight, kernel: str, rows: int) -> DecodeTile | WarpgroupTile
 def most_rows(weight: Weight, kernel: str) -> int:
     """Up to how many rows a kernel is the fastest and fits; 0 if it never is."""
     counts = [
-        count for count, (name, _) in _nearest(weight.bits, weight.n, weight.steps * 128).items() if name == kernel
+        count for count, (name, _) in nearest(weight.recipe, weight.n, weight.steps * 128).items() if name == kernel
     ]
     return max((count for count in counts if choose(weight, kernel, count)), default=0)
 
@@ -179,5 +191,25 @@ __device__ __forceinline__ void warpgroup_multiply_add(float (&d)[{sums}], const
                  "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind} "
                  "{{{d}}}, {{{a}}}, %{sums + 4}, add, 1, 1, 0;\\n\\t}}"
                  : {outputs} : {inputs}, "l"(b), "r"(u32(add)));
+}}
+"""
+
+
+def codes_product_source(integers: bool, tokens: int) -> str:
+    """``codes_multiply_add``: d (64, tokens) = w (64, 32) · x (tokens, 32)ᵀ, added to d if asked to.
+
+    INT8 with sums in int32, or FP8. w and x lie in shared memory.
+    """
+    sums = tokens // 2
+    number, letter = ("int", "r") if integers else ("float", "f")
+    kind, signs = ("s32.s8.s8", "") if integers else ("f32.e4m3.e4m3", ", 1, 1")
+    d = ", ".join(f"%{i}" for i in range(sums))
+    outputs = ", ".join(f'"+{letter}"(d[{i}])' for i in range(sums))
+    return f"""
+__device__ __forceinline__ void codes_multiply_add({number} (&d)[{sums}], u64 w, u64 x, bool add) {{
+    asm volatile("{{\\n\\t.reg .pred add;\\n\\tsetp.ne.u32 add, %{sums + 2}, 0;\\n\\t"
+                 "wgmma.mma_async.sync.aligned.m64n{tokens}k32.{kind} "
+                 "{{{d}}}, %{sums}, %{sums + 1}, add{signs};\\n\\t}}"
+                 : {outputs} : "l"(w), "l"(x), "r"(u32(add)));
 }}
 """

@@ -30,6 +30,7 @@ constexpr int HALF_BYTES = TOKENS * 128;                                  // 64 
 constexpr int CODES = 2 * HALF_BYTES, SCALES = CODES + TILE_SLABS * SLAB_BYTES, ZEROS = SCALES + TILE_SLABS * META_BYTES;
 constexpr int STAGE_BYTES = (ZEROS + ASYMMETRIC * TILE_SLABS * META_BYTES + 1023) / 1024 * 1024;
 constexpr int SUM_PITCH = TILE_ROWS + 4;                                  // floats; 4 spread the rows over the banks
+static_assert(STAGES % DEEP == 0 && STAGES > DEEP, "a stage belongs to one of the warpgroups that take turns");
 // Weights in float16 are multiplied by a power of two, and sums divided by it, to keep small ones off the subnormals.
 constexpr float LIFT = ELEMENT_BF16 || SCALE_SUMS ? 1.f : 64.f;
 
@@ -168,8 +169,11 @@ warpgroup(const __grid_constant__ TensorMap x, const unsigned char* __restrict__
                 }
                 products_commit();
                 products_wait<1>();                                       // the other half of `a` is free again
-                // The products before these are done, and with them all reads of the stage before: they are instructions of
-                // the whole warp. (A __syncwarp here would make the compiler wait for every product.)
+                // The products before these are done, and with them all reads of the stage before. Every lane's loads from
+                // it had returned when a product took them, and lane 0 gets here only after all lanes of its warp: `wait`
+                // above is an instruction of the whole warp. (compute-sanitizer's racecheck does not see that and reports
+                // write-after-read hazards between `load_shared_16` and `bulk_copy`; a __syncwarp, which it would see,
+                // makes the compiler wait for every product.)
                 if (batch == 0 && i >= DEEP && lane == 0) arrive(empty + 8 * ((i - DEEP) % STAGES));
             }
         }
