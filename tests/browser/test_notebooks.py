@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_walk_through_a_notebook(name: str, visit, workplace: Path) -> None:
+    (workplace / PROGRESS).unlink(missing_ok=True)  # a reader who has answered nothing yet
     with visit(name) as lab:
         lab.run_all()
         assert lab.errors() == []
@@ -36,7 +37,7 @@ def test_walk_through_a_notebook(name: str, visit, workplace: Path) -> None:
 
 
 def test_answers_are_back_after_a_restart(visit, workplace: Path) -> None:
-    (workplace / PROGRESS).unlink(missing_ok=True)  # a reader who has answered nothing yet
+    (workplace / PROGRESS).unlink(missing_ok=True)
     with visit("restart.ipynb") as lab:
         lab.run_all()
         assert len(lab.quizzes()) == 2
@@ -49,8 +50,9 @@ def test_answers_are_back_after_a_restart(visit, workplace: Path) -> None:
             assert plain(load(quiz).right.reason) in lab.feedback(quiz)
 
 
-def test_a_walk_fails_where_something_is_broken(visit) -> None:
+def test_a_walk_fails_where_something_is_broken(visit, workplace: Path) -> None:
     """Every choice of this quiz is called right, its exercise takes no answer, its controls move nothing."""
+    (workplace / PROGRESS).unlink(missing_ok=True)  # an answer from before would be shown and would not change
     with visit("broken.ipynb") as lab:
         lab.run_all()
         assert len(lab.errors()) == 1 and "ZeroDivisionError" in lab.errors()[0]
