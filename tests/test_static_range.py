@@ -75,9 +75,7 @@ def test_percentiles_are_those_of_the_values(
 
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_mse_errs_less_than_the_others(
-    seen: InputStatistics, values: torch.Tensor, name: str, symmetric: bool
-) -> None:
+def test_mse_errs_less_than_the_others(seen: InputStatistics, values: torch.Tensor, name: str, symmetric: bool) -> None:
     if name == "fp8" and not symmetric:
         return
     errors = {}

@@ -98,7 +98,7 @@ def examine_folder(folder: Any, spec: Capstone, started: float) -> Finding:
         return Finding("todo", "Not attempted yet", "Set `folder` to where you saved your checkpoint.")
     if not isinstance(folder, (str, os.PathLike)):
         kind = type(folder).__name__
-        return _form(f"`check` needs the folder that you saved to, such as `\"out/capstone\"`, not a {kind}.")
+        return _form(f'`check` needs the folder that you saved to, such as `"out/capstone"`, not a {kind}.')
     place = Path(folder).expanduser()
     for problem in (_not_a_checkpoint, _not_mine):
         if (finding := problem(place, started)) is not None:
@@ -117,7 +117,7 @@ def _not_a_checkpoint(place: Path, started: float) -> Finding | None:
     import canopyq.tutor as tutor
 
     if not place.exists():
-        return _form(f"There is no folder `{place}`. Save your model first: `cq.save(model, \"{place}\", tokenizer)`.")
+        return _form(f'There is no folder `{place}`. Save your model first: `cq.save(model, "{place}", tokenizer)`.')
     if not place.is_dir():
         return _form(f"`{place}` is a file. Give the folder that `cq.save` wrote, with config.json in it.")
     if place.resolve() == tutor.path().resolve():

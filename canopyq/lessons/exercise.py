@@ -107,9 +107,7 @@ class ExerciseCard(Shown):
         self._refresh()
         _displayed[spec.id].add(self)
         row = HBox([*buttons, self._button], layout=Layout(flex_flow="row wrap", overflow="visible"))
-        return card(
-            [HTML(self._head()), row, self._hints, self._solution], self.css, f"{self.css}-{spec.id}"
-        )
+        return card([HTML(self._head()), row, self._hints, self._solution], self.css, f"{self.css}-{spec.id}")
 
     def _refresh(self) -> None:
         self._button.disabled = not self.unlocked

@@ -46,8 +46,9 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "panels 12x3": lambda: panels(12, 3),
     "panels 300x200": lambda: panels(300, 200),
     "panels 20x100": lambda: panels(20, 100),
-    "panels mixed": lambda: plots.four_panels(torch.tensor([-1.0, 0.5, 0.2, 127.5]), torch.tensor([-1, 0, 0, 127]),
-                                              torch.tensor([-1.0, 0.0, 0.0, 127.0])),
+    "panels mixed": lambda: plots.four_panels(
+        torch.tensor([-1.0, 0.5, 0.2, 127.5]), torch.tensor([-1, 0, 0, 127]), torch.tensor([-1.0, 0.0, 0.0, 127.0])
+    ),
     "channels": lambda: plots.channels({"one": normal(256).abs(), "two": normal(1024).abs()}, title="A title"),
     "panels zeros": lambda: plots.four_panels(torch.zeros(3, 3), torch.zeros(3, 3), torch.zeros(3, 3)),
     "panels tiny": lambda: plots.four_panels(normal(3, 3) * 1e-4, torch.zeros(3, 3), torch.zeros(3, 3)),

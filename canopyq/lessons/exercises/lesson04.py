@@ -137,8 +137,10 @@ Write `int8_matmul(qx, zero_point, x_scale, qw, w_scale)`: the output of a W8A8 
             "correction after the scales",
             "You correct after the scales. The zero point is a number of steps: subtract it while the sums are still "
             "integers.",
-            (_CORRECTION + "    return sums * x_scale * w_scale.T", "    return sums * x_scale * w_scale.T - zero_point"
-             ".int() * qw.int().sum(dim=1)"),
+            (
+                _CORRECTION + "    return sums * x_scale * w_scale.T",
+                "    return sums * x_scale * w_scale.T - zero_point.int() * qw.int().sum(dim=1)",
+            ),
         ),
         _matmul(
             "scale of the weights forgotten",
