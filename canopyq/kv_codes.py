@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from canopyq.errors import CanopyError, unknown
-from canopyq.formats import get_format
+from canopyq.formats import e4m3_to_float, get_format
 from canopyq.packing import pack_bytes, unpack_bytes
 
 BLOCK = 64  # tokens that are quantized together, and whose key channels share a scale
-TILE = 2**17  # numbers that are dequantized at a time on a CPU
+TILE = 2**19  # numbers that are dequantized at a time on a CPU: 2 MB of float32
 WINDOW = 32  # newest tokens that stay in full precision, besides those of a block that is not full
 GROUP = 64  # channels of one token that share a scale
 _FP8 = get_format("fp8_e4m3")
@@ -186,13 +186,3 @@ def _downward(x: Tensor) -> Tensor:
 
 def _upward(x: Tensor) -> Tensor:
     return (x * (1 + 2**-10)).clamp(min=torch.finfo(torch.float16).smallest_normal).half()
-
-
-def e4m3_to_float(codes: Tensor) -> Tensor:
-    """What finite E4M3 codes stand for, divided by 256, as float32.
-
-    E4M3 and float16 differ in the bias of the exponent (7 and 15) and the length of the mantissa, so the bits only need
-    to move. On a CPU that is ten times faster than torch's cast.
-    """
-    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)  # a copy of the sign fills the upper byte
-    return bits.bitwise_and_(0xBF80 - 2**16).view(torch.float16).float()

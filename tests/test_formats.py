@@ -68,6 +68,15 @@ def test_all_256_codes_survive_decode_and_encode(name: str) -> None:
     assert sorted(set(finite.float().tolist())) == fmt.values().tolist()
 
 
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])
+def test_all_256_codes_decode_as_torch_casts_them(name: str) -> None:
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(get_format(name).dtype)
+    for some in (codes, codes.reshape(16, 16).t(), codes[5]):
+        values, expected = get_format(name).decode(some), some.to(torch.float32)
+        assert torch.equal(values.isnan(), expected.isnan())
+        assert torch.equal(bits_of(values.nan_to_num()), bits_of(expected.nan_to_num()))
+
+
 @pytest.mark.parametrize("name", ["fp16", "bf16"])
 def test_all_65536_patterns_are_the_values(name: str) -> None:
     fmt = get_format(name)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from canopyq.kv_codes import BLOCK, QuantizedStates, e4m3_to_float
+from canopyq.formats import e4m3_to_float
+from canopyq.kv_codes import BLOCK, QuantizedStates
 from canopyq.packing import unpack_bytes
 
 

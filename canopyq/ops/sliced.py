@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from canopyq.formats import IntFormat
+from canopyq.formats import e4m3_to_float
 from canopyq.ops.kernel import Held, Kernel, Problem
 from canopyq.ops.reference import PLAIN, restore
 from canopyq.tensor import QuantizedTensor
@@ -32,10 +32,10 @@ def linear(x: Tensor, held: Held, problem: Problem) -> Tensor:
     wide = x.to(torch.float32)
     out = torch.empty(len(x), problem.n, dtype=torch.float32)
     rows = max(1, min(problem.n, SLICE // problem.k))
-    scratch = torch.empty(rows, problem.k) if _is_plain_int8(weight) else None
+    scratch = torch.empty(rows, problem.k) if _is_a_byte_each(weight) else None
     for start in range(0, problem.n, rows):
         part = _rows(weight, start, min(start + rows, problem.n))
-        values = part.dequantize(torch.float32) if scratch is None else _int8_values(part, scratch)
+        values = part.dequantize(torch.float32) if scratch is None else _byte_values(part, scratch)
         torch.mm(wide, values.t(), out=out[:, start : start + rows])
     return out.to(x.dtype)
 
@@ -57,17 +57,19 @@ def _rows(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
     )
 
 
-def _is_plain_int8(weight: QuantizedTensor) -> bool:
+def _is_a_byte_each(weight: QuantizedTensor) -> bool:
     fmt, granularity = weight.scheme.format, weight.scheme.granularity
-    return isinstance(fmt, IntFormat) and fmt.bits == 8 and not granularity.padding(weight.shape)
+    return fmt.bits == 8 and weight.scale is not None and not granularity.padding(weight.shape)
 
 
-def _int8_values(part: QuantizedTensor, scratch: Tensor) -> Tensor:
+def _byte_values(part: QuantizedTensor, scratch: Tensor) -> Tensor:
     """What `dequantize` gives, in place in ``scratch``: codes that need no unpacking are two passes, or three."""
     n, k = part.shape
-    values = scratch[:n]
-    values.copy_(part.data)
-    scale = part.scale.to(torch.float32)
+    values, scale = scratch[:n], part.scale.to(torch.float32)
+    if part.data.dtype == torch.float8_e4m3fn:  # a weight holds no NaN
+        values, scale = e4m3_to_float(part.data), scale * 256
+    else:
+        values.copy_(part.data)
     grouped = values.view(n, scale.shape[1] if scale.dim() == 2 else 1, -1)
     if part.zero_point is not None:
         grouped.sub_(part.zero_point.unsqueeze(-1))
