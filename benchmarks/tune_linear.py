@@ -53,7 +53,7 @@ Tile = (
 )  # None: the kernel for few rows of codes, which has none
 KERNELS = {DecodeTile: "decode", WarpgroupTile: "warpgroup", CodesTile: warpgroup_codes.KERNEL,
            WideTile: wide_int8.KERNEL, type(None): "skinny"}  # fmt: skip
-WIDE = [WideTile(256, 1, 3), WideTile(128, 2, 3), WideTile(128, 1, 5)]
+WIDE = [WideTile(256, 1, 4), WideTile(128, 2, 4), WideTile(128, 1, 6)]
 
 
 # --- what may be worth timing ----------------------------------------------------------------------------------------

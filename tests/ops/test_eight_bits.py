@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from canopyq.errors import CanopyError
@@ -36,7 +38,9 @@ class TestOnAGpu:
     pytestmark = on_gpu
 
     @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
-    @pytest.mark.parametrize(("m", "k"), [(1, 8), (3, 1032), (5, 4096), (2, 8192), (2, 20000)])
+    @pytest.mark.parametrize(
+        ("m", "k"), [(1, 8), (3, 1032), (5, 4096), (2, 8192), (2, 12288), (300, 16384), (2, 20000), (2, 40000)]
+    )
     def test_codes_of_rows_are_those_of_quantize(self, format: str, m: int, k: int, dtype: torch.dtype) -> None:
         x = normal(m, k, dtype=dtype)
         x[-1] *= 1e-3
@@ -55,8 +59,9 @@ class TestOnAGpu:
         assert scales[0] == 1 and not codes[0].float().any()
         assert scales[1].isnan() and scales[2].isnan() and scales[3].isfinite()
 
-    def test_what_comes_before_is_fused(self, format: str) -> None:
-        x, up, weight = (normal(*shape, dtype=BF16).cuda() for shape in ((7, 2056), (6, 2056), (2056,)))
+    @pytest.mark.parametrize(("m", "k"), [(7, 2056), (7, 11008), (300, 11008), (150, 40000)])
+    def test_what_comes_before_is_fused(self, format: str, m: int, k: int) -> None:
+        x, up, weight = (normal(*shape, dtype=BF16).cuda() for shape in ((m, k), (m - 1, k), (k,)))
         up = F.pad(up, (0, 0, 0, 1))
         base = (x.float() * 0.75).to(BF16)
         change = x - base
@@ -159,12 +164,17 @@ VARIANTS = (
         )
     ]
     + [
-        (
-            "quantize_rows.cu",
-            {"CODE": code, "ELEMENT_BF16": 1, "INPUT": source, "THREADS": 256 * max(source, 1)},
-            arch,
-        )
-        for code, source, arch in ((8, 0, "sm_80"), (8, 1, "sm_90a"), (0, 2, "sm_90a"), (0, 0, "sm_100"))
+        ("quantize_rows.cu", eight_bits.row_constants(format, BF16, source, threads, kept), arch)
+        for format, source, threads, kept, arch in (
+            ("int8", 0, 256, 1, "sm_80"),
+            ("int8", 0, 256, 4, "sm_90a"),
+            ("int8", 0, 512, 3, "sm_90a"),
+            ("int8", 1, 256, 2, "sm_90a"),
+            ("fp8_e4m3", 1, 512, 3, "sm_90a"),
+            ("fp8_e4m3", 2, 1024, 2, "sm_90a"),
+            ("int8", 2, 512, 3, "sm_90a"),
+            ("fp8_e4m3", 0, 1024, 4, "sm_100"),
+        )  # fmt: skip
     ]
     + [
         ("append.cu", {"CODE": code, "HEAD_DIM": head_dim, "ELEMENT_BF16": 1}, arch)
@@ -178,6 +188,15 @@ VARIANTS = (
 def test_it_compiles_without_spilling(file: str, constants: dict, arch: str) -> None:
     found = nvrtc.compile(file, constants, arch)
     assert found.spilled == 0 and found.registers <= 128 and not found.warnings
+
+
+@pytest.mark.parametrize("source", [0, 1, 2])
+@pytest.mark.parametrize("m", [1, 132, 133, 4096])
+@given(k=st.integers(1, 200_000))
+def test_threads_keep_as_much_of_a_row_as_they_can(m: int, source: int, k: int) -> None:
+    threads, kept = eight_bits.row_threads(m, 8 * k, source, 132)
+    assert threads in (256, 512, 1024) and 1 <= kept <= eight_bits.MOST_KEPT
+    assert threads * kept >= min(k, 1024 * eight_bits.MOST_KEPT) and threads * (kept - 1) < k
 
 
 def problem(recipe: str, k: int = 256, **change: object) -> Problem:

@@ -32,7 +32,7 @@ LARGE = [
     CodesTile(*tile).fitted(4096)
     for tile in ((64, 2, 2, 8, 1, 1), (128, 2, 2, 8, 1, 1), (128, 1, 2, 3, 1, 2), (256, 1, 2, 3, 2, 1))
 ]
-WIDE = [WideTile(256, 1, 3), WideTile(128, 2, 3), WideTile(128, 1, 5)]
+WIDE = [WideTile(256, 1, 4), WideTile(128, 2, 4), WideTile(128, 1, 6), WideTile(128, 1, 2)]
 EVERY = [("int8", tile) for tile in TILES + LARGE] + [("fp8_e4m3", tile) for tile in TILES]
 
 
@@ -139,7 +139,7 @@ def test_the_kernel_for_many_rows_compiles_without_spilling(tile: WideTile) -> N
     constants, extra = wide_int8.constants(torch.float32, BF16, tile), tiles.codes_product_source(True, tile.tokens)
     found = nvrtc.compile("wide_int8.cu", constants, "sm_90a", extra=extra)
     assert found.spilled == 0 and not found.warnings
-    assert tile.shared + 3072 <= tiles.SHARED  # barriers and scales beside it
+    assert tile.shared + 640 <= tiles.SHARED  # barriers and scales beside it
 
 
 @given(st.sampled_from(["int8", "fp8_e4m3"]), st.integers(1, 5000), st.integers(1, 40_000), st.integers(1, 2500))

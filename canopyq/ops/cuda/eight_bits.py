@@ -15,6 +15,7 @@ CODES = {"int8": 8, "fp8_e4m3": 0}
 DTYPES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 FP8_FROM = (8, 9)  # compute capability that converts to and from E4M3
+MOST_KEPT = 4  # vectors of 8 that a thread of quantize_rows.cu keeps in registers
 WARPS, RING_BYTES, SUM_STRIDE = 8, 8 * 12 * 1024, 17  # as in skinny.cu
 MOST_ROWS = 16
 
@@ -40,9 +41,23 @@ def _scale(scale: torch.dtype, output: torch.dtype, device: int) -> launch.Funct
     return launch.Function("skinny.cu", "scale_sums", constants("int8", 1, scale, output), "PPPPi", device, 256)
 
 
+def row_constants(format: str, dtype: torch.dtype, source: int, threads: int, kept: int) -> dict[str, int]:
+    """What `quantize_rows.cu` is compiled for; ``kept`` vectors to a thread."""
+    return {"CODE": CODES[format], "ELEMENT_BF16": KINDS[dtype], "INPUT": source, "THREADS": threads, "KEPT": kept}
+
+
+def row_threads(m: int, k: int, source: int, multiprocessors: int) -> tuple[int, int]:
+    """Threads to a row (M, K), and how many vectors of 8 each of them keeps."""
+    vectors = -(-k // 8)
+    threads = next((threads for threads in (256, 512) if vectors <= MOST_KEPT * threads), 1024)
+    if source and m <= multiprocessors:  # what comes before takes time, and most of the GPU would be idle
+        threads = min(1024, 2 * threads)
+    return threads, min(MOST_KEPT, -(-vectors // threads))
+
+
 @cache
-def _quantize(format: str, dtype: torch.dtype, source: int, threads: int, device: int) -> launch.Function:
-    defined = {"CODE": CODES[format], "ELEMENT_BF16": KINDS[dtype], "INPUT": source, "THREADS": threads}
+def _quantize(format: str, dtype: torch.dtype, source: int, threads: int, kept: int, device: int) -> launch.Function:
+    defined = row_constants(format, dtype, source, threads, kept)
     return launch.Function("quantize_rows.cu", "quantize_rows", defined, "PPPPPiqqf", device, threads)
 
 
@@ -104,9 +119,8 @@ def _rows(
         raise CanopyError("rows that are added to lie together, from a multiple of 16 bytes on; use .contiguous()")
     x, other = _aligned(x), None if other is None else _aligned(other)
     added = None if change is None else _aligned(change.contiguous())
-    # Of 512 threads one block finds room on a multiprocessor: good for few long rows alone.
-    threads = 512 if k > 8192 and m <= launch.multiprocessors(x.device.index) else 256
-    run = _quantize(format, x.dtype, source, threads, x.device.index)
+    threads, kept = row_threads(m, k, source, launch.multiprocessors(x.device.index))
+    run = _quantize(format, x.dtype, source, threads, kept, x.device.index)
     beside = 0 if other is None else other.data_ptr()
     stride = 0 if other is None else other.stride(0)
     more = 0 if added is None else added.data_ptr()

@@ -68,8 +68,11 @@ __device__ __forceinline__ void tile_store(const TensorMap* map, u32 from, int r
 
 __device__ __forceinline__ void close_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Until all of this thread's stores have read shared memory; until they are done.
-__device__ __forceinline__ void wait_for_stores_to_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Until all of this thread's stores but the newest LEFT batches have read shared memory; until all are done.
+template <int LEFT>
+__device__ __forceinline__ void wait_for_stores_to_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
+}
 __device__ __forceinline__ void wait_for_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // What this thread wrote to shared memory is there for the copy engine, once a barrier has followed.

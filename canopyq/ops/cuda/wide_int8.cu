@@ -17,9 +17,9 @@
 constexpr int WARPGROUPS = 2, GROUP_THREADS = 4 * WARP, CONSUMERS = WARPGROUPS * GROUP_THREADS, THREADS = CONSUMERS + WARP;
 constexpr int GROUP_ROWS = TALL * 64, TILE_ROWS = WARPGROUPS * GROUP_ROWS, STEP = 128;
 constexpr int X_BYTES = TOKENS * STEP, STAGE_BYTES = X_BYTES + TILE_ROWS * STEP;
-constexpr int BOX_BYTES = TOKENS * 128;                                // of results: 64 rows of W, 16 bits each
-constexpr int RESULTS = STAGES * STAGE_BYTES;                          // where they are staged
-static_assert(OUTPUT < 2 && TOKENS % 16 == 0 && TOKENS % GROUP_THREADS == 0, "as the results are stored");
+constexpr int BOX_TOKENS = 64, BOX_BYTES = BOX_TOKENS * 128;           // of results: by 64 rows of W, 16 bits each
+constexpr int RESULTS = STAGES * STAGE_BYTES;                          // where they are staged: two boxes a warpgroup
+static_assert(OUTPUT < 2 && TOKENS % BOX_TOKENS == 0 && TOKENS % GROUP_THREADS == 0, "as the results are stored");
 
 // Four 8-by-8 matrices of 16-bit floats, transposed. Lane 8i + r gives the address of column r of matrix i.
 __device__ __forceinline__ void store_transposed(u32 column_address, u32 a, u32 b, u32 c, u32 d) {
@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
               const float* x_scales, const void* w_scales, int rows, int n, int steps, int token_tiles, int tiles) {
     extern __shared__ unsigned char unaligned[];
     __shared__ __align__(8) u64 barriers[2 * STAGES];
-    __shared__ __align__(16) float token_scales[WARPGROUPS][TOKENS];
+    __shared__ __align__(16) float token_scales[WARPGROUPS][BOX_TOKENS];
     const u32 ring = shared_address(unaligned) + (1024 - shared_address(unaligned) % 1024) % 1024;
     const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         return;
     }
     const int g = lane / 4, t = lane % 4, group = warp / 4, own = threadIdx.x % GROUP_THREADS;
-    const u32 results = ring + RESULTS + group * TALL * BOX_BYTES;
+    const u32 results = ring + RESULTS + group * 2 * BOX_BYTES;
     const int of_matrix = lane / 8 / 2 * 8 + lane % 8;                 // the row of x whose address this lane gives
     const u32 column_of_matrix = u32((warp % 4 * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;     // swizzled
     Sum sum[TALL][TOKENS / 2];
@@ -95,30 +95,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (lane == 0) arrive(empty + 8 * ((i - 1) % STAGES));
 
 #pragma unroll
-        for (int j = 0; j < TOKENS / GROUP_THREADS; j++) token_scales[group][j * GROUP_THREADS + own] = scale_of_token[j];
-        if (own == 0) wait_for_stores_to_read();                       // the results before have left
-        barrier_among(1 + group, GROUP_THREADS);
+        for (int box = 0; box < TOKENS / BOX_TOKENS * TALL; box++) {
+            const int h = box % TALL, start = box / TALL * BOX_TOKENS;
+            const u32 staged = results + box % 2 * BOX_BYTES;
+            if (own == 0) wait_for_stores_to_read<1>();                // the box before the last has left
+            if (own / BOX_TOKENS == start / BOX_TOKENS % (GROUP_THREADS / BOX_TOKENS))
+                token_scales[group][own % BOX_TOKENS] = scale_of_token[start / GROUP_THREADS];
+            barrier_among(1 + group, GROUP_THREADS);
 #pragma unroll
-        for (int c = 0; c < TOKENS; c += 16) {                         // two matrices' rows of x; two of W
-            const float2 first = *reinterpret_cast<const float2*>(&token_scales[group][c + 2 * t]);
-            const float2 second = *reinterpret_cast<const float2*>(&token_scales[group][c + 8 + 2 * t]);
-#pragma unroll
-            for (int h = 0; h < TALL; h++) {
-                const Sum* s = &sum[h][c / 2];
+            for (int c = 0; c < BOX_TOKENS; c += 16) {                 // two matrices' rows of x; two of W
+                const float2 first = *reinterpret_cast<const float2*>(&token_scales[group][c + 2 * t]);
+                const float2 second = *reinterpret_cast<const float2*>(&token_scales[group][c + 8 + 2 * t]);
+                const Sum* s = &sum[h][(start + c) / 2];
                 const float a = scale[h][0], b = scale[h][1];
-                store_transposed(results + h * BOX_BYTES + (c + of_matrix) * 128 + column_of_matrix,
+                store_transposed(staged + (c + of_matrix) * 128 + column_of_matrix,
                                  pack(float(s[0]) * first.x * a, float(s[1]) * first.y * a),
                                  pack(float(s[2]) * first.x * b, float(s[3]) * first.y * b),
                                  pack(float(s[4]) * second.x * a, float(s[5]) * second.y * a),
                                  pack(float(s[6]) * second.x * b, float(s[7]) * second.y * b));
             }
-        }
-        show_to_copies();
-        barrier_among(1 + group, GROUP_THREADS);
-        if (own == 0) {
-#pragma unroll
-            for (int h = 0; h < TALL; h++) tile_store(&y, results + h * BOX_BYTES, token, row + h * 64);
-            close_stores();
+            show_to_copies();
+            barrier_among(1 + group, GROUP_THREADS);
+            if (own == 0) {
+                tile_store(&y, staged, token + start, row + h * 64);
+                close_stores();
+            }
         }
     }
     if (own == 0) wait_for_stores();

@@ -14,6 +14,7 @@ from canopyq.ops.cuda.eight_bits import KINDS
 STEP = 128  # columns that are copied at a time
 KERNEL = "wide_int8"  # as the table of tiles calls it
 WARPGROUPS = 2
+BOX_TOKENS = 64  # of the results that are stored together
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class WideTile:
     @property
     def shared(self) -> int:
         """Bytes of shared memory: the ring, the results on their way out, and what aligning them may cost."""
-        return (self.stages * (self.tokens + self.rows)) * STEP + self.tokens * self.rows * 2 + 1024
+        return (self.stages * (self.tokens + self.rows)) * STEP + WARPGROUPS * 2 * BOX_TOKENS * 64 * 2 + 1024
 
     @property
     def threads(self) -> int:
@@ -68,7 +69,7 @@ def run(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype:
     maps = (
         launch.matrix_map(x.data_ptr(), m, k, 1, tile.tokens, STEP),
         launch.matrix_map(weight.data_ptr(), n, k, 1, tile.rows, STEP),
-        launch.matrix_map(y.data_ptr(), m, n, 2, tile.tokens, 64),
+        launch.matrix_map(y.data_ptr(), m, n, 2, BOX_TOKENS, 64),
     )
     token_tiles, row_tiles = -(-m // tile.tokens), -(-n // tile.rows)
     blocks = min(token_tiles * row_tiles, launch.multiprocessors(device))
