@@ -88,6 +88,16 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary(found: dict[str, Any]) -> str:
+    """The best public method of every setting and the best of ours, with their KL."""
+    known = cells(found)
+    lines = ["| | " + " | ".join(SETTINGS) + " |", "|---|" + "---|" * len(SETTINGS)]
+    for who, called in (("public", "the best public one"), ("canopyq", "the best of ours")):
+        shown = [f"{name} {cell.kl:.2g}" for name, cell in (best(known, who, setting) for setting in SETTINGS)]
+        lines.append(f"| {called} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
 def plot(found: dict[str, Any], file: Path) -> None:
     """KL by setting, a mark a method with its spread over the seeds: ours filled, the public ones hollow."""
     import matplotlib

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import statistics
+from pathlib import Path
 
 import pytest
 
-from benchmarks.quality_table import RESULT, SETTINGS, Cells, best, cells, pairs, table
+from benchmarks.quality_table import RESULT, SETTINGS, Cells, best, cells, pairs, summary, table
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +50,30 @@ def test_the_table_has_a_column_for_every_setting(found: Cells) -> None:
     assert lines[0].count("|") == len(SETTINGS) + 2
     assert all(line.count("|") == lines[0].count("|") for line in lines)
     assert sum("(public)" in line for line in lines) == 5
+
+
+def test_no_method_takes_longer_than_the_public_one_and_the_readme_says_so() -> None:
+    timed = json.loads(RESULT.read_text(encoding="utf-8"))["times"]["rows"]
+    ratios = [statistics.median(row["canopyq"]) / statistics.median(row["public"]) for row in timed]
+    assert {row["method"] for row in timed} == {"gptq", "hqq", "smoothquant", "smoothquant+gptq"}
+    assert max(ratios) <= 1
+    assert f"{min(ratios):.2f} to {max(ratios):.2f} of it" in README.read_text(encoding="utf-8")
+
+
+def test_the_readme_shows_the_record() -> None:
+    record = json.loads(RESULT.read_text(encoding="utf-8"))
+    readme = README.read_text(encoding="utf-8")
+    assert summary(record) in readme and f"llm-compressor {record['public']['llmcompressor']}" in readme
+
+
+def test_the_readme_shows_the_caches_that_were_compared() -> None:
+    record = json.loads(RESULT.with_name("kv_cache.json").read_text(encoding="utf-8"))
+    error, step = record["error"], record["time"]["2048"]
+    words = " ".join(README.read_text(encoding="utf-8").split())
+    for ours, theirs in (("kv4", ["transformers hqq 4", "transformers quanto 4"]), ("kv2", ["transformers quanto 2"])):
+        least = min(error[name]["kl"] for name in theirs)
+        assert error[ours]["kl"] < least and f"{error[ours]['kl']:.1e} against {least:.1e}" in words
+    fastest = min(step[name]["times_full_precision"] for name in ("transformers hqq 4", "transformers quanto 4"))
+    assert f"{step['kv4']['times_full_precision']:.2f} times as long as in full precision with 4 bits" in words
+    assert f"there {fastest:.2f} times at best" in words
+    assert all(step[name]["times_full_precision"] <= 1.5 for name in ("kv8", "kv4", "kv2", "kv-fp8"))
