@@ -146,7 +146,7 @@ class FloatFormat(Format):
         if self.dtype is not None:
             return x.clamp(-self.largest, self.largest).to(self.dtype)
         magnitudes = self.magnitudes().to(x.device)
-        code = torch.searchsorted(magnitudes, self.round(x).double().abs()).to(torch.uint8)
+        code = torch.searchsorted(magnitudes, self.round(x).double().abs().contiguous()).to(torch.uint8)
         return code | (torch.signbit(x).to(torch.uint8) << (self.bits - 1))
 
     def decode(self, codes: Tensor) -> Tensor:
