@@ -143,7 +143,9 @@ class LabPage:
         """Wait for a condition on the ``texts`` of the prompts; says whether it came true."""
         prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent.trim())"
         try:
-            self.page.wait_for_function(f"() => {{ const texts = {prompts}; return {condition}; }}", timeout=timeout)
+            self.page.wait_for_function(
+                f"() => {{ const texts = {prompts}; return {condition}; }}", timeout=timeout, polling=250
+            )
         except Exception as error:
             if type(error).__name__ != "TimeoutError":
                 raise
