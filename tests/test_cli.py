@@ -111,6 +111,11 @@ def test_help_names_every_command_and_option(canopyq) -> None:
         assert all(name in canopyq(command, "--help").out for name in [*names, "--json"])
 
 
+def test_version(canopyq) -> None:
+    done = canopyq("--version")
+    assert (done.code, done.out, done.err) == (0, f"canopyq {cq.__version__}\n", "")
+
+
 def test_alone_it_shows_its_help(canopyq) -> None:
     done = canopyq()
     assert done.code == 2 and "Usage: " in done.out + done.err

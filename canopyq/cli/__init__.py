@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+from canopyq import __version__
 from canopyq.cli.advise import advise
 from canopyq.cli.bench import bench
 from canopyq.cli.chat import chat
@@ -32,6 +34,21 @@ app.command()(quantize)
 app.command()(inspect)
 app.command()(bench)
 app.command()(advise)
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        print(f"canopyq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What may stand before a command."""
 
 
 def main() -> None:
