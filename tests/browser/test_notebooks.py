@@ -13,7 +13,13 @@ from canopyq.lessons.quiz import load
 from canopyq.lessons.text import plain
 from tests.browser.lab import PROGRESS, ROOT, LabPage
 
-NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+def _code_cells(path: Path) -> int:
+    return sum(cell["cell_type"] == "code" for cell in json.loads(path.read_text(encoding="utf-8"))["cells"])
+
+
+# The long ones first, so that no worker waits for the other's last one.
+NOTEBOOKS = [path.name for path in sorted((ROOT / "notebooks").glob("*.ipynb"), key=_code_cells, reverse=True)]
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
