@@ -14,8 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from canopyq.errors import CanopyError
-from canopyq.kv_cache import ATTENTION, CachedStates
 from canopyq.kv_codes import GROUP, CacheFormat, get_cache_format
+from canopyq.kv_states import ATTENTION, CachedStates
 from canopyq.ops import cpu_attention
 from canopyq.ops.cuda import attention
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from canopyq.errors import CanopyError
-from canopyq.kv_cache import FEW, CachedStates
 from canopyq.kv_codes import BLOCK, GROUP, WINDOW, CacheFormat, QuantizedStates, get_cache_format
+from canopyq.kv_shapes import heads_of
+from canopyq.kv_states import FEW, CachedStates
 from canopyq.ops.cuda.append import append, store
 
 if TYPE_CHECKING:
@@ -167,11 +168,9 @@ class StaticQuantizedCache(Cache):
         if batch < 1 or length < 1 or window < 0:
             raise CanopyError(f"no cache holds {batch} sequences of {length} tokens with a window of {window}")
         self.format, self.window, self.room = get_cache_format(format), window, -(-length // BLOCK) * BLOCK
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         # Tokens held, and what that was when the pass began that is under way.
         self.count, self.before = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))
-        super().__init__(layers=[StaticLayer(self, (batch, heads, head_dim), dtype, device) for _ in types])
+        super().__init__(layers=[StaticLayer(self, (batch, *heads_of(config)), dtype, device) for _ in types])
 
     @property
     def nbytes(self) -> int:

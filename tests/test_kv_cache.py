@@ -23,8 +23,9 @@ from transformers.utils import logging
 
 import canopyq as cq
 from canopyq.errors import CanopyError
-from canopyq.kv_cache import QuantizedCache, QuantizedLayer
+from canopyq.kv_cache import QuantizedCache
 from canopyq.kv_codes import CACHE_FORMATS, get_cache_format
+from canopyq.kv_layer import QuantizedLayer
 
 FORMATS = tuple(CACHE_FORMATS)
 SLIDING = ["full_attention", "sliding_attention"]

@@ -64,6 +64,9 @@ def test_the_readme_shows_the_record() -> None:
     record = json.loads(RESULT.read_text(encoding="utf-8"))
     readme = README.read_text(encoding="utf-8")
     assert summary(record) in readme and f"llm-compressor {record['public']['llmcompressor']}" in readme
+    known = cells(record)
+    draws = {best(known, who, setting)[1].seeds for who in ("public", "canopyq") for setting in SETTINGS}
+    assert draws == {4, 5} and "means over four or five draws" in readme
 
 
 def test_the_readme_shows_the_caches_that_were_compared() -> None:

@@ -63,13 +63,13 @@ def _is_a_byte_each(weight: QuantizedTensor) -> bool:
 
 
 def _byte_values(part: QuantizedTensor, scratch: Tensor) -> Tensor:
-    """What `dequantize` gives, in place in ``scratch``: codes that need no unpacking are two passes, or three."""
+    """What `dequantize` gives, integers in ``scratch``: codes that need no unpacking are two passes, or three."""
     n, k = part.shape
-    values, scale = scratch[:n], part.scale.to(torch.float32)
+    scale = part.scale.to(torch.float32)
     if part.data.dtype == torch.float8_e4m3fn:  # a weight holds no NaN
         values, scale = e4m3_to_float(part.data), scale * 256
     else:
-        values.copy_(part.data)
+        values = scratch[:n].copy_(part.data)
     grouped = values.view(n, scale.shape[1] if scale.dim() == 2 else 1, -1)
     if part.zero_point is not None:
         grouped.sub_(part.zero_point.unsqueeze(-1))

@@ -174,7 +174,7 @@ VARIANTS = (
             ("fp8_e4m3", 2, 1024, 2, "sm_90a"),
             ("int8", 2, 512, 3, "sm_90a"),
             ("fp8_e4m3", 0, 1024, 4, "sm_100"),
-        )  # fmt: skip
+        )
     ]
     + [
         ("append.cu", {"CODE": code, "HEAD_DIM": head_dim, "ELEMENT_BF16": 1}, arch)
