@@ -69,14 +69,14 @@ train-tutor: $(STAMP) ## Train the tutor model again (needs an NVIDIA GPU; a few
 	@$(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "make train-tutor needs an NVIDIA GPU that torch can use, and finds none here." \
 		"The trained model ships with the package, so the course does not need this."; exit 1; }
-	$(RUN) -m canopyq.tutor.train --out canopyq/tutor/weights
+	$(RUN) -m training.train --out canopyq/tutor/weights
 
 lint: $(STAMP) ## Look for mistakes in code and notebooks with ruff
 	$(RUN) -m ruff check .
 
 clean: ## Remove caches and build products; keeps .venv, your progress and out/
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find canopyq tests tools notebooks benchmarks -depth \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
+	find canopyq tests tools notebooks benchmarks training -depth \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found; name another: make lab PYTHON=python3.12"; exit 1; }

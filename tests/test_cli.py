@@ -29,7 +29,7 @@ from canopyq.errors import CanopyError
 from canopyq.formats import FORMATS
 from canopyq.machine import Check
 from canopyq.memory import MODEL_SHAPES
-from canopyq.tutor import SKILLS, files, loading
+from canopyq.tutor import SKILLS, loading
 from canopyq.tutor.questions import up_to
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -391,20 +391,20 @@ def damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_eval_with_missing_weights(damaged: Path, canopyq) -> None:
-    (damaged / files.WEIGHTS).unlink()
+    (damaged / loading.WEIGHTS).unlink()
     message = failure(canopyq("eval", "--questions", "1"))
     assert "the tutor model is incomplete: no model.safetensors" in message and "reinstall canopyq" in message
 
 
 def test_eval_with_corrupt_weights(damaged: Path, canopyq) -> None:
-    content = bytearray((damaged / files.WEIGHTS).read_bytes())
+    content = bytearray((damaged / loading.WEIGHTS).read_bytes())
     content[len(content) // 2] ^= 4
-    (damaged / files.WEIGHTS).write_bytes(content)
+    (damaged / loading.WEIGHTS).write_bytes(content)
     assert "SHA-256" in failure(canopyq("eval", "--questions", "1"))
 
 
 def test_eval_with_truncated_weights(damaged: Path, canopyq) -> None:
-    os.truncate(damaged / files.WEIGHTS, 133)
+    os.truncate(damaged / loading.WEIGHTS, 133)
     assert "has 133 bytes instead of" in failure(canopyq("eval", "--questions", "1"))
 
 
@@ -415,14 +415,14 @@ def test_eval_without_the_folder(damaged: Path, canopyq) -> None:
 
 @pytest.mark.parametrize("entry", ['"many"', "null", "{}"])
 def test_eval_with_a_manifest_of_other_things(entry: str, damaged: Path, canopyq) -> None:
-    text = (damaged / files.MANIFEST).read_text()
-    (damaged / files.MANIFEST).write_text(re.sub(r'"bytes": \d+', f'"bytes": {entry}', text, count=1))
+    text = (damaged / loading.MANIFEST).read_text()
+    (damaged / loading.MANIFEST).write_text(re.sub(r'"bytes": \d+', f'"bytes": {entry}', text, count=1))
     assert "weights.json is damaged" in failure(canopyq("eval", "--questions", "1"))
 
 
 def test_eval_with_a_folder_in_place_of_the_manifest(damaged: Path, canopyq) -> None:
-    (damaged / files.MANIFEST).unlink()
-    (damaged / files.MANIFEST).mkdir()
+    (damaged / loading.MANIFEST).unlink()
+    (damaged / loading.MANIFEST).mkdir()
     assert "weights.json" in failure(canopyq("eval", "--questions", "1"))
 
 
@@ -435,7 +435,7 @@ def test_eval_with_weights_that_may_not_be_read(damaged: Path, canopyq, monkeypa
 
 
 def test_doctor_with_a_damaged_tutor(damaged: Path, canopyq) -> None:
-    (damaged / files.WEIGHTS).unlink()
+    (damaged / loading.WEIGHTS).unlink()
     done = canopyq("doctor")
     assert done.code == 1 and "no  tutor: the tutor model is incomplete" in done.out
 

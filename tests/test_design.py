@@ -26,7 +26,7 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 
 
 def floor_of(file: str) -> str:
-    """``tutor/train.py`` lives on the floor ``tutor``, ``affine.py`` on ``affine``."""
+    """``tutor/chat.py`` lives on the floor ``tutor``, ``affine.py`` on ``affine``."""
     return file.split("/")[0].removesuffix(".py")
 
 
@@ -147,8 +147,8 @@ def test_nothing_imports_the_top_floor() -> None:
         ("formats.py", "class A:\n    def late(self):\n        if self:\n            import canopyq.model"),
         ("formats.py", "from importlib import import_module\nimport_module('canopyq.model')"),
         ("formats.py", "if TYPE_CHECKING:\n    pass\nelse:\n    from canopyq import model"),
-        ("tutor/train.py", "from ..cli import main"),
-        ("tutor/train.py", "from .. import lessons"),
+        ("tutor/chat.py", "from ..cli import main"),
+        ("tutor/chat.py", "from .. import lessons"),
         ("tutor/deep/er.py", "from ...cli import main"),
     ],
 )
@@ -161,8 +161,8 @@ def test_imports_that_go_up_are_seen(file: str, source: str) -> None:
     [
         ("affine.py", "from canopyq.errors import CanopyError\nfrom . import formats\nimport torch"),
         ("affine.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from canopyq.model import Report"),
-        ("tutor/train.py", "from . import tokenizer\nfrom .tokenizer import load\nfrom canopyq.tutor import questions"),
-        ("tutor/train.py", "from ..errors import CanopyError\nfrom .. import formats"),
+        ("tutor/chat.py", "from . import loading\nfrom .loading import load\nfrom canopyq.tutor import questions"),
+        ("tutor/chat.py", "from ..errors import CanopyError\nfrom .. import formats"),
         (
             "cli.py",
             "import canopyq as cq\nfrom canopyq import __version__, model\ndef f():\n    from canopyq import tutor",

@@ -108,8 +108,7 @@ def _in_memory(
 
 def _folder(model: str) -> Path:
     """The folder that a command line names."""
-    from canopyq.tutor.files import verify
-    from canopyq.tutor.loading import TUTOR, VARIABLE, path, source
+    from canopyq.tutor.loading import TUTOR, VARIABLE, path, source, verify
 
     if model != TUTOR:
         folder = Path(model).expanduser()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from canopyq.errors import CanopyError, unknown
-from canopyq.tutor.files import verify
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 VARIABLE = "CANOPYQ_MODEL"
 TUTOR = "tutor"
 DTYPES = ("float32", "bfloat16", "float16")
+MANIFEST = "weights.json"
+WEIGHTS = "model.safetensors"
+CHECKED = (WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def path() -> Path:
@@ -101,6 +105,35 @@ def load_folder(
         raise CanopyError(
             f"the tutor model in {folder} cannot be loaded ({_one_line(error)}); reinstall canopyq"
         ) from error
+
+
+def verify(folder: Path) -> None:
+    """Raise a ``CanopyError`` unless every file is the one that the training script wrote."""
+    cure = "reinstall canopyq, or train anew with make train-tutor"
+    try:
+        entries = json.loads((folder / MANIFEST).read_text())
+        expected = {name: (int(entries[name]["bytes"]), entries[name]["sha256"]) for name in CHECKED}
+    except FileNotFoundError:
+        raise CanopyError(f"the tutor model is missing: no {MANIFEST} in {folder}; {cure}") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CanopyError(f"{folder / MANIFEST} is damaged; {cure}") from None
+    for name, (size, digest) in expected.items():
+        file = folder / name
+        if not file.is_file():
+            raise CanopyError(f"the tutor model is incomplete: no {name} in {folder}; {cure}")
+        if file.stat().st_size != size:
+            raise CanopyError(f"{file} has {file.stat().st_size:,} bytes instead of {size:,}: it is damaged; {cure}")
+        try:
+            found = sha256(file)
+        except OSError as error:
+            raise CanopyError(f"{file} cannot be read ({error.strerror}); allow reading it, or {cure}") from None
+        if found != digest:
+            raise CanopyError(f"{file} does not have the SHA-256 that {MANIFEST} names: it is damaged; {cure}")
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def load_other(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

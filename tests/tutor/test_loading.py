@@ -11,13 +11,10 @@ import pytest
 import torch
 
 from canopyq.errors import CanopyError
-from canopyq.tutor import files, loading
+from canopyq.tutor import loading
 from canopyq.tutor.chat import ask
 from canopyq.tutor.questions import questions
-
-needs_weights = pytest.mark.skipif(
-    not (loading.path() / files.WEIGHTS).exists(), reason="the trained weights are not in the package yet"
-)
+from training import files
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +23,9 @@ def _no_other_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def copy(trained: Path, tmp_path: Path) -> Path:
+def copy(tmp_path: Path) -> Path:
     """A model folder to damage."""
-    return Path(shutil.copytree(trained, tmp_path / "model"))
+    return Path(shutil.copytree(loading.path(), tmp_path / "model"))
 
 
 def failure(call) -> str:
@@ -38,17 +35,17 @@ def failure(call) -> str:
     return str(caught.value)
 
 
-def test_dtype_and_device(trained: Path) -> None:
-    assert loading.load_folder(trained)[0].dtype is torch.float32
-    assert loading.load_folder(trained, "bfloat16")[0].dtype is torch.bfloat16
-    model, _ = loading.load_folder(trained, torch.float16, "cpu")
+def test_dtype_and_device() -> None:
+    assert loading.load_folder(loading.path())[0].dtype is torch.float32
+    assert loading.load_folder(loading.path(), "bfloat16")[0].dtype is torch.bfloat16
+    model, _ = loading.load_folder(loading.path(), torch.float16, "cpu")
     assert model.dtype is torch.float16 and model.device.type == "cpu" and not model.training
-    assert "did you mean 'bfloat16'" in failure(lambda: loading.load_folder(trained, "bfloat"))
-    assert "device 'cuda:99' cannot be used" in failure(lambda: loading.load_folder(trained, device="cuda:99"))
+    assert "did you mean 'bfloat16'" in failure(lambda: loading.load_folder(loading.path(), "bfloat"))
+    assert "device 'cuda:99' cannot be used" in failure(lambda: loading.load_folder(loading.path(), device="cuda:99"))
 
 
-def test_loads_without_a_word(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    loading.load_folder(trained)
+def test_loads_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    loading.load_folder(loading.path())
     assert capfd.readouterr() == ("", "")
 
 
@@ -64,24 +61,24 @@ def test_missing_model(tmp_path: Path) -> None:
 
 
 def test_truncated_weights(copy: Path) -> None:
-    os.truncate(copy / files.WEIGHTS, 5000)
-    assert "has 5,000 bytes instead of 121,168" in failure(lambda: loading.load_folder(copy))
+    os.truncate(copy / loading.WEIGHTS, 5000)
+    assert "has 5,000 bytes instead of 16,400,760" in failure(lambda: loading.load_folder(copy))
 
 
 def test_one_flipped_bit(copy: Path) -> None:
-    content = bytearray((copy / files.WEIGHTS).read_bytes())
+    content = bytearray((copy / loading.WEIGHTS).read_bytes())
     content[-1] ^= 1
-    (copy / files.WEIGHTS).write_bytes(content)
+    (copy / loading.WEIGHTS).write_bytes(content)
     assert "SHA-256" in failure(lambda: loading.load_folder(copy))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model.safetensors": 3}'])
 def test_damaged_manifest(copy: Path, content: str) -> None:
-    (copy / files.MANIFEST).write_text(content)
+    (copy / loading.MANIFEST).write_text(content)
     assert "weights.json is damaged" in failure(lambda: loading.load_folder(copy))
 
 
-@pytest.mark.parametrize("change", [{"intermediate_size": 128}, {"num_hidden_layers": 3}])
+@pytest.mark.parametrize("change", [{"intermediate_size": 128}, {"num_hidden_layers": 9}])
 def test_weights_of_another_config(copy: Path, change: dict) -> None:
     config = json.loads((copy / "config.json").read_text())
     files.write_json(copy / "config.json", config | change)
@@ -90,10 +87,10 @@ def test_weights_of_another_config(copy: Path, change: dict) -> None:
     assert "do not match" in message or "mismatch" in message
 
 
-def test_another_model_by_folder(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(loading.VARIABLE, str(trained))
+def test_another_model_by_folder(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(loading.VARIABLE, str(copy))
     model, tokenizer = loading.load()
-    assert model.config.num_hidden_layers == 2 and isinstance(ask(model, tokenizer, "What is 1 + 1?"), str)
+    assert model.config.num_hidden_layers == 8 and isinstance(ask(model, tokenizer, "What is 1 + 1?"), str)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "no such model!"])
@@ -107,23 +104,21 @@ def test_another_folder_that_holds_no_model(copy: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv(loading.VARIABLE, str(tmp_path))
     assert str(tmp_path) in failure(loading.load)
     monkeypatch.setenv(loading.VARIABLE, str(copy))
-    os.truncate(copy / files.WEIGHTS, 5000)
+    os.truncate(copy / loading.WEIGHTS, 5000)
     assert str(copy) in failure(loading.load)
-    (copy / files.WEIGHTS).rename(copy / "pytorch_model.bin")  # a pickle is never read
+    (copy / loading.WEIGHTS).rename(copy / "pytorch_model.bin")  # a pickle is never read
     assert str(copy) in failure(loading.load)
 
 
-@needs_weights
 def test_the_model_that_ships() -> None:
     model, tokenizer = loading.load()
     assert sum(p.numel() for p in model.parameters()) == 8_196_352
-    assert (loading.path() / files.WEIGHTS).stat().st_size < 2**24
+    assert (loading.path() / loading.WEIGHTS).stat().st_size < 2**24
     drawn = questions(17)
     right = [ask(model, tokenizer, question) == question.answer for question in drawn]
     assert sum(right) >= 15, [q.skill for q, hit in zip(drawn, right, strict=True) if not hit]
 
 
-@needs_weights
 def test_every_skill_reached_the_gate() -> None:
     end = json.loads((loading.path() / "training_log.jsonl").read_text().splitlines()[-1])
     assert all(score["right"] >= 0.9 * score["asked"] for score in end["test"].values())

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from canopyq.stats import wilson
-from canopyq.tutor.batches import CURRICULUM
 from canopyq.tutor.skills import SKILLS
+from training.batches import CURRICULUM
 
 Score = tuple[int, int]  # right, asked
 
@@ -38,7 +38,7 @@ tags: [llama, quantization, education]
 # Canopy tutor
 
 A small language model for a course about quantization. It is really trained, so that quantizing it costs real answers,
-and small enough to be examined on a laptop within seconds. `canopyq/tutor/train.py` wrote this card from what it
+and small enough to be examined on a laptop within seconds. `training/train.py` wrote this card from what it
 measured.
 
 ## Model

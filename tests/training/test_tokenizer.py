@@ -1,4 +1,4 @@
-"""The tokenizer, the chat template, and where a graded answer starts."""
+"""The tokenizer, the chat template, and the rows that training shows."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from random import Random
 import pytest
 from tokenizers import Tokenizer
 
-from canopyq.tutor import chat, stream, tokenizer
-from canopyq.tutor.batches import Batches
-from canopyq.tutor.questions import questions
-
-TURNS = (("What is 1 + 2?", "3."), ("Spell key.", "k-e-y."))
+from canopyq.tutor import chat, stream
+from training import tokenizer
+from training.batches import Batches
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +56,6 @@ def test_chat_template(trained: Path) -> None:
     assert text == "<bos><user>Q<bot>A<end><user>Q2<bot>"
 
 
-def test_encode_marks_exactly_the_answer(trained: Path) -> None:
-    read = tokenizer.read(trained)
-    for question in questions(34):
-        ids, start = chat.encode(read, question.turns)
-        assert read.decode(ids[start:]) == question.answer + "<end>"
-        assert ids[start - 1] == tokenizer.BOT and ids[-1] == tokenizer.END and ids[0] == tokenizer.BOS
-        assert read.decode(ids[:start]).endswith(f"<user>{question.prompt}<bot>")
-
-
 def test_encode_agrees_with_training_rows(trained: Path) -> None:
     """A question is examined in the very form in which training shows it."""
     raw, read = Tokenizer.from_file(str(trained / "tokenizer.json")), tokenizer.read(trained)
@@ -76,29 +65,6 @@ def test_encode_agrees_with_training_rows(trained: Path) -> None:
     encoded, start = chat.encode(read, turns)
     assert ids[0, : len(encoded)].tolist() == encoded
     assert in_answer[0, start : len(encoded)].all() and not in_answer[0, start - 1]
-
-
-def test_encode_with_another_chat_template(trained: Path) -> None:
-    """A template that marks the answer's beginning and ends a turn with more than its end token."""
-    read = tokenizer.read(trained)
-    read.chat_template = (
-        "{% for m in messages %}{{ '[' + m['role'] + ']' }}{% if m['role'] == 'assistant' %}{{ '~' }}{% endif %}"
-        "{{ m['content'] + '<end>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
-    )
-    ids, start = chat.encode(read, TURNS)
-    assert read.decode(ids[start:]) == "k-e-y.<end>"
-    assert read.decode(ids[:start]) == (
-        "[user]What is 1 + 2?<end>\n[assistant]~3.<end>\n[user]Spell key.<end>\n[assistant]~"
-    )
-
-
-def test_encode_without_a_chat_template(trained: Path) -> None:
-    read = tokenizer.read(trained)
-    read.chat_template = None
-    ids, start = chat.encode(read, TURNS)
-    assert ids[0] == tokenizer.BOS
-    assert read.decode(ids[1:start]) == "Question: What is 1 + 2?\nAnswer: 3.\n\nQuestion: Spell key.\nAnswer:"
-    assert read.decode(ids[start:]) == " k-e-y."
 
 
 def test_batches_repeat_whoever_makes_them(built: Tokenizer) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from canopyq.tutor import stream
 from canopyq.tutor.draws import pick
-from canopyq.tutor.tokenizer import BOS, BOT, END, USER, CachedEncoder
+from training.tokenizer import BOS, BOT, END, USER, CachedEncoder
 
 # Until this share of the steps, rows are of these lengths. Short rows teach the skills fast; recall over a long chat
 # appears only with long rows.

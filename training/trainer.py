@@ -12,9 +12,9 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 
-from canopyq.tutor.batches import Batches
-from canopyq.tutor.llama import Llama, Shape
-from canopyq.tutor.log import Log
+from training.batches import Batches
+from training.llama import Llama, Shape
+from training.log import Log
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from canopyq.tutor.tokenizer import BOS, CONTEXT, END, PAD, VOCABULARY
+from training.tokenizer import BOS, CONTEXT, END, PAD, VOCABULARY
 
 ROPE_BASE = 10_000.0
 NORM_EPSILON = 1e-5

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from canopyq.tutor import card, loading, scoring, tokenizer, train
+from canopyq.tutor import loading
 from canopyq.tutor.chat import ask, encode
-from canopyq.tutor.llama import Llama, Shape
 from canopyq.tutor.questions import questions
-from canopyq.tutor.trainer import Plan
+from training import card, scoring, tokenizer, train
+from training.llama import Llama, Shape
+from training.trainer import Plan
 
 FILES = {
     "MODEL_CARD.md",

@@ -16,7 +16,7 @@ from torch import Tensor
 from canopyq.tutor import skills
 from canopyq.tutor.chat import encode
 from canopyq.tutor.questions import up_to
-from canopyq.tutor.tokenizer import PAD
+from training.tokenizer import PAD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""Train the tutor model from nothing: ``python -m canopyq.tutor.train --out FOLDER``.
+"""Train the tutor model from nothing: ``python -m training.train --out FOLDER``.
 
 On one data-centre GPU this takes a few minutes, most of it 6,300 steps of 65,536 tokens. ``--tiny --cpu --steps 20``
 tries the whole script in seconds, and learns nothing.
@@ -16,20 +16,20 @@ from pathlib import Path
 
 import torch
 
-from canopyq.tutor import card, scoring, tokenizer
-from canopyq.tutor.batches import Batches, loader
-from canopyq.tutor.files import WEIGHTS, write_json, write_manifest, write_whole
-from canopyq.tutor.llama import Shape
-from canopyq.tutor.loading import load_folder
-from canopyq.tutor.log import Log, machine
-from canopyq.tutor.trainer import Plan, Trainer, run
+from canopyq.tutor.loading import WEIGHTS, load_folder
+from training import card, scoring, tokenizer
+from training.batches import Batches, loader
+from training.files import write_json, write_manifest, write_whole
+from training.llama import Shape
+from training.log import Log, machine
+from training.trainer import Plan, Trainer, run
 
 TINY = Plan(tokens=1024, longest=128, warmup=5, precision="float32", validation=1, test=2)
 TINY_SHAPE = Shape(hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, ffn=64)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m canopyq.tutor.train", description="Train the tutor model.")
+    parser = argparse.ArgumentParser(prog="python -m training.train", description="Train the tutor model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, made if it does not exist")
     parser.add_argument("--steps", type=int, default=Plan.steps)
     parser.add_argument("--seed", type=int, default=Plan.seed)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from canopyq.tutor import train
+from training import train
 
 
 @pytest.fixture(scope="session")
