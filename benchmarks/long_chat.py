@@ -5,29 +5,34 @@
 About 25 minutes on one core. benchmarks/results/long_chat.json is written after every ten chats; a run that was
 stopped goes on from there.
 
-Recall is measured on the tutor: facts told early, 0 to 50 turns about other things, then one of the facts is asked
-(`canopyq.long_chat`). The bytes of the tutor are read from real caches, turn by turn. Those of real models are computed
-from their published shapes, by the function that a test compares with real caches.
+Recall is measured on the tutor: a student tells it a few facts, chats about other things for 0 to 50 turns, and asks
+for one of the facts. The answer can only come from the cache. The bytes of the tutor are read from real caches, turn by
+turn. Those of real models are computed from their published shapes, by the function that a test compares with real
+caches.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import canopyq as cq
 from canopyq.conversation import Conversation
-from canopyq.long_chat import long_chat
+from canopyq.errors import CanopyError
+from canopyq.evaluate import CacheMaker, compare, examine
 from canopyq.machine import describe
 from canopyq.memory import MODEL_SHAPES, cache_bytes, model_bytes
 from canopyq.scheme import Recipe
 from canopyq.stats import Share, bootstrap
 from canopyq.track import track
+from canopyq.tutor.questions import questions as draw
 
 RESULT = Path(__file__).parent / "results" / "long_chat.json"
 CACHES = {
@@ -43,6 +48,90 @@ FORMATS = (None, "kv8", "kv4", "kv2")
 FILLERS = (0, 6, 12, 25, 50)  # turns between telling and asking
 PART = 10  # chats at a time
 TURN = 250  # tokens of a question and its answer, for real models: an assumption
+
+
+@dataclass(frozen=True)
+class Recall:
+    """How often the right fact came back.
+
+    Attributes:
+        cache: its name.
+        fillers: turns between telling and asking.
+        tokens: of all chats together.
+        right: for each chat, whether the answer was right.
+        kls: for each chat, the mean KL divergence, in nats per token, from the predictions without a cache.
+        nbytes: storage behind the cache, a token, after the longest chat; None without a cache.
+    """
+
+    cache: str
+    fillers: int
+    tokens: int
+    right: tuple[bool, ...]
+    kls: tuple[float, ...]
+    nbytes: float | None
+
+    @property
+    def share(self) -> Share:
+        """Right answers, with the interval."""
+        return Share(sum(self.right), len(self.right))
+
+    @property
+    def kl(self) -> float:
+        """Mean KL divergence, every chat with the same weight."""
+        return sum(self.kls) / len(self.kls)
+
+    def to_dict(self) -> dict:
+        """Plain numbers, for JSON."""
+        return {"cache": self.cache, "fillers": self.fillers, "tokens": self.tokens / len(self.right),
+                "share": self.share.to_dict(), "kl": self.kl, "nbytes": self.nbytes,
+                "right": [int(r) for r in self.right], "kls": [float(f"{kl:.4g}") for kl in self.kls]}  # fmt: skip
+
+    def __str__(self) -> str:
+        tokens = self.tokens / len(self.right)
+        return f"{self.cache:<8} {self.fillers:>3} turns, {tokens:>5.0f} tokens: {self.share}, KL {self.kl:.2g}"
+
+
+def long_chat(
+    model: nn.Module,
+    tokenizer,
+    caches: Sequence[str] | Mapping[str, str | CacheMaker] = ("kv8", "kv4", "kv2"),
+    fillers: Sequence[int] = (0, 12, 25, 50),
+    questions: int = 50,
+    *,
+    first: int = 0,
+    seed: int = 0,
+    say: Callable[[Recall], None] = lambda recall: None,
+) -> list[Recall]:
+    """Recall against the length of the chat, first without a cache (named "none"), then through each one.
+
+    Every cache is asked the same questions. Chats are fed as `compare` describes: each token sees what it would see
+    if the chat were written token by token, which is the hardest that a cache can be tried.
+
+    Args:
+        caches: names such as ``"kv4"``, or names with a function from the model's config to a transformers cache.
+        fillers: turns between telling and asking, each 0 to 50; 50 make a chat of about 1,500 tokens.
+        questions: chats of each length.
+        first: how many chats of each length to pass over, so that a long run can be made in parts.
+        say: called with every result as it comes.
+
+    Raises:
+        CanopyError: for no caches, no lengths, and as `compare` does.
+    """
+    makers = dict(caches) if isinstance(caches, Mapping) else {name: name for name in caches}
+    if not makers or not fillers:
+        raise CanopyError("a long chat needs a cache and a number of turns; use caches=('kv4',) and fillers=(25,)")
+    found = []
+    for turns in fillers:
+        asked = draw(first + questions, skill="recall", seed=seed, fillers=turns)[first:]
+        plain = examine(model, tokenizer, asked, keep=True)
+        results = [("none", plain, (0.0,) * questions)]
+        for name, cache in makers.items():
+            compared = compare(plain, model, tokenizer, asked, cache=cache)
+            results.append((name, compared.model, compared.kls))
+        for name, evaluation, kls in results:
+            found.append(Recall(name, turns, plain.tokens, evaluation.right, kls, evaluation.cache_bytes))
+            say(found[-1])
+    return found
 
 
 def recall(model, tokenizer, rows: list[dict], chats: int, keep: Callable[[list[dict]], None]) -> None:

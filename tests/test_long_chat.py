@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import canopyq as cq
+from benchmarks.long_chat import long_chat
 from canopyq.errors import CanopyError
 from canopyq.kv_cache import QuantizedCache
-from canopyq.long_chat import long_chat
 
 
 @pytest.fixture(scope="module")

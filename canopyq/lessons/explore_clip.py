@@ -6,7 +6,7 @@ import torch
 from ipywidgets import FloatSlider, IntSlider, Widget
 from matplotlib.figure import Figure
 
-from canopyq.saturation import Clipped, clipped
+from canopyq.lessons.saturation import Clipped, clipped
 
 from .canvas import BLUE, FAINT, GREEN, INK, RED, new_figure, numbers, styled
 from .look import box

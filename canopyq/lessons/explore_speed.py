@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipywidgets import SelectionSlider, Widget
 from matplotlib.figure import Figure
 
-from canopyq.roofline import H200, Machine, linear_work
+from canopyq.lessons.roofline import H200, Machine, linear_work
 
 from .canvas import BLUE, INK, RED, SKY, new_figure, styled
 from .look import box, buttons

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import linear
 from canopyq.errors import CanopyError
-from canopyq.roofline import H200, Machine, crossover, linear_work
+from canopyq.lessons.roofline import H200, Machine, crossover, linear_work
 
 sizes = st.integers(64, 30_000)
 
@@ -43,3 +44,7 @@ def test_the_crossover_is_where_both_times_are_equal(inputs: int, outputs: int, 
 def test_no_work_is_refused(given: tuple) -> None:
     with pytest.raises(CanopyError, match="is no work"):
         linear_work(*given)
+
+
+def test_the_benchmark_of_layers_takes_the_same_rates() -> None:
+    assert (linear.READ, linear.MULTIPLY) == (H200.bytes_per_s, H200.operations_per_s)

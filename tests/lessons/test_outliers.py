@@ -12,7 +12,7 @@ from torch import nn
 
 import canopyq as cq
 from canopyq.errors import CanopyError
-from canopyq.outliers import exaggerate_, norm_sites, salient, spread
+from canopyq.lessons.outliers import exaggerate_, norm_sites, salient, spread
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from canopyq import affine
 from canopyq.errors import CanopyError
-from canopyq.saturation import clipped, quantize_without_clamp, wrap
+from canopyq.lessons.saturation import clipped, quantize_without_clamp, wrap
 from canopyq.tensor import quantize
 
 
