@@ -17,6 +17,10 @@ def unknown(kind: str, given: object, known: Iterable[str], *, more: str = "") -
     ``unknown format 'int44'; did you mean 'int4'? known: int4, int8``.
     """
     names = list(known)
-    near = get_close_matches(str(given).lower(), names, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ";"
-    return CanopyError(f"unknown {kind} {given!r}{hint} known: {', '.join(names)}{more}")
+    return CanopyError(f"unknown {kind} {given!r}{did_you_mean(given, names) or ';'} known: {', '.join(names)}{more}")
+
+
+def did_you_mean(given: object, known: Iterable[str]) -> str:
+    """``"; did you mean 'int4'?"`` with the nearest names that exist; empty if none is near."""
+    near = get_close_matches(str(given).lower(), list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""

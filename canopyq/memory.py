@@ -215,7 +215,7 @@ def model_bytes(shape: ModelShape, recipe: Recipe | None = None) -> ModelBytes:
         if recipe.ignores(name):
             plain += 2 * n * k
             continue
-        for part, count in part_bytes(torch.Size((n, k)), recipe.weights, torch.bfloat16).items():
+        for part, count in part_bytes(torch.Size((n, k)), recipe.scheme_of(name), torch.bfloat16).items():
             held[part] += count
     return ModelBytes(held["data"], held["scale"] + held["tensor_scale"], held["zero_point"], plain)
 

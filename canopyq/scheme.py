@@ -100,7 +100,8 @@ class Recipe:
             and the first that fits counts.
         ignore: modules that stay as they are, by name or by any dotted part of it: ``"lm_head"``, ``"layers.0"``,
             ``"mlp.down_proj"``. The output head does by default: it is the most sensitive layer, and often shares its
-            weight with the embedding.
+            weight with the embedding. An entry that fits nothing in a model is refused there, but for this default,
+            since a model may have no head; so is an exception that counts for no weight.
 
     Raises:
         CanopyError: if ``weights`` is no `Scheme`, for ``static`` without activations that have one scale in all, or
@@ -127,13 +128,19 @@ class Recipe:
             )
         object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
 
-    def ignores(self, module: str) -> bool:
-        """Whether the module of this name stays as it is."""
-        return any(_is_part(part, module) for part in self.ignore)
+    def ignores(self, *names: str) -> bool:
+        """Whether a module stays as it is; a shared one has several names."""
+        return any(is_part(part, name) for part in self.ignore for name in names)
 
-    def scheme_of(self, module: str) -> Scheme:
-        """How the weight of the module of this name is quantized."""
-        return next((scheme for part, scheme in self.exceptions if _is_part(part, module)), self.weights)
+    def scheme_of(self, *names: str) -> Scheme:
+        """How the weight of a module is quantized; a shared one has several names."""
+        number = self.exception_of(*names)
+        return self.weights if number is None else self.exceptions[number][1]
+
+    def exception_of(self, *names: str) -> int | None:
+        """Which of the exceptions counts for a module; None if none does."""
+        fits = (any(is_part(part, name) for name in names) for part, _ in self.exceptions)
+        return next((number for number, fit in enumerate(fits) if fit), None)
 
     @classmethod
     def parse(cls, spec: str | Recipe) -> Recipe:
@@ -212,7 +219,8 @@ def _inputs(format: str, *, static: bool, symmetric: bool = True) -> Scheme:
     return Scheme(format, "tensor", symmetric, observer=observer, scale_dtype=torch.bfloat16)
 
 
-def _is_part(part: str, module: str) -> bool:
+def is_part(part: str, module: str) -> bool:
+    """Whether a dotted name is, or is within, another: ``mlp.up_proj`` of ``layers.0.mlp.up_proj``."""
     return f".{part}." in f".{module}."
 
 

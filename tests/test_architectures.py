@@ -107,6 +107,11 @@ def test_experts_become_three_layers_each() -> None:
     assert "MixtralTopKRouter" in report.kept["model.layers.0.mlp.gate"]
 
 
+def test_one_expert_alone_cannot_be_kept() -> None:
+    with pytest.raises(cq.CanopyError, match=r"'experts\.1' .*one by one"):
+        cq.plan(make("mixtral"), cq.Recipe("mine", cq.Scheme("int4", "g32"), ignore="experts.1"))
+
+
 def test_layers_whose_weight_the_model_reads_itself_stay() -> None:
     """Mamba's mixer multiplies by dt_proj's weight without calling it; codes would end in an error."""
     torch.manual_seed(0)

@@ -240,6 +240,15 @@ def test_model_bytes_are_what_a_plan_of_7b_finds() -> None:
     assert found.codes == MODEL_SHAPES["llama-2-7b"].linear_parameters // 2 and found.zero_points == 0
 
 
+def test_model_bytes_follow_the_exceptions_of_a_recipe() -> None:
+    from dataclasses import replace
+
+    four, shape = Recipe.parse("w4a16-g128"), MODEL_SHAPES["tutor"]
+    mixed = replace(four, exceptions=(("down_proj", Recipe.parse("w8a16-g128").weights),))
+    more = model_bytes(shape, mixed).total - model_bytes(shape, four).total
+    assert more == shape.layers * shape.hidden * shape.ffn // 2
+
+
 def test_a_group_that_does_not_fit_is_refused() -> None:
     with pytest.raises(CanopyError, match="group size 512 does not fit"):
         model_bytes(MODEL_SHAPES["tutor"], Recipe.parse("w4a16-g512"))

@@ -231,6 +231,38 @@ def test_ignored_parts_of_names_are_kept() -> None:
     assert isinstance(model.model.layers[1].mlp.up_proj, nn.Linear)
 
 
+@pytest.mark.parametrize("act", [quantize_, plan], ids=["quantize_", "plan"])
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"ignore": ("lm_head", "layers.1.mpl")}, ["'layers.1.mpl'", "'layers.1.mlp'"]),
+        ({"ignore": "down_poj"}, ["'down_poj'", "'down_proj'"]),
+        ({"ignore": "zzz"}, ["'zzz'", "print(model)"]),
+        ({"exceptions": (("layers.1.mlp.dwn_proj", Scheme("int8")),)}, ["'layers.1.mlp.dwn_proj'", "down_proj"]),
+        ({"exceptions": (("lm_head", Scheme("int8")),)}, ["'lm_head'", "ignore list"]),
+        ({"exceptions": (("norm", Scheme("int8")),)}, ["'norm'", "a vector"]),
+        ({"exceptions": (("mlp", Scheme("int8")), ("mlp.up_proj", Scheme("int2")))}, ["'mlp.up_proj'", "after 'mlp'"]),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_what_a_recipe_names_has_to_exist(act, options: dict, parts: list[str]) -> None:
+    model = llama()
+    before = state(model)
+    with pytest.raises(CanopyError) as refused:
+        act(model, Recipe("mine", Scheme("int4", "g32"), **options))
+    assert all(part in str(refused.value) for part in parts) and "\n" not in str(refused.value)
+    assert_untouched(model, before)
+
+
+def test_a_shared_layer_is_kept_by_any_of_its_names() -> None:
+    model = small()
+    model.append(model[4])
+    assert "4" in plan(model, Recipe("mine", Scheme("int4", "g32"), ignore="5")).kept
+    exception = Recipe("mine", Scheme("int4", "g32"), exceptions=(("5", Scheme("int8", "g32")),))
+    layers = plan(model, exception).layers  # as many weights and scales, and half a byte more a code
+    assert layers["4"][2] == layers["2"][2] + 128 * 256 // 2
+
+
 def test_the_text_says_it_all() -> None:
     report = quantize_(small(), "w4a16-g128")
     text = str(report)
