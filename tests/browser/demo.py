@@ -62,7 +62,7 @@ BROKEN = [
     "ExerciseCard.judge = lambda card, answer: diagnose(card.spec, card.spec.build(card.stub))  # no answer is seen\n"
     'ex = lessons.exercise("00-bytes")\nex',
     'lessons.exercise("00-bytes").check(None)',
-    'explorer = lessons.explore.float_bits(0.1)\nexplorer._draw = lambda figure, **values: "always the same"\nexplorer',
+    'explorer = lessons.explore.float_bits(0.1)\nexplorer.draw = lambda figure, **values: "always the same"\nexplorer',
     "1 / 0",
 ]
 

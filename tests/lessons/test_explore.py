@@ -9,14 +9,14 @@ import torch
 from canopyq.evaluate import Comparison, Evaluation
 from canopyq.formats import get_format
 from canopyq.lessons import explore
-from canopyq.lessons.explore_bits import levels, nearest
-from canopyq.lessons.explore_clip import ClipView
-from canopyq.lessons.explore_float import FORMATS, split_bits, stored
-from canopyq.lessons.explore_groups import GroupsView
-from canopyq.lessons.explore_outlier import OutlierView
-from canopyq.lessons.explore_rounding import RoundingView
-from canopyq.lessons.explore_static import StaticView
-from canopyq.lessons.explore_words import WordsView
+from canopyq.lessons.explore.bits import levels, nearest
+from canopyq.lessons.explore.clip import Clip
+from canopyq.lessons.explore.float import FORMATS, split_bits, stored
+from canopyq.lessons.explore.groups import Groups
+from canopyq.lessons.explore.outlier import Outlier
+from canopyq.lessons.explore.rounding import Rounding
+from canopyq.lessons.explore.static import Static
+from canopyq.lessons.explore.words import Words
 from canopyq.tensor import quantize
 from canopyq.tutor.questions import Question
 
@@ -130,7 +130,7 @@ def test_presets_and_the_typed_number_follow_each_other() -> None:
 
 
 def test_clipping_and_rounding_pull_in_opposite_directions() -> None:
-    view = ClipView(torch.cat([X, torch.tensor([20.0])]))
+    view = Clip(torch.cat([X, torch.tensor([20.0])]))
     found = [view.at(share, 4) for share in (0.1, 0.3, 0.6, 1.0)]
     clipping, rounding = [each.clipping for each in found], [each.rounding for each in found]
     assert list(clipping) == sorted(clipping, reverse=True) and list(rounding) == sorted(rounding)
@@ -138,7 +138,7 @@ def test_clipping_and_rounding_pull_in_opposite_directions() -> None:
 
 
 def test_an_outlier_takes_the_codes_of_the_others() -> None:
-    view = OutlierView(torch.linspace(-1, 1, 101))
+    view = Outlier(torch.linspace(-1, 1, 101))
     found = [view.crushed(size, 8) for size in (2.0, 20.0, 127.5, 500.0)]
     assert [f.codes for f in found] == sorted((f.codes for f in found), reverse=True) and found[-1].codes == 1
     assert found[2].step == 1.0 and found[3].zeros == 1.0 and found[3].error == 1.0
@@ -146,7 +146,7 @@ def test_an_outlier_takes_the_codes_of_the_others() -> None:
 
 @pytest.mark.parametrize("bits", [4, 3])
 def test_smaller_groups_cost_more_and_lose_less(bits: int) -> None:
-    view = GroupsView(torch.randn(32, 1024, generator=torch.Generator().manual_seed(0)))
+    view = Groups(torch.randn(32, 1024, generator=torch.Generator().manual_seed(0)))
     assert view.names == ["tensor", "channel", "g512", "g256", "g128", "g64", "g32", "g16", "g8"]
     costs = [view.cost(name, bits) for name in view.names]
     assert [c.bits_per_weight for c in costs] == sorted(c.bits_per_weight for c in costs)
@@ -161,7 +161,7 @@ def test_the_error_of_groups_is_counted_by_hand() -> None:
     rows = x.abs().amax(dim=1, keepdim=True) / 7.5
     rows = rows.bfloat16().float()
     codes = torch.round(x / rows).clamp(-8, 7)
-    cost = GroupsView(x).cost("channel", 4)
+    cost = Groups(x).cost("channel", 4)
     assert cost.error == pytest.approx(((codes * rows - x).norm() / x.norm()).item())
     assert cost.zeros == (codes == 0).float().mean().item() and cost.scales == 2
 
@@ -169,7 +169,7 @@ def test_the_error_of_groups_is_counted_by_hand() -> None:
 @pytest.mark.parametrize("shape", [(7,), (3, 70), (2, 5, 96)])
 def test_groups_of_any_shape(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    assert all(0 < GroupsView(x).cost(name, 4).error < 0.2 for name in GroupsView(x).names)
+    assert all(0 < Groups(x).cost(name, 4).error < 0.2 for name in Groups(x).names)
     explorer = explore.groups(x)
     explorer.widget()
     for name in (explorer.controls["scale"].options[0], explorer.controls["scale"].options[-1]):
@@ -186,7 +186,7 @@ def test_answers_are_shown_as_they_were_measured() -> None:
     assert "50.0 %" in explorer.line.value and "200 B" in explorer.line.value
     assert "<b>wrong:</b> 5 &lt;b&gt;." in explorer.line.value, "a model's answer is never markup"
     assert "Spell ×ox×." in explorer.line.value and explorer.line.value.count("wrong:") == 1
-    head, rows = explorer._rows()
+    head, rows = explorer.rows()
     assert head == ["student", "8 bits", "4 bits", "2 bits"] and rows[1] == ["Spell ×ox×.", "o-x.", "o-x.", "o-x."]
 
 
@@ -219,7 +219,7 @@ def test_turns_show_what_was_measured() -> None:
 @pytest.mark.parametrize("columns", [1, 7, 40, 100])
 def test_words_come_apart_as_they_were_packed(bits: int, columns: int) -> None:
     x = X[: 3 * columns].reshape(3, columns)
-    view = WordsView(x)
+    view = Words(x)
     codes = quantize(x, f"int{bits}", "channel").codes[0]
     many = 32 // bits
     for place in range(view.last + 1):
@@ -233,7 +233,7 @@ def test_words_come_apart_as_they_were_packed(bits: int, columns: int) -> None:
 
 
 def test_words_say_the_worked_value() -> None:
-    word = WordsView(torch.tensor([[-8.0, -7, -1, 0, 1, 2, 6, 7]]) * 15 / 16).word(0, 4)
+    word = Words(torch.tensor([[-8.0, -7, -1, 0, 1, 2, 6, 7]]) * 15 / 16).word(0, 4)
     assert word.number == 0xFEA98710 and word.bytes.hex() == "1087a9fe"
 
 
@@ -249,7 +249,7 @@ def test_every_control_of_the_tree_changes_what_it_says() -> None:
 
 
 def test_one_range_for_all_tokens_clips_some_or_blurs_others() -> None:
-    view = StaticView(TOKENS)
+    view = Static(TOKENS)
     wide, middle, own = view.fixed(1.0, 8), view.fixed(0.1, 8), view.own(8)
     assert wide.clipped == 0 < middle.clipped == int((TOKENS.abs().amax(1) > TOKENS.abs().max() * 0.1).sum())
     assert wide.spoiled > 5 and own.spoiled == 0 and own.whole < middle.whole
@@ -260,7 +260,7 @@ def test_one_range_for_all_tokens_clips_some_or_blurs_others() -> None:
 
 
 def test_two_weights_make_up_for_each_other_when_their_inputs_go_together() -> None:
-    view = RoundingView((0.4, 0.4))
+    view = Rounding(0.4, 0.4)
     alone, best = view.choices((0.4, 0.4), 0.98)
     assert alone.point == (0, 0) and sum(best.point) == 1
     assert best.error < 0.2 * alone.error

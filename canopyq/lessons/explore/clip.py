@@ -1,4 +1,4 @@
-"""The view behind ``explore.clip``: a narrower range rounds more finely and clips more."""
+"""``explore.clip``: a narrower range rounds more finely and clips more."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ import torch
 from ipywidgets import FloatSlider, IntSlider, Widget
 from matplotlib.figure import Figure
 
-from canopyq.lessons.saturation import Clipped, clipped
-
-from .canvas import BLUE, FAINT, GREEN, INK, RED, new_figure, numbers, styled
-from .look import box
+from ..canvas import BLUE, FAINT, GREEN, INK, RED, new_figure, numbers, styled
+from ..look import box
+from ..saturation import Clipped, clipped
+from .explorer import Explorer
 
 SHARES = [s / 100 for s in range(5, 101, 5)]
 
 
-class ClipView:
-    """Mean squared error of clipping and of rounding, for each place where the range may end."""
+class Clip(Explorer):
+    """Move the end of the range: what clipping costs, what rounding costs, and their sum."""
+
+    name = "clip"
+    title = "Where to cut the range"
 
     def __init__(self, x: torch.Tensor) -> None:
         self.x = x.detach().float().flatten()
         self.absmax = self.x.abs().max()
         self._known: dict[tuple[float, int], Clipped] = {}
 
-    def controls(self) -> dict[str, Widget]:
+    def make_controls(self) -> dict[str, Widget]:
         return {
             "clip": FloatSlider(1.0, min=0.05, max=1.0, step=0.01, description="clip at", readout_format=".0%"),
             "bits": IntSlider(4, 2, 8, description="bits"),

@@ -1,4 +1,4 @@
-"""The view behind ``explore.choose``: a decision tree that counts bytes at every fork."""
+"""``explore.choose``: a decision tree that counts bytes at every fork."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from canopyq.advisor.table import ROWS
 from canopyq.errors import CanopyError
 from canopyq.memory import human
 
-from .look import box, buttons
+from ..look import box, buttons
+from .explorer import Explorer
 
 MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b", "llama-2-7b", "mistral-7b", "llama-3.1-8b", "llama-2-13b",
           "qwen2.5-32b", "llama-3.1-70b")  # fmt: skip
@@ -33,13 +34,17 @@ give.</li>
 </ol>"""
 
 
-class ChooseView:
-    """Walks the tree for some needs, and puts the advisor's recommendation at its end."""
+class Choose(Explorer):
+    """The decision tree with its bytes, and the advisor's recommendation at the end of it."""
+
+    name = "choose"
+    title = "From needs to a recipe"
+    about = TREE
 
     def __init__(self, measurements: Sequence[Measurement] | None = None) -> None:
         self.known = list(measurements) if measurements is not None else recorded()
 
-    def controls(self) -> dict[str, Widget]:
+    def make_controls(self) -> dict[str, Widget]:
         return {
             "priority": buttons([priority for _, priority, _ in ROWS if priority], "balanced"),
             "model": SelectionSlider(options=MODELS, value="mistral-7b", description="model"),

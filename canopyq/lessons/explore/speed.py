@@ -1,27 +1,30 @@
-"""The view behind ``explore.speed``: bytes, arithmetic and time of a linear layer as the batch grows."""
+"""``explore.speed``: bytes, arithmetic and time of a linear layer as the batch grows."""
 
 from __future__ import annotations
 
 from ipywidgets import SelectionSlider, Widget
 from matplotlib.figure import Figure
 
-from canopyq.lessons.roofline import H200, Machine, linear_work
-
-from .canvas import BLUE, INK, RED, SKY, new_figure, styled
-from .look import box, buttons
+from ..canvas import BLUE, INK, RED, SKY, new_figure, styled
+from ..look import box, buttons
+from ..roofline import H200, Machine, linear_work
+from .explorer import Explorer
 
 ROWS = tuple(2**i for i in range(13))
 BITS = {"BF16": 16.0, "INT8": 8.0, "INT4 g128": 4.125}
 INPUTS, OUTPUTS = 4096, 11008
 
 
-class SpeedView:
-    """The least time of one layer: two straight lines, of which the higher one counts."""
+class Speed(Explorer):
+    """Tokens from 1 to 4096 and the weights' format: the time of the bytes, that of the arithmetic, the longer one."""
+
+    name = "speed"
+    title = "What sets the time of a layer?"
 
     def __init__(self, machine: Machine = H200) -> None:
         self.machine = machine
 
-    def controls(self) -> dict[str, Widget]:
+    def make_controls(self) -> dict[str, Widget]:
         return {
             "tokens": SelectionSlider(options=ROWS, value=1, description="tokens"),
             "weights": buttons(list(BITS), "INT4 g128"),

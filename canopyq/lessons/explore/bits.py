@@ -1,4 +1,4 @@
-"""The view behind ``explore.bits``: bits and the kind of range."""
+"""``explore.bits``: bits and the kind of range."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 
 from canopyq.tensor import QuantizedTensor, quantize
 
-from .look import box, buttons
-from .plots import histogram_with_grid, staircase
+from ..look import box, buttons
+from ..plots import histogram_with_grid, staircase
+from .explorer import Explorer
 
 RANGES = {
     "symmetric": {"symmetric": True},
@@ -19,13 +20,16 @@ RANGES = {
 MOST = 2000  # values in the staircase
 
 
-class BitsView:
-    """Quantizes one tensor with one scale, in as many ways as the controls allow."""
+class Bits(Explorer):
+    """Bits from 8 to 2 and the kind of range: the staircase or the histogram, the largest and the mean error."""
+
+    name = "bits"
+    title = "How many bits does this tensor need?"
 
     def __init__(self, x: torch.Tensor) -> None:
         self.x = x.detach().float().flatten()
 
-    def controls(self) -> dict[str, Widget]:
+    def make_controls(self) -> dict[str, Widget]:
         return {
             "bits": IntSlider(4, 2, 8, description="bits"),
             "range": buttons(list(RANGES)),

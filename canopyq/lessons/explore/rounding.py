@@ -1,4 +1,4 @@
-"""The view behind ``explore.rounding``: two weights on a grid, and which grid point leaves the output nearest."""
+"""``explore.rounding``: two weights on a grid, and which grid point leaves the output nearest."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from ipywidgets import FloatSlider, Widget
 from matplotlib.figure import Figure
 
-from .canvas import BLUE, FAINT, INK, ORANGE, legend_below, new_figure, styled
-from .look import box
+from ..canvas import BLUE, FAINT, INK, ORANGE, legend_below, new_figure, styled
+from ..look import box
+from .explorer import Explorer
 
 CORRELATIONS = (0.95, 0.5, 0.0, -0.5, -0.95)
 
@@ -23,13 +24,16 @@ class Choice:
     error: float
 
 
-class RoundingView:
-    """y = w₁x₁ + w₂x₂ with inputs of size 1 that are correlated; weights are rounded to whole steps."""
+class Rounding(Explorer):
+    """Two weights whose inputs go together more or less: the nearest grid point, and the one nearest in the output."""
 
-    def __init__(self, weights: tuple[float, float]) -> None:
-        self.weights = weights
+    name = "rounding"
+    title = "Two weights on a grid"
 
-    def controls(self) -> dict[str, Widget]:
+    def __init__(self, first: float, second: float) -> None:
+        self.weights = first, second
+
+    def make_controls(self) -> dict[str, Widget]:
         first, second = self.weights
         return {
             "correlation": FloatSlider(0.9, min=-0.98, max=0.98, step=0.02, description="correlation"),

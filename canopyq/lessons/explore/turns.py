@@ -1,4 +1,4 @@
-"""The view behind ``explore.turns``: a cache that grows from turn to turn, beside weights that do not."""
+"""``explore.turns``: a cache that grows from turn to turn, beside weights that do not."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from matplotlib.ticker import MaxNLocator
 
 from canopyq.memory import human
 
-from .canvas import BLUE, COLOURS, FAINT, INK, ORANGE, legend_below, new_figure, styled
-from .look import box, buttons
+from ..canvas import BLUE, COLOURS, FAINT, INK, ORANGE, legend_below, new_figure, styled
+from ..look import box, buttons
+from .explorer import Explorer
 
 Grown = Sequence[tuple[int, int]]  # tokens and bytes after each turn
 
 
-class TurnsView:
-    """Measured bytes of one chat in several caches.
+class Turns(Explorer):
+    """One chat turn by turn: the cache grows and the weights do not. ``caches`` holds (tokens, bytes) of each turn."""
 
-    Args:
-        caches: for each cache its tokens and bytes after every turn.
-        weights: bytes of the model.
-    """
+    name = "turns"
+    title = "A chat, turn by turn"
 
     def __init__(self, caches: Mapping[str, Grown], weights: int) -> None:
         self.caches, self.weights = dict(caches), weights
         self.turns = len(next(iter(self.caches.values())))
 
-    def controls(self) -> dict[str, Widget]:
+    def make_controls(self) -> dict[str, Widget]:
         return {
             "turn": IntSlider(1, 1, self.turns, description="turn"),
             "cache": buttons(list(self.caches)),

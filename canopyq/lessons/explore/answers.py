@@ -1,4 +1,4 @@
-"""The view behind ``explore.answers``: the same questions, answered with fewer and fewer bits."""
+"""``explore.answers``: the same questions, answered with fewer and fewer bits."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from canopyq.evaluate import Comparison
 from canopyq.memory import human
 from canopyq.tutor.questions import Question
 
-from .canvas import BLUE, INK, SKY, new_figure, styled
-from .look import box, table
-from .text import shorten
+from ..canvas import BLUE, INK, SKY, new_figure, styled
+from ..look import box, table
+from ..text import shorten
+from .explorer import Explorer
 
 LONGEST = 60  # characters of a question or an answer in a cell
 
 
-class AnswersView:
-    """Shows what was measured before: nothing is computed when the slider moves.
+class Answers(Explorer):
+    """What quantized models answered, measured before; ``runs`` is for each number of bits its comparison with the
+    original and its answers to ``questions``."""
 
-    Args:
-        questions: some questions to read the answers of.
-        runs: for each number of bits the comparison with the original, and the answers to ``questions``.
-    """
+    name = "answers"
+    title = "The same questions, with fewer and fewer bits"
 
     def __init__(self, questions: Sequence[Question], runs: Mapping[int, tuple[Comparison, Sequence[str]]]) -> None:
         self.questions = list(questions)
         self.runs = {bits: runs[bits] for bits in sorted(runs, reverse=True)}
 
-    def controls(self) -> dict[str, Widget]:
+    def make_controls(self) -> dict[str, Widget]:
         names = [(f"{bits} bits", bits) for bits in self.runs]
         return {"bits": SelectionSlider(options=names, value=names[0][1], description="weights of")}
 

@@ -1,4 +1,4 @@
-"""The view behind ``explore.static``: one fixed range for all tokens, and what it does to each of them."""
+"""``explore.static``: one fixed range for all tokens, and what it does to each of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from canopyq import affine
 
-from .canvas import BLUE, INK, RED, new_figure, numbers, styled
-from .look import box
+from ..canvas import BLUE, INK, RED, new_figure, numbers, styled
+from ..look import box
+from .explorer import Explorer
 
 SHARES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 TINY = 1e-6  # the axes are logarithmic
@@ -40,8 +41,11 @@ class Fixed:
         return int((self.error > MUCH).sum())
 
 
-class StaticView:
-    """Tokens (tokens, features), each quantized by one range for all or by its own."""
+class Static(Explorer):
+    """Where the one range of all tokens (tokens, features) ends: who is clipped, who vanishes, beside own ranges."""
+
+    name = "static"
+    title = "One range for all tokens"
 
     def __init__(self, x: Tensor) -> None:
         self.x = x.detach().float()
@@ -49,7 +53,7 @@ class StaticView:
         self.absmax = float(self.size.max())
         self._known: dict[tuple[float, int], Fixed] = {}
 
-    def controls(self) -> dict[str, Widget]:
+    def make_controls(self) -> dict[str, Widget]:
         return {
             "reach": FloatLogSlider(1.0, base=10, min=-2, max=0, step=0.02, description="range", readout_format=".0%"),
             "bits": IntSlider(8, 4, 8, description="bits"),

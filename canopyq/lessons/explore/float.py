@@ -1,4 +1,4 @@
-"""The view behind ``explore.float_bits``: the bits of one number in each floating-point format."""
+"""``explore.float_bits``: the bits of one number in each floating-point format."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from canopyq.formats import FloatFormat, get_format
 
-from .look import KINDS, box, buttons
+from ..look import KINDS, box, buttons
+from .explorer import Explorer
 
 FORMATS = ("fp32", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2")
 PRESETS = {
@@ -31,13 +32,16 @@ _CELL = (
 _COLOURS = {"sign": "#b3400f", "exponent": "#00684b", "mantissa": "#005a8f"}
 
 
-class FloatView:
-    """One number, cast by torch to each format; the bits are read from memory."""
+class FloatBits(Explorer):
+    """Type a number and see its sign, exponent and mantissa in FP32, FP16, BF16 and both FP8 formats."""
 
-    def __init__(self, value: float) -> None:
+    name = "float-bits"
+    title = "One number in five formats, bit by bit"
+
+    def __init__(self, value: float = 0.1) -> None:
         self.value = float(value)
 
-    def controls(self) -> dict[str, Widget]:
+    def make_controls(self) -> dict[str, Widget]:
         number = FloatText(self.value, description="number", continuous_update=False)
         presets = buttons(PRESETS, None)
 

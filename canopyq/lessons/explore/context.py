@@ -1,4 +1,4 @@
-"""The view behind ``explore.context``: how long a chat must be for its cache to outgrow the weights."""
+"""``explore.context``: how long a chat must be for its cache to outgrow the weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from matplotlib.ticker import MaxNLocator
 from canopyq.memory import MODEL_SHAPES, cache_bytes, human, model_bytes
 from canopyq.scheme import Recipe
 
-from .canvas import BLUE, INK, ORANGE, new_figure, styled
-from .look import box, buttons
+from ..canvas import BLUE, INK, ORANGE, new_figure, styled
+from ..look import box, buttons
+from .explorer import Explorer
 
 MODELS = ("tutor", "llama-2-7b", "llama-3.1-8b", "llama-3.1-70b")
 CONTEXTS = {f"{2**k // 1024}k" if k < 20 else "1M": 2**k for k in range(10, 21)}
@@ -18,10 +19,13 @@ WEIGHTS = {"weights, BF16": None, "weights, INT4 g128": "w4a16-g128"}
 CACHES = {"cache, BF16": None, "cache, kv8": "kv8", "cache, kv4": "kv4", "cache, kv2": "kv2"}
 
 
-class ContextView:
-    """Weights and cache of a model on one scale, by the length of its chats."""
+class Context(Explorer):
+    """The length and number of chats, from 1k to 1M tokens: bytes of weights and cache in several precisions."""
 
-    def controls(self) -> dict[str, Widget]:
+    name = "context"
+    title = "When does the cache outgrow the weights?"
+
+    def make_controls(self) -> dict[str, Widget]:
         return {
             "model": buttons(MODELS, "llama-3.1-8b"),
             "context": SelectionSlider(options=list(CONTEXTS), value="32k", description="context"),

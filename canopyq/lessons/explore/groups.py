@@ -1,4 +1,4 @@
-"""The view behind ``explore.groups``: how many neighbours share a scale."""
+"""``explore.groups``: how many neighbours share a scale."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from matplotlib.ticker import MaxNLocator
 from canopyq.granularity import Granularity
 from canopyq.tensor import quantize
 
-from .canvas import BLUE, FAINT, INK, RED, new_figure, numbers, styled
-from .look import box
+from ..canvas import BLUE, FAINT, INK, RED, new_figure, numbers, styled
+from ..look import box
+from .explorer import Explorer
 
 SIZES = (512, 256, 128, 64, 32, 16, 8)
 SHOWN = 512  # values of the row in the picture
@@ -30,8 +31,11 @@ class Cost:
     zeros: float
 
 
-class GroupsView:
-    """Quantizes one matrix with scales for the whole of it, for its rows, and for ever smaller groups."""
+class Groups(Explorer):
+    """From one scale for all to one for eight neighbours: how closely they fit, what they cost, what they gain."""
+
+    name = "groups"
+    title = "How many weights share a scale?"
 
     def __init__(self, x: torch.Tensor) -> None:
         x = x.detach().float()
@@ -40,7 +44,7 @@ class GroupsView:
         self.names = ["tensor", "channel", *(f"g{size}" for size in SIZES if size < self.x.shape[1])]
         self._known: dict[tuple[str, int], Cost] = {}
 
-    def controls(self) -> dict[str, Widget]:
+    def make_controls(self) -> dict[str, Widget]:
         return {
             "scale": SelectionSlider(options=self.names, value="channel", description="a scale per"),
             "bits": IntSlider(4, 2, 8, description="bits"),

@@ -1,4 +1,4 @@
-"""The view behind ``explore.outlier``: one value grows, and takes the codes of all others with it."""
+"""``explore.outlier``: one value grows, and takes the codes of all others with it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 
 from canopyq.tensor import quantize
 
-from .canvas import BLUE, FAINT, INK, RED, new_figure, numbers, styled
-from .look import box
+from ..canvas import BLUE, FAINT, INK, RED, new_figure, numbers, styled
+from ..look import box
+from .explorer import Explorer
 
 SIZES = (2.0, 8.0, 32.0, 127.5, 500.0, 2000.0)
 
@@ -28,13 +29,16 @@ class Crushed:
     restored: torch.Tensor
 
 
-class OutlierView:
-    """Quantizes ordinary values together with a single large one, which share a scale."""
+class Outlier(Explorer):
+    """One large value beside ordinary ones: the step, how many codes are left to the others, their error."""
+
+    name = "outlier"
+    title = "One value grows, the others pay"
 
     def __init__(self, x: torch.Tensor) -> None:
         self.x = x.detach().float().flatten()
 
-    def controls(self) -> dict[str, Widget]:
+    def make_controls(self) -> dict[str, Widget]:
         return {
             "outlier": FloatLogSlider(2.0, base=10, min=0.3, max=3.3, step=0.02, description="outlier",
                                       readout_format=".4g"),

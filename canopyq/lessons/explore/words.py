@@ -1,4 +1,4 @@
-"""The view behind ``explore.words``: which bits of a 32-bit word belong to which weight."""
+"""``explore.words``: which bits of a 32-bit word belong to which weight."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from matplotlib.patches import Rectangle
 from canopyq.packing import pack
 from canopyq.tensor import quantize
 
-from .canvas import INK, new_figure, styled
-from .look import box, buttons
+from ..canvas import INK, new_figure, styled
+from ..look import box, buttons
+from .explorer import Explorer
 
 SHADES = ("#cfe5f7", "#ffe3a8")
 BITS = {"4 bits": 4, "8 bits": 8, "2 bits": 2}
@@ -28,15 +29,18 @@ class Word:
     bytes: bytes
 
 
-class WordsView:
-    """Quantizes a matrix with a scale a row, and takes its first row apart word by word."""
+class Words(Explorer):
+    """The first row of a matrix, packed: which bits belong to which weight, in the word and in the file."""
+
+    name = "words"
+    title = "What is in a word?"
 
     def __init__(self, x: torch.Tensor) -> None:
         x = x.detach().float()
         self.x = x.reshape(-1, x.shape[-1])[:1] if x.dim() else x.reshape(1, 1)
         self.last = -(-self.x.shape[1] * 2 // 32) - 1  # a word that there is at every width
 
-    def controls(self) -> dict[str, Widget]:
+    def make_controls(self) -> dict[str, Widget]:
         return {"word": IntSlider(0, 0, self.last, description="word"), "bits": buttons(BITS)}
 
     def word(self, place: int, bits: int) -> Word:

@@ -1,0 +1,81 @@
+"""What all explorers have in common: controls above, a picture and a line of numbers below.
+
+A callback writes a PNG into ``Image.value`` and text into ``HTML.value``. It prints nothing and shows nothing, since
+output from a callback would land in a cell that is long finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from ipywidgets import HTML, HBox, Image, Layout, VBox, Widget
+from matplotlib.figure import Figure
+
+from ..canvas import detached, png
+from ..look import card, heading, section, table
+from ..shown import Shown
+from ..text import inline
+
+
+class Explorer(Shown):
+    """Something to move and to watch.
+
+    Attributes:
+        name: a short id, used in ``text/plain`` and in CSS classes.
+        title: of the card.
+        about: HTML above the table that stands for the explorer where nothing moves.
+    """
+
+    name: str
+    title: str
+    about = ""
+
+    def make_controls(self) -> dict[str, Widget]:
+        """The controls: widgets with a ``value``, by name."""
+        raise NotImplementedError
+
+    def draw(self, figure: Figure, **values: object) -> str:
+        """Draw what the controls' values say (or leave the figure alone), and return the line of numbers as HTML."""
+        raise NotImplementedError
+
+    def rows(self) -> tuple[Sequence[str], list[Sequence[str]]]:
+        """Header and rows of the table that stands for the explorer where nothing moves."""
+        raise NotImplementedError
+
+    @cached_property
+    def controls(self) -> dict[str, Widget]:
+        """The controls of the live form."""
+        return self.make_controls()
+
+    def widget(self) -> VBox:
+        return self._live
+
+    @cached_property
+    def _live(self) -> VBox:
+        self.image = Image(format="png", layout=Layout(max_width="100%", width="768px", display="none"))
+        self.line = HTML("")
+        self.line.add_class("canopyq-line")
+        for control in self.controls.values():
+            control.observe(self._changed, "value")
+        self._changed()
+        row = HBox(list(self.controls.values()), layout=Layout(flex_flow="row wrap", overflow="visible"))
+        live = [HTML(heading("Explore", self.title)), row, self.line, self.image]
+        return card(live, "canopyq-explore", f"canopyq-explore-{self.name}")
+
+    def _changed(self, _change: object = None) -> None:
+        figure = detached()
+        self.line.value = self.draw(figure, **{name: control.value for name, control in self.controls.items()})
+        if figure.axes:
+            self.image.value = png(figure)
+            self.image.layout.display = None
+
+    def static_html(self) -> str:
+        head, rows = self.rows()
+        note = (
+            '<p style="margin:4px 0;font-size:13px;opacity:.8">In a live notebook there is something to move here.</p>'
+        )
+        return section(heading("Explore", self.title) + self.about + table(head, rows) + note)
+
+    def plain(self) -> str:
+        return f"Explore {self.name}: {self.title} ({inline(', '.join(self.controls))})"
