@@ -25,7 +25,6 @@ import argparse
 import copy
 import json
 import multiprocessing
-import os
 import resource
 import subprocess
 import tempfile
@@ -40,6 +39,7 @@ from torch import nn
 
 import canopyq as cq
 from benchmarks.quality_table import RESULT, SETTINGS, WITH_ZERO_POINTS, plot, table
+from canopyq.disk import write_atomic
 from canopyq.machine import describe
 from canopyq.ops.activations import rounded
 from canopyq.scheme import Recipe
@@ -173,9 +173,7 @@ def measure(seeds: int, python: str | None, jobs: int, awq: bool, result: Path) 
             print(json.dumps(row), flush=True)
             found["rows"].append(row)
             whole = found | about
-            partial = result.with_suffix(".partial")
-            partial.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, result)
+            write_atomic(result, (json.dumps(whole, indent=1) + "\n").encode())
 
 
 def time_in_turn(rounds: int, python: str, result: Path) -> None:
@@ -195,7 +193,7 @@ def time_in_turn(rounds: int, python: str, result: Path) -> None:
                 print(row, flush=True)
                 times = {"machine": about, "date": date.today().isoformat(), "rows": [r for r in rows if r["public"]]}
                 found = json.loads(result.read_text(encoding="utf-8")) | {"times": times}
-                result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                write_atomic(result, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ import base64
 import io
 import os
 import re
-import stat
 import subprocess
 import sys
 import tempfile
@@ -179,16 +178,9 @@ def smaller_png(encoded: str) -> str:
 
 def write(nb: NotebookNode, path: Path) -> None:
     """Replace the file in one step, so that an interruption leaves the old notebook whole."""
-    mode = stat.S_IMODE(path.stat().st_mode)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
-            nbformat.write(nb, file)
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    from canopyq.disk import write_atomic  # brings torch, which checking notebooks does not need
+
+    write_atomic(path, (nbformat.writes(nb).rstrip("\n") + "\n").encode())
 
 
 def execute(path: Path) -> list[str]:

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 
+from canopyq.disk import write_atomic
 from canopyq.tutor.loading import CHECKED, MANIFEST, sha256
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it: nobody ever sees half a file."""
-    part = path.with_name(f".{path.name}.part")
-    write(part)
-    os.replace(part, path)
 
 
 def write_json(path: Path, content: object) -> None:
     """``content`` as indented JSON."""
-    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def write_manifest(folder: Path) -> None:

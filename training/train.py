@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
+from canopyq.disk import write_atomic
 from canopyq.tutor.loading import WEIGHTS, load_folder
 from training import card, scoring, tokenizer
 from training.batches import Batches, loader
-from training.files import write_json, write_manifest, write_whole
+from training.files import write_json, write_manifest
 from training.llama import Shape
 from training.log import Log, machine
 from training.trainer import Plan, Trainer, run
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     log.finish()
     text = card.write(log.records, scores, options.gate)
-    write_whole(out / "MODEL_CARD.md", lambda part: part.write_text(text))
+    write_atomic(out / "MODEL_CARD.md", text.encode())
     return verdict(scores, options.gate, out)
 
 
@@ -103,7 +104,7 @@ def save(trainer: Trainer, shape: Shape, out: Path) -> None:
     state = trainer.model.state_dict()
     tensors = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()}
     content = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    write_whole(out / WEIGHTS, lambda part: part.write_bytes(content))
+    write_atomic(out / WEIGHTS, content)
     write_json(out / "config.json", shape.config())
     special = {"bos_token_id": tokenizer.BOS, "eos_token_id": tokenizer.END, "pad_token_id": tokenizer.PAD}
     write_json(out / "generation_config.json", {**special, "do_sample": False, "max_new_tokens": 96})

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from canopyq.disk import write_atomic
 from canopyq.errors import CanopyError
 from canopyq.evaluate import Comparison
 from canopyq.scheme import Recipe
@@ -103,4 +104,4 @@ def write(path: str | Path, measurements: Iterable[Measurement], **about: object
     if len(sources) != 1:
         raise CanopyError(f"a file of measurements has one source, these have {len(sources)}; write them apart")
     content = {"source": sources.pop(), **about, "rows": rows}
-    Path(path).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomic(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

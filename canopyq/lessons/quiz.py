@@ -130,9 +130,7 @@ class Quiz(Shown):
 
     def _record(self, choice: Choice) -> str:
         """Keep the answer; returns its feedback."""
-        kept, key = store(), self.question.id
-        tries = kept.get("quizzes", key).get("tries", 0) + 1
-        kept.record("quizzes", key, answer=choice.letter, right=choice.correct, tries=tries)
+        store().record("quizzes", self.question.id, tried=True, answer=choice.letter, right=choice.correct)
         return _feedback(choice) + _notice()
 
     def static_html(self) -> str:

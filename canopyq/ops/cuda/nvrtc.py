@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from canopyq.disk import write_atomic
 from canopyq.errors import CanopyError
 
 SOURCES = Path(__file__).parent
@@ -87,11 +88,13 @@ def compile(file: str, constants: Constants, arch: str, *, extra: str = "") -> C
     key = hashlib.sha256(repr((version, options, source, headers)).encode()).hexdigest()[:24]
     path = folder() / f"{Path(file).stem}-{arch}-{key}.cubin"
     try:
-        return _parse(path.read_bytes(), path.with_suffix(".log").read_text(encoding="utf-8"))
+        return _parse(path.read_bytes(), path.with_suffix(".log").read_text(encoding="utf-8", errors="replace"))
     except OSError:
         cubin, log = _compile(nvrtc, file, source, headers, options)
-    for target, content in ((path.with_suffix(".log"), log.encode()), (path, cubin)):
-        _store(target, content)
+    with suppress(OSError):  # a folder that cannot be written to only costs time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path.with_suffix(".log"), log.encode())
+        write_atomic(path, cubin)
     return _parse(cubin, log)
 
 
@@ -99,17 +102,6 @@ def folder() -> Path:
     """Where compiled kernels are kept."""
     named = os.environ.get(VARIABLE)
     return Path(named) if named else Path.home() / ".cache" / "canopyq"
-
-
-def _store(path: Path, content: bytes) -> None:
-    """Whole or not at all, also when several processes compile the same kernel; a full disk only costs time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        os.replace(file.name, path)
-    except OSError:
-        return
 
 
 def _compile(nvrtc, file: str, source: str, headers: dict[str, str], options: list[str]) -> tuple[bytes, str]:
