@@ -7,10 +7,10 @@ lessons.progress()              lessons.plots.four_panels(q, x)         lessons.
 from . import explore, plots
 from .capstone import capstone
 from .exercise import exercise
+from .html import table
 from .predict import predict
 from .progress import progress
 from .quiz import quiz
 from .recorded import recorded
-from .tables import table
 
 __all__ = ["capstone", "exercise", "explore", "plots", "predict", "progress", "quiz", "recorded", "table"]

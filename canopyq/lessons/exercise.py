@@ -12,8 +12,7 @@ from canopyq.errors import CanopyError
 
 from .diagnose import Finding, diagnose
 from .exercises import load
-from .look import box, card, details, heading, section, table
-from .shown import Fixed, Shown
+from .html import Card, StaticCard, box, details, frame, heading, html_table, section
 from .store import store
 from .text import block, inline, plain, pre
 
@@ -22,7 +21,7 @@ _displayed: defaultdict[str, WeakSet[ExerciseCard]] = defaultdict(WeakSet)  # a 
 _BOX = {"passed": "good", "todo": "info"}
 
 
-class ExerciseCard(Shown):
+class ExerciseCard(Card):
     """The card of one exercise: what to write, hints, a check of the reader's own function, and the solution."""
 
     css = "canopyq-exercise"
@@ -41,32 +40,32 @@ class ExerciseCard(Shown):
         entry = store().get("exercises", self.spec.id)
         return entry.get("passed", False) or entry.get("tries", 0) >= TRIES
 
-    def check(self, function: object) -> Fixed:
+    def check(self, function: object) -> StaticCard:
         """Try ``function`` on the exercise's inputs and say what is right or wrong with it."""
         finding = self.judge(function)
         self._count(finding)
         locked = "" if finding.kind in ("passed", "todo") else self._outlook()
         kind = _BOX.get(finding.kind, "bad")
         html = box(kind, _finding_html(finding, kind) + locked + _notice())
-        return Fixed(html, f"Exercise {self.spec.id}: {_line(finding)}")
+        return StaticCard(html, f"Exercise {self.spec.id}: {_line(finding)}")
 
     def judge(self, answer: object) -> Finding:
         """What is to be said about the reader's answer."""
         return diagnose(self.spec, answer)
 
-    def hint(self, number: int) -> Fixed:
+    def hint(self, number: int) -> StaticCard:
         """Hint 1, 2 or 3, where the buttons do not work."""
         if type(number) is not int or number not in (1, 2, 3):
             raise CanopyError(f"there is no hint {number!r}; use 1, 2 or 3")
         text = self.spec.hints[number - 1]
-        return Fixed(box("note", f"<b>Hint {number}.</b> {inline(text)}"), f"Hint {number}. {plain(text)}")
+        return StaticCard(box("note", f"<b>Hint {number}.</b> {inline(text)}"), f"Hint {number}. {plain(text)}")
 
-    def solution(self) -> Fixed:
+    def solution(self) -> StaticCard:
         """The solution, once it is unlocked."""
         if not self.unlocked:
-            return Fixed(box("info", _LOCKED), "The solution is still locked.")
+            return StaticCard(box("info", _LOCKED), "The solution is still locked.")
         store().record("exercises", self.spec.id, solution_seen=True)
-        return Fixed(pre(self.spec.solution), self.spec.solution)
+        return StaticCard(pre(self.spec.solution), self.spec.solution)
 
     def _count(self, finding: Finding) -> None:
         if finding.kind == "passed":
@@ -106,7 +105,7 @@ class ExerciseCard(Shown):
         self._refresh()
         _displayed[spec.id].add(self)
         row = HBox([*buttons, self._button], layout=Layout(flex_flow="row wrap", overflow="visible"))
-        return card([HTML(self._head()), row, self._hints, self._solution], self.css, f"{self.css}-{spec.id}")
+        return frame([HTML(self._head()), row, self._hints, self._solution], self.css, f"{self.css}-{spec.id}")
 
     def _refresh(self) -> None:
         self._button.disabled = not self.unlocked
@@ -153,7 +152,7 @@ def _finding_html(finding: Finding, kind: str) -> str:
         given = any(row[1] for row in finding.rows)
         keep = (0, 1, 2, 3) if given else (0, 2, 3)
         head = ("where", "x there", "expected", "got")
-        html += table([head[i] for i in keep], [[row[i] for i in keep] for row in finding.rows], kind)
+        html += html_table([head[i] for i in keep], [[row[i] for i in keep] for row in finding.rows], kind)
     return html + "".join(f'<p style="margin:6px 0 0">{inline(note)}</p>' for note in finding.notes)
 
 

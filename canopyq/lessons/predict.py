@@ -10,13 +10,12 @@ from ipywidgets import HTML, Button, HBox, Layout, Text, VBox
 
 from canopyq.errors import CanopyError
 
-from .look import box, card, details, heading, section
-from .shown import Shown
+from .html import Card, box, details, frame, heading, section
 from .store import store
 from .text import block, inline, shorten
 
 
-class Predict(Shown):
+class Predict(Card):
     """A question with a number to guess. The guess is kept with the reader's progress."""
 
     def __init__(self, name: str, question: str, unit: str = "") -> None:
@@ -63,7 +62,7 @@ class Predict(Shown):
         text = HTML(
             heading("Predict", "Before you run it") + f'<div style="font-size:14px">{block(self.question)}</div>'
         )
-        return card([text, row, self._answer], "canopyq-predict")
+        return frame([text, row, self._answer], "canopyq-predict")
 
     def _keep(self, text: str) -> None:
         if not text.strip():
@@ -86,7 +85,7 @@ class Predict(Shown):
         return f"Predict {self.id}: {shorten(self.question)}"
 
 
-class Reveal(Shown):
+class Reveal(Card):
     """The measured number; live, with the guess beside it."""
 
     def __init__(self, predict: Predict, value: float, fmt: str) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from .capstone import ID as CAPSTONE
 from .exercises import names as exercise_names
-from .look import box, heading, section, table
+from .html import StaticCard, box, heading, html_table, section
 from .quiz import load
 from .quiz import names as quiz_names
-from .shown import Fixed
 from .store import store
 from .text import inline
 
@@ -52,16 +51,16 @@ def rows() -> list[tuple[str, str, str, str, str, str]]:
     return result
 
 
-def progress() -> Fixed:
+def progress() -> StaticCard:
     """The table of all lessons: answered and right, passed, solutions seen, guesses made."""
     lines = rows()
     notice = store().notice()
-    html = section(heading("Progress", "Your way through the course") + table(HEAD, lines))
+    html = section(heading("Progress", "Your way through the course") + html_table(HEAD, lines))
     width = max(len(line[0]) for line in lines)
     text = [f"{line[0]:<{width}}  quizzes {line[1]:>5}  exercises {line[3]:>5}  guesses {line[5]:>2}" for line in lines]
     if notice:
         html, text = html + box("note", inline(notice)), [*text, notice]
-    return Fixed(html, "\n".join(text))
+    return StaticCard(html, "\n".join(text))
 
 
 def _of(part: int, whole: int) -> str:

@@ -12,8 +12,7 @@ from ipywidgets import HTML, Button, Layout, ToggleButtons, VBox
 from canopyq.errors import CanopyError, unknown
 
 from .arithmetic import evaluate_all, fill
-from .look import box, card, details, heading, section
-from .shown import Fixed, Shown
+from .html import Card, StaticCard, box, details, frame, heading, section
 from .store import store
 from .text import block, inline, plain, shorten
 
@@ -84,19 +83,19 @@ def parse(source: str, name: str) -> Question:
     return question
 
 
-class Quiz(Shown):
+class Quiz(Card):
     """A question to answer in the notebook, as often as one likes; the last answer is kept."""
 
     def __init__(self, question: Question) -> None:
         self.question = question
 
-    def answer(self, letter: str) -> Fixed:
+    def answer(self, letter: str) -> StaticCard:
         """Answer without the widget: ``lessons.quiz("memory").answer("b")``."""
         choice = self.question.choice(letter)
         html = self._record(choice)
         if "_live" in self.__dict__:
             self._options.value, self._feedback.value = choice.letter, html
-        return Fixed(_feedback(choice), f"{_verdict(choice)} {choice.letter}: {plain(choice.reason)}")
+        return StaticCard(_feedback(choice), f"{_verdict(choice)} {choice.letter}: {plain(choice.reason)}")
 
     def widget(self) -> VBox:
         return self._live
@@ -120,7 +119,7 @@ class Quiz(Shown):
         self._feedback = HTML(_feedback(q.choice(chosen)) if chosen else "")
         self._feedback.add_class("canopyq-feedback")
         text = HTML(heading("Quiz", q.title) + f'<div style="font-size:14px">{block(q.question)}</div>' + _notice())
-        return card([text, self._options, check, self._feedback], "canopyq-quiz", f"canopyq-quiz-{q.id}")
+        return frame([text, self._options, check, self._feedback], "canopyq-quiz", f"canopyq-quiz-{q.id}")
 
     def _on_check(self, _button: Button) -> None:
         if self._options.value is None:

@@ -13,7 +13,7 @@ from canopyq.memory import human
 from canopyq.tutor.questions import Question
 
 from ..canvas import BLUE, INK, SKY, new_figure, styled
-from ..look import box, table
+from ..html import box, html_table
 from ..text import shorten
 from .explorer import Explorer
 
@@ -44,7 +44,7 @@ class Answers(Explorer):
             f"<b>{bits} bits</b>: the model takes {human(run.model.bytes)}; KL {run.kl:.2g} nats per token; "
             f"{run.model.accuracy} of {len(run.model.right)} answers right."
         )
-        return box("info", summary) + table(("student", "right answer", f"tutor at {bits} bits"), lines)
+        return box("info", summary) + html_table(("student", "right answer", f"tutor at {bits} bits"), lines)
 
     @styled
     def _picture(self, figure: Figure, bits: int) -> Figure:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from canopyq.tensor import QuantizedTensor, quantize
 
-from ..look import box, buttons
+from ..html import box, buttons
 from ..plots import histogram_with_grid, staircase
 from .explorer import Explorer
 

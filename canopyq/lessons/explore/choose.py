@@ -14,7 +14,7 @@ from canopyq.advisor.table import ROWS
 from canopyq.errors import CanopyError
 from canopyq.memory import human
 
-from ..look import box, buttons
+from ..html import box, buttons
 from .explorer import Explorer
 
 MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b", "llama-2-7b", "mistral-7b", "llama-3.1-8b", "llama-2-13b",

@@ -7,7 +7,7 @@ from ipywidgets import FloatSlider, IntSlider, Widget
 from matplotlib.figure import Figure
 
 from ..canvas import BLUE, FAINT, GREEN, INK, RED, new_figure, numbers, styled
-from ..look import box
+from ..html import box
 from ..saturation import Clipped, clipped
 from .explorer import Explorer
 

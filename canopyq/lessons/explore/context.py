@@ -10,7 +10,7 @@ from canopyq.memory import MODEL_SHAPES, cache_bytes, human, model_bytes
 from canopyq.scheme import Recipe
 
 from ..canvas import BLUE, INK, ORANGE, new_figure, styled
-from ..look import box, buttons
+from ..html import box, buttons
 from .explorer import Explorer
 
 MODELS = ("tutor", "llama-2-7b", "llama-3.1-8b", "llama-3.1-70b")

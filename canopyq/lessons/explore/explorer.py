@@ -13,12 +13,11 @@ from ipywidgets import HTML, HBox, Image, Layout, VBox, Widget
 from matplotlib.figure import Figure
 
 from ..canvas import detached, png
-from ..look import card, heading, section, table
-from ..shown import Shown
+from ..html import Card, frame, heading, html_table, section
 from ..text import inline
 
 
-class Explorer(Shown):
+class Explorer(Card):
     """Something to move and to watch.
 
     Attributes:
@@ -61,7 +60,7 @@ class Explorer(Shown):
         self._changed()
         row = HBox(list(self.controls.values()), layout=Layout(flex_flow="row wrap", overflow="visible"))
         live = [HTML(heading("Explore", self.title)), row, self.line, self.image]
-        return card(live, "canopyq-explore", f"canopyq-explore-{self.name}")
+        return frame(live, "canopyq-explore", f"canopyq-explore-{self.name}")
 
     def _changed(self, _change: object = None) -> None:
         figure = detached()
@@ -75,7 +74,7 @@ class Explorer(Shown):
         note = (
             '<p style="margin:4px 0;font-size:13px;opacity:.8">In a live notebook there is something to move here.</p>'
         )
-        return section(heading("Explore", self.title) + self.about + table(head, rows) + note)
+        return section(heading("Explore", self.title) + self.about + html_table(head, rows) + note)
 
     def plain(self) -> str:
         return f"Explore {self.name}: {self.title} ({inline(', '.join(self.controls))})"

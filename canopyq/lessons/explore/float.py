@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from canopyq.formats import FloatFormat, get_format
 
-from ..look import KINDS, box, buttons
+from ..html import KINDS, box, buttons
 from .explorer import Explorer
 
 FORMATS = ("fp32", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2")

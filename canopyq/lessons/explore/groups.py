@@ -14,7 +14,7 @@ from canopyq.granularity import Granularity
 from canopyq.tensor import quantize
 
 from ..canvas import BLUE, FAINT, INK, RED, new_figure, numbers, styled
-from ..look import box
+from ..html import box
 from .explorer import Explorer
 
 SIZES = (512, 256, 128, 64, 32, 16, 8)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from canopyq.tensor import quantize
 
 from ..canvas import BLUE, FAINT, INK, RED, new_figure, numbers, styled
-from ..look import box
+from ..html import box
 from .explorer import Explorer
 
 SIZES = (2.0, 8.0, 32.0, 127.5, 500.0, 2000.0)

@@ -10,7 +10,7 @@ from ipywidgets import FloatSlider, Widget
 from matplotlib.figure import Figure
 
 from ..canvas import BLUE, FAINT, INK, ORANGE, legend_below, new_figure, styled
-from ..look import box
+from ..html import box
 from .explorer import Explorer
 
 CORRELATIONS = (0.95, 0.5, 0.0, -0.5, -0.95)

@@ -6,7 +6,7 @@ from ipywidgets import SelectionSlider, Widget
 from matplotlib.figure import Figure
 
 from ..canvas import BLUE, INK, RED, SKY, new_figure, styled
-from ..look import box, buttons
+from ..html import box, buttons
 from ..roofline import H200, Machine, linear_work
 from .explorer import Explorer
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from canopyq import affine
 
 from ..canvas import BLUE, INK, RED, new_figure, numbers, styled
-from ..look import box
+from ..html import box
 from .explorer import Explorer
 
 SHARES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)

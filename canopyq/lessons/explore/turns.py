@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from canopyq.memory import human
 
 from ..canvas import BLUE, COLOURS, FAINT, INK, ORANGE, legend_below, new_figure, styled
-from ..look import box, buttons
+from ..html import box, buttons
 from .explorer import Explorer
 
 Grown = Sequence[tuple[int, int]]  # tokens and bytes after each turn

@@ -13,7 +13,7 @@ from canopyq.packing import pack
 from canopyq.tensor import quantize
 
 from ..canvas import INK, new_figure, styled
-from ..look import box, buttons
+from ..html import box, buttons
 from .explorer import Explorer
 
 SHADES = ("#cfe5f7", "#ffe3a8")

@@ -1,6 +1,7 @@
-"""How cards look: a few HTML helpers with the same colours everywhere, readable on light and dark pages.
+"""Cards: how they look, and how they show themselves live, as plain HTML and as text.
 
-Every coloured box sets both its background and its ink. A verdict is always a word too, never colour alone.
+The HTML helpers use the same colours everywhere, readable on light and dark pages: every coloured box sets both its
+background and its ink. A verdict is always a word too, never colour alone.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ipywidgets import HTML, Layout, ToggleButtons, VBox, Widget
 
-from .text import inline
+from .text import inline, plain
 
 KINDS = {  # background, ink, edge
     "good": ("#e7f5ec", "#0b3d1e", "#2e7d32"),
@@ -57,7 +59,7 @@ def numeric_columns(rows: Sequence[Sequence[str]], width: int) -> list[bool]:
     return [all(number.fullmatch(row[i]) for row in rows) for i in range(width)]
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str | None = None) -> str:
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str | None = None) -> str:
     """A plain table; columns of numbers are flush right. ``kind`` gives it the ink of the box that it stands in."""
     rows = [[str(cell) for cell in row] for row in rows]
     right = numeric_columns(rows, len(head))
@@ -86,15 +88,15 @@ def buttons(options: Sequence[str] | Mapping[str, object], value: object = ...) 
     )
 
 
-def card(children: Sequence[Widget], *names: str) -> VBox:
+def frame(children: Sequence[Widget], *names: str) -> VBox:
     """The frame around a live card; ``names`` become CSS classes, so that tests can find it."""
     layout = Layout(
         border="1px solid #c9d1d9", padding="8px 14px", margin="4px 0", max_width="800px", overflow="visible"
     )
-    frame = VBox([HTML(_STYLE, layout=Layout(display="none")), *children], layout=layout)
+    card = VBox([HTML(_STYLE, layout=Layout(display="none")), *children], layout=layout)
     for name in ("canopyq-card", *names):
-        frame.add_class(name)
-    return frame
+        card.add_class(name)
+    return card
 
 
 # Choices stand in a column and wrap; the chosen one is framed; what has the keyboard's focus can be seen.
@@ -108,3 +110,57 @@ _STYLE = """<style>
 .canopyq-choices > div { flex-direction: column; width: 100%; }
 .canopyq-card button:focus-visible { outline: 2px solid #1f6feb; outline-offset: 1px; }
 </style>"""
+
+
+class Card:
+    """Something a notebook cell can end with.
+
+    A live notebook picks the widget. A code host or a printed page shows ``static_html``, which needs neither a kernel
+    nor JavaScript. Both static forms are the same in every run: they never depend on what the reader has answered,
+    because the notebook tests compare them.
+    """
+
+    def widget(self) -> Widget | None:
+        """The live form, built once; None if there is only the static one."""
+        return None
+
+    def static_html(self) -> str:
+        raise NotImplementedError
+
+    def plain(self) -> str:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return self.plain()
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        bundle: dict[str, Any] = {}
+        if (live := self.widget()) is not None:
+            bundle |= live._repr_mimebundle_() or {}
+        return bundle | {"text/html": self.static_html(), "text/plain": self.plain()}
+
+
+class StaticCard(Card):
+    """A finished piece of HTML with its one-line form: feedback, results, tables."""
+
+    def __init__(self, html: str, plain: str) -> None:
+        self._html, self._plain = html, plain
+
+    def static_html(self) -> str:
+        return self._html
+
+    def plain(self) -> str:
+        return self._plain
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> StaticCard:
+    """A table of anything with a ``str``; columns of numbers are flush right."""
+    lines = [[str(cell) for cell in row] for row in rows]
+    shown = [[plain(cell) for cell in line] for line in [list(head), *lines]]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    right = numeric_columns(lines, len(head))
+    text = "\n".join(
+        "  ".join(f"{c:>{w}}" if r else f"{c:<{w}}" for c, w, r in zip(line, widths, right, strict=True)).rstrip()
+        for line in shown
+    )
+    return StaticCard(html_table(head, lines), text)
