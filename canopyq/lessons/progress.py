@@ -5,8 +5,8 @@ from __future__ import annotations
 from .capstone import ID as CAPSTONE
 from .exercises import names as exercise_names
 from .html import StaticCard, box, heading, html_table, section
-from .quiz import load
-from .quiz import names as quiz_names
+from .quizzes import load
+from .quizzes import names as quiz_names
 from .store import store
 from .text import inline
 

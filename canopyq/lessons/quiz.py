@@ -1,86 +1,15 @@
-"""Quizzes: ``lessons.quiz("memory")`` as the last line of a cell. The questions live in ``quizzes/*.yaml``."""
+"""Quizzes: ``lessons.quiz("memory")`` as the last line of a cell. The questions live in ``quizzes/``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache, cached_property
-from importlib.resources import files
+from functools import cached_property
 
-import yaml
 from ipywidgets import HTML, Button, Layout, ToggleButtons, VBox
 
-from canopyq.errors import CanopyError, unknown
-
-from .arithmetic import evaluate_all, fill
 from .html import Card, StaticCard, box, details, frame, heading, section
+from .quizzes import Choice, Question, load
 from .store import store
 from .text import block, inline, plain, shorten
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One answer, and why it is right or wrong."""
-
-    letter: str
-    text: str
-    correct: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class Question:
-    """A quiz as written, with its numbers computed."""
-
-    id: str
-    lesson: str
-    title: str
-    question: str
-    choices: tuple[Choice, ...]
-
-    @property
-    def right(self) -> Choice:
-        return next(c for c in self.choices if c.correct)
-
-    def choice(self, letter: str) -> Choice:
-        for c in self.choices:
-            if c.letter == str(letter).strip().lower():
-                return c
-        raise unknown(f"choice for quiz {self.id}", letter, [c.letter for c in self.choices])
-
-
-def names() -> list[str]:
-    """The ids of all quizzes."""
-    return sorted(f.name[:-5] for f in (files(__package__) / "quizzes").iterdir() if f.name.endswith(".yaml"))
-
-
-@cache
-def load(name: str) -> Question:
-    """Read and check one quiz file."""
-    if name not in names():
-        raise unknown("quiz", name, names())
-    return parse((files(__package__) / "quizzes" / f"{name}.yaml").read_text(encoding="utf-8"), name)
-
-
-def parse(source: str, name: str) -> Question:
-    """A quiz from its YAML: one right choice, a reason for each, numbers in ``{…}`` computed from ``values``."""
-    data = yaml.safe_load(source)
-    values = evaluate_all(data.get("values") or {})
-    try:
-        choices = tuple(
-            Choice(
-                str(c["letter"]).lower(), fill(str(c["text"]), values), c["correct"], fill(c["reason"].strip(), values)
-            )
-            for c in data["choices"]
-        )
-        question = Question(data["id"], str(data["lesson"]), data["title"], fill(data["question"], values), choices)
-    except KeyError as error:
-        raise CanopyError(f"quiz {name}: {error} is missing") from None
-    letters = [c.letter for c in choices]
-    if sum(c.correct is True for c in choices) != 1 or len(set(letters)) != len(letters):
-        raise CanopyError(f"quiz {name}: letters {letters} need to differ, and exactly one choice to be correct")
-    if question.id != name or not all(c.reason for c in choices):
-        raise CanopyError(f"quiz {name}: its id must equal the file name, and every choice needs a reason")
-    return question
 
 
 class Quiz(Card):
