@@ -2,12 +2,55 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+MOST = 80  # characters of a value that a message quotes
+
 
 class CanopyError(ValueError):
-    """A mistake that the caller can mend. The message is one line: what was given, and the cure."""
+    """A mistake that the caller can mend. The message is one line: what was given, and the cure.
+
+    Line breaks and control characters, which a name or a file may bring in, are written as escapes.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """``text`` in one line that any terminal may show: what is not printable is written as an escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: object) -> str:
+    """How a message quotes a value, in at most some 80 characters: text and numbers as Python writes them, a tensor by
+    its dtype and shape, a type by its name, anything else by its kind."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write thousands of digits
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, (str, bytes)):
+        text = repr(value[: MOST + 1])
+    elif value is None or isinstance(value, (int, float, complex)):
+        text = repr(value)
+    elif isinstance(value, type):
+        text = value.__name__
+    elif hasattr(value, "dtype") and hasattr(value, "shape"):
+        text = f"a {value.dtype} tensor {tuple(value.shape)}"
+    elif isinstance(value, (list, tuple, set, dict)):
+        few = isinstance(value, (list, tuple)) and len(value) <= 6
+        plain = few and all(isinstance(x, (str, float)) or (type(x) is int and abs(x) < 10**9) for x in value)
+        text = reprlib.repr(value) if plain else f"{_a(value)} of {len(value)}"
+    else:
+        text = _a(value)
+    return printable(text if len(text) <= MOST + 2 else text[:MOST] + "…")
+
+
+def _a(value: object) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def unknown(kind: str, given: object, known: Iterable[str], *, more: str = "") -> CanopyError:
@@ -17,10 +60,12 @@ def unknown(kind: str, given: object, known: Iterable[str], *, more: str = "") -
     ``unknown format 'int44'; did you mean 'int4'? known: int4, int8``.
     """
     names = list(known)
-    return CanopyError(f"unknown {kind} {given!r}{did_you_mean(given, names) or ';'} known: {', '.join(names)}{more}")
+    hint = did_you_mean(given, names) or ";"
+    return CanopyError(f"unknown {kind} {shown(given)}{hint} known: {', '.join(names)}{more}")
 
 
 def did_you_mean(given: object, known: Iterable[str]) -> str:
     """``"; did you mean 'int4'?"`` with the nearest names that exist; empty if none is near."""
-    near = get_close_matches(str(given).lower(), list(known), n=3, cutoff=0.5)
+    text = (given[:MOST] if isinstance(given, str) else shown(given)).lower()
+    near = get_close_matches(text, list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""

@@ -115,7 +115,7 @@ def _compile(nvrtc, file: str, source: str, headers: dict[str, str], options: li
         nvrtc.nvrtcGetProgramLog(program, log)
         text = log.rstrip(b"\0").decode(errors="replace")
         if result != 0:
-            raise CanopyError(f"{file} does not compile for {options[0].split('=')[1]}: {text.strip()}")
+            raise CanopyError(f"{file} does not compile for {options[0].split('=')[1]}: {' '.join(text.split())}")
         result, size = nvrtc.nvrtcGetCUBINSize(program)
         _check(result, file)
         cubin = bytearray(size)
