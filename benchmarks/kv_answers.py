@@ -29,9 +29,9 @@ from transformers import DynamicCache
 import canopyq as cq
 from canopyq.machine import describe
 from canopyq.stats import Share
-from canopyq.track import track
 from canopyq.tutor.chat import prompt_ids
 from canopyq.tutor.questions import Question
+from canopyq.utils import track
 
 Maker = Callable[[object], cq.QuantizedCache]
 RESULT = Path(__file__).parent / "results" / "kv_answers.json"

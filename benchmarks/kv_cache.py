@@ -38,7 +38,7 @@ import canopyq as cq
 from canopyq.evaluate import compare, examine
 from canopyq.kv_codes import BLOCK, CACHE_FORMATS
 from canopyq.machine import describe
-from canopyq.track import track
+from canopyq.utils import track
 
 RESULT = Path(__file__).parent / "results" / "kv_cache.json"
 Maker = Callable[[object], object]

@@ -15,7 +15,7 @@ from canopyq.ops import select
 from canopyq.scheme import Recipe
 from canopyq.tensor import quantize
 from canopyq.timing import microseconds, rotations, rounds
-from canopyq.track import track
+from canopyq.utils import track
 
 SHAPES = {"cuda": ((4096, 4096), (4096, 11008), (8192, 28672)), "cpu": ((2048, 2048),)}  # (in_features, out_features)
 ROWS = {"cuda": (1, 16, 64, 256, 1024), "cpu": (1, 16, 64)}

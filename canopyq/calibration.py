@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from canopyq.batches import Batch, read_batches
 from canopyq.blocks import Blocks, call, find_blocks
-from canopyq.errors import CanopyError, unknown
+from canopyq.errors import CanopyError, by_reason, unknown
 from canopyq.inputs import InputStatistics, Seen
 from canopyq.mode import eval_mode
 from canopyq.targets import expert_weights, linear_kind
-from canopyq.track import track
+from canopyq.utils import track
 
 SETTLED = 0.05  # a range that the second half of the data widens by less than this is called settled
 
@@ -77,13 +77,7 @@ class Calibration(dict[str, InputStatistics]):
             )
         if not self.by_blocks:
             lines.append("the model has no list of blocks that runs alone: all layers were watched in one go")
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.unseen.items():
-            reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            lines.append(f"not calibrated: {names[0]}{more} ({reason})")
-        return lines
+        return lines + [f"not calibrated: {line}" for line in by_reason(self.unseen)]
 
     def __str__(self) -> str:
         first, *rest = self.notes()

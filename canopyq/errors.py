@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 MOST = 80  # characters of a value that a message quotes
@@ -69,3 +70,31 @@ def did_you_mean(given: object, known: Iterable[str]) -> str:
     text = (given[:MOST] if isinstance(given, str) else shown(given)).lower()
     near = get_close_matches(text, list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+
+
+def one_line(error: BaseException) -> str:
+    """What another library's exception says, on one line of at most 160 characters; its type, if it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+@contextmanager
+def prefixed(prefix: str) -> Iterator[None]:
+    """Put ``prefix`` before the message of any `CanopyError`: the layer or file that it is about."""
+    try:
+        yield
+    except CanopyError as error:
+        raise CanopyError(f"{prefix}{error}") from None
+
+
+def and_more(names: Sequence[str]) -> str:
+    """The first name, and how many others there are: ``"lm_head and 3 more"``."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """Names with their reasons, one line a reason: ``"lm_head and 3 more (too small)"``."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return [f"{and_more(group)} ({reason})" for reason, group in names.items()]

@@ -12,7 +12,6 @@ use, where a prompt is read in one pass and only the answer goes through the cac
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,9 +27,9 @@ from canopyq.memory import bytes_held, human
 from canopyq.mode import eval_mode
 from canopyq.offload import input_device
 from canopyq.stats import Share, mcnemar
-from canopyq.track import track
 from canopyq.tutor.chat import encode
 from canopyq.tutor.questions import Question
+from canopyq.utils import Preformatted, track
 
 CacheMaker = Callable[[Any], Any]  # from a model's config to a transformers cache
 BATCH_TOKENS = 8192  # padded tokens a batch, or fewer where the vocabulary is large: one logit takes 4 bytes
@@ -90,7 +89,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Preformatted):
     """A model beside the one it came from, on the same questions.
 
     Attributes:
@@ -153,9 +152,6 @@ class Comparison:
         answers = "answer" if len(self.lost) == 1 else "answers"
         lines.append(f"{len(self.lost)} {answers} lost, {len(self.gained)} gained (McNemar p = {self.p_value:.2g})")
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 def examine(

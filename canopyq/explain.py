@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, and_more
 from canopyq.linear import QuantizedLinear, quantized_layers
 from canopyq.memory import human
 from canopyq.offload import is_away, lies, runs_on
 from canopyq.ops import reference, select
 from canopyq.ops.kernel import Problem
 from canopyq.ops.select import Verdict
+from canopyq.utils import Preformatted
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LayerExplained:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Preformatted):
     """All quantized layers of a model. Layers of which the same is true share a paragraph when printed."""
 
     layers: tuple[LayerExplained, ...]
@@ -67,17 +67,13 @@ class Explanation:
             lines += [f"  refused {kernel}: {reason}" for kernel, reason in first.refused.items()]
         return "\n".join(lines)
 
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
-
 
 def _line(layers: list[LayerExplained]) -> str:
     first = layers[0]
-    more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
     shapes = list(dict.fromkeys(f"{n}x{k}" for n, k in (layer.shape for layer in layers)))
     sizes = ", ".join(shapes) if len(shapes) <= 4 else f"{len(shapes)} shapes"
     held = human(sum(layer.nbytes for layer in layers))
-    return f"{first.name}{more}: {sizes}, {first.scheme}, {held} on {first.device}"
+    return f"{and_more([layer.name for layer in layers])}: {sizes}, {first.scheme}, {held} on {first.device}"
 
 
 def explain(model: nn.Module) -> Explanation:

@@ -16,7 +16,7 @@ from torch import Tensor
 from canopyq import affine
 from canopyq.errors import CanopyError, unknown
 from canopyq.formats import Format, IntFormat
-from canopyq.track import track
+from canopyq.utils import track
 
 Range = tuple[Tensor, Tensor]
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, one_line
 from canopyq.linear import QuantizedLinear
 
 
@@ -56,8 +56,9 @@ def values(module: nn.Module) -> dict[str, Tensor]:
         try:
             return {name: stored[name] if tensor.is_meta else tensor for name, tensor in own.items()}
         except Exception as error:  # safetensors has its own exception, the system others
-            what = " ".join(str(error).split())
-            raise CanopyError(f"its weights lie elsewhere and cannot be read ({what}); load the model again") from error
+            raise CanopyError(
+                f"its weights lie elsewhere and cannot be read ({one_line(error)}); load the model again"
+            ) from error
     return own
 
 
@@ -107,8 +108,9 @@ class Replacing:
             file = self.folder / f"{name}.safetensors"
             save_file({leaf: tensor.contiguous() for leaf, tensor in tensors.items()}, file)
         except Exception as error:
-            what = " ".join(str(error).split())
-            raise CanopyError(f"{name} could not be written to {folder} ({what}); the model is as it was") from error
+            raise CanopyError(
+                f"{name} could not be written to {folder} ({one_line(error)}); the model is as it was"
+            ) from error
         index = {leaf: {"safetensors_file": str(file), "weight_name": leaf} for leaf in tensors}
         return OffloadedWeightsLoader(index=index)
 

@@ -10,7 +10,7 @@ from canopyq.blocks import call
 from canopyq.linear import QuantizedLinear
 from canopyq.mode import eval_mode
 from canopyq.targets import Target
-from canopyq.track import track
+from canopyq.utils import track
 
 
 @torch.no_grad()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from canopyq.errors import and_more, by_reason
 from canopyq.memory import human
 from canopyq.tensor import QuantizedTensor
+from canopyq.utils import Preformatted
 
 MOST_NOTES = 6  # on layers that are printed; all of them are in the report
 
@@ -38,13 +39,8 @@ class LayerReport:
     notes: tuple[str, ...] = ()
 
 
-class _Text:
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
-
-
 @dataclass(frozen=True)
-class Plan(_Text):
+class Plan(Preformatted):
     """What `quantize_` would do, found without doing it.
 
     Attributes:
@@ -71,11 +67,11 @@ class Plan(_Text):
             f"  {name} {n}x{k}: {human(before)} -> {human(after)}"
             for name, ((n, k), before, after) in self.layers.items()
         ]
-        return "\n".join(lines + kept_lines(self.kept))
+        return "\n".join(lines + [f"  kept: {line}" for line in by_reason(self.kept)])
 
 
 @dataclass(frozen=True)
-class Report(_Text):
+class Report(Preformatted):
     """What `quantize_` did.
 
     Attributes:
@@ -115,25 +111,12 @@ class Report(_Text):
         for layer in self.layers:
             for note in layer.notes:
                 said.setdefault(note, []).append(layer.name)
-        told = _by_reason("", said)
+        told = [f"  {and_more(names)} ({note})" for note, names in said.items()]
         if len(told) > MOST_NOTES:
             told = [*told[:MOST_NOTES], f"  and {len(told) - MOST_NOTES} more notes on layers, in .layers"]
-        return "\n".join(lines + told + [f"  {note}" for note in self.notes] + kept_lines(self.kept))
-
-
-def kept_lines(kept: dict[str, str]) -> list[str]:
-    """One line a reason, with the first module that has it and how many more do."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in kept.items():
-        reasons.setdefault(reason, []).append(name)
-    return _by_reason("kept: ", reasons)
-
-
-def _by_reason(begin: str, reasons: dict[str, list[str]]) -> list[str]:
-    return [
-        f"  {begin}{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({reason})"
-        for reason, names in reasons.items()
-    ]
+        return "\n".join(
+            lines + told + [f"  {note}" for note in self.notes] + [f"  kept: {line}" for line in by_reason(self.kept)]
+        )
 
 
 def sqnr_db(original: Tensor, quantized: QuantizedTensor) -> float:

@@ -345,7 +345,7 @@ def test_eval_asks_other_questions_with_another_seed(canopyq) -> None:
 def test_progress_goes_to_stderr(canopyq, monkeypatch) -> None:
     from tqdm import tqdm
 
-    monkeypatch.setattr("canopyq.track.tqdm", lambda items, **options: tqdm(items, **(options | {"delay": 0})))
+    monkeypatch.setattr("canopyq.utils.tqdm", lambda items, **options: tqdm(items, **(options | {"delay": 0})))
     done = canopyq("eval", "--questions", "3", "--json")
     assert reading(done.out)["questions"] == 3 and "evaluating" in done.err
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from canopyq.errors import CanopyError, did_you_mean, shown, unknown
+from canopyq.errors import CanopyError, and_more, by_reason, did_you_mean, one_line, prefixed, shown, unknown
+from canopyq.utils import Preformatted
 
 VALUES = {
     "'int44'": "int44", "None": None, "3": 3, "nan": float("nan"), "Tensor": torch.Tensor, "an object": object(),
@@ -30,3 +31,31 @@ def test_no_value_is_long_or_brings_in_control_characters(value: object) -> None
 
 def test_a_message_is_one_line() -> None:
     assert str(CanopyError("a\nb \x1b[31m c")) == r"a\nb \x1b[31m c"
+
+
+def test_one_line_of_a_foreign_exception() -> None:
+    assert one_line(OSError("no\n  such\tfile")) == "no such file"
+    assert one_line(KeyError()) == "KeyError"
+    long = one_line(ValueError("x" * 500))
+    assert len(long) == 160 and long.endswith("...")
+
+
+def test_a_prefix_names_the_layer() -> None:
+    with pytest.raises(CanopyError, match=r"^model\.head: 3 is odd$"), prefixed("model.head: "):
+        raise CanopyError("3 is odd")
+    with pytest.raises(KeyError), prefixed("model.head: "):
+        raise KeyError("another kind of error stays as it is")
+
+
+def test_names_are_counted_by_reason() -> None:
+    assert and_more(["a"]) == "a" and and_more(["a", "b", "c"]) == "a and 2 more"
+    assert by_reason({"a": "small", "b": "tied", "c": "small"}) == ["a and 1 more (small)", "b (tied)"]
+    assert by_reason({}) == []
+
+
+def test_results_are_shown_as_printed() -> None:
+    class Result(Preformatted):
+        def __str__(self) -> str:
+            return "1 < 2\n  & more"
+
+    assert Result()._repr_html_() == "<pre>1 &lt; 2\n  &amp; more</pre>"

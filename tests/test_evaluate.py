@@ -22,8 +22,8 @@ from canopyq.errors import CanopyError
 from canopyq.evaluate import Comparison, Evaluation, compare, examine
 from canopyq.memory import bytes_held
 from canopyq.stats import Share, mcnemar
-from canopyq.track import track
 from canopyq.tutor import SKILLS, Question, loading
+from canopyq.utils import track
 
 MIXED = "w3a16-tensor"  # damages the tutor so far that some answers are right and some wrong
 KL_ORDER = ["w8a16", "w4a16-g128", "w3a16-g128", "w2a16-tensor"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
@@ -13,10 +12,11 @@ from canopyq.advisor.options import Option, costs
 from canopyq.advisor.table import against_the_table
 from canopyq.errors import CanopyError
 from canopyq.memory import cache_bytes, human
+from canopyq.utils import Preformatted
 
 
 @dataclass(frozen=True)
-class Advice:
+class Advice(Preformatted):
     """What `advise` recommends.
 
     Attributes:
@@ -66,9 +66,6 @@ class Advice:
             for option in self.others[:3]
         ]
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 def advise(

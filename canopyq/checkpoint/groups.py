@@ -11,7 +11,7 @@ from canopyq.checkpoint.config import Group
 from canopyq.checkpoint.layout import disk_format
 from canopyq.checkpoint.names import Names
 from canopyq.embedding import QuantizedEmbedding, is_embedding
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, prefixed
 from canopyq.experts import is_experts
 from canopyq.formats import IntFormat
 from canopyq.hadamard import online_hadamard
@@ -121,10 +121,8 @@ def _check(name: str, layer: QuantizedLinear, model: nn.Module) -> None:
             f"{name} has a Hadamard transform at run time, which no file holds; rotate under a recipe with activations "
             "of 8 bits or more"
         )
-    try:
+    with prefixed(f"{name}: "):
         disk_format(layer.scheme, layer.activations)
-    except CanopyError as error:
-        raise CanopyError(f"{name}: {error}") from None
 
 
 def _kind(name: str, layer: QuantizedLinear, were: dict[str, nn.Module]) -> str:

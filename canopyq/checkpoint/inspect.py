@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from canopyq.checkpoint.layout import check
 from canopyq.checkpoint.readers import group_of, notes, readers
 from canopyq.errors import CanopyError
 from canopyq.memory import human
+from canopyq.utils import Preformatted
 
 KINDS = {"weight_packed": "codes", "weight": "codes", "weight_scale": "scales", "weight_zero_point": "zero points",
          "weight_shape": "shapes", "input_scale": "scales", "input_zero_point": "zero points"}  # fmt: skip
@@ -35,7 +35,7 @@ class GroupFound:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Preformatted):
     """What `inspect` found.
 
     Attributes:
@@ -74,9 +74,6 @@ class Inspection:
         lines += [f"  {kind:<12} {human(count)}" for kind, count in self.bytes.items() if count]
         lines += [f"  {tool:<12} {verdict}" for tool, verdict in self.tools.items()]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 def inspect(folder: str | Path) -> Inspection:

@@ -15,10 +15,10 @@ from canopyq.checkpoint.config import read_config
 from canopyq.checkpoint.files import Checkpoint
 from canopyq.checkpoint.layout import check, from_disk, input_from_disk
 from canopyq.checkpoint.names import Names, names_of
-from canopyq.checkpoint.skeleton import build, one_line, quiet, read_model_config
+from canopyq.checkpoint.skeleton import build, quiet, read_model_config
 from canopyq.checkpoint.wanted import Wanted, part_shape, plain, quantized, tied
 from canopyq.embedding import QuantizedEmbedding
-from canopyq.errors import CanopyError, unknown
+from canopyq.errors import CanopyError, and_more, one_line, prefixed, unknown
 from canopyq.experts import QuantizedExperts
 from canopyq.linear import QuantizedLinear
 
@@ -109,8 +109,7 @@ def _check(
     headers = {name: (info.torch_dtype, info.shape) for name, (_, info) in checkpoint.tensors.items()}
     wanted = {file: (tensor, len(files.of(name))) for name, tensor in rest.items() for file in files.of(name)}
     if missing := sorted(wanted.keys() - headers.keys()):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CanopyError(f"{checkpoint.folder} lacks {missing[0]}{more}; download or write it again")
+        raise CanopyError(f"{checkpoint.folder} lacks {and_more(missing)}; download or write it again")
     for file, (tensor, count) in wanted.items():
         dtype, shape = headers[file]
         kind = "floats" if tensor.is_floating_point() else str(tensor.dtype)
@@ -129,15 +128,12 @@ def _check(
             extra.append(name)
     for name, layer in layers.items():
         group = layer.group
-        try:
+        with prefixed(f"{name}."):
             check(parts[name], group.weights, layer.shape, group.format, group.activations if group.static else None)
-        except CanopyError as error:
-            raise CanopyError(f"{name}.{error}") from None
     known = [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", *(model._keys_to_ignore_on_load_unexpected or ())]
     extra = [name for name in extra if not any(re.search(pattern, name) for pattern in known)]
     if strict and extra:
-        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise CanopyError(f"the model has no place for {extra[0]}{more}; mend config.json, or use strict=False")
+        raise CanopyError(f"the model has no place for {and_more(extra)}; mend config.json, or use strict=False")
 
 
 def _fill(
@@ -183,12 +179,10 @@ def _fill(
 def _layer(layer: Wanted, file: str, tensors: Mapping[str, Tensor]) -> QuantizedLinear:
     """What takes the place of a layer, from its tensors in the files."""
     group, dtype = layer.group, next(layer.module.parameters()).dtype
-    try:
+    with prefixed(f"{file}: "):
         fixed = input_from_disk(tensors, group.activations) if group.static else (None, None)
         own = {leaf: tensor for leaf, tensor in tensors.items() if leaf.startswith("weight")}
         weight = from_disk(own, group.weights, layer.shape, dtype)
-    except CanopyError as error:
-        raise CanopyError(f"{file}: {error}") from None
     if layer.kind == "embedding":
         return QuantizedEmbedding.like(layer.module, weight).eval()
     bias = None if layer.kind == "expert" else layer.module.bias

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, one_line
 from canopyq.experts import is_experts
 
 
@@ -68,10 +68,9 @@ def names_of(model: nn.Module) -> Names:
     try:
         written = revert_weight_conversion(model, probes)
     except Exception as error:  # whatever a conversion of another shape raises
-        what = " ".join(str(error).split())[:120]
         raise CanopyError(
-            f"how {type(model).__name__} is written to files cannot be found out ({what}); checkpoints of it are not "
-            "written or read yet"
+            f"how {type(model).__name__} is written to files cannot be found out ({one_line(error)}); "
+            "checkpoints of it are not written or read yet"
         ) from error
     held = {tuple(numbers.flatten().tolist()): name for name, numbers in written.items()}
     tensors, layers = {}, {}

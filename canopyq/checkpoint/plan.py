@@ -18,7 +18,7 @@ from canopyq.checkpoint.layout import disk_format, expected
 from canopyq.checkpoint.names import Names, names_of
 from canopyq.checkpoint.readers import readers
 from canopyq.checkpoint.wanted import part_shape
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, and_more, by_reason, one_line, prefixed
 from canopyq.memory import human
 from canopyq.scheme import Recipe
 from canopyq.targets import find_targets
@@ -111,15 +111,9 @@ class Plan:
             f"{self.recipe.name}: {len(self.quantized)} weights will be quantized, {bits:.3f} bits per weight; "
             f"tensors {human(self.bytes_before)} -> {human(self.bytes_after)} in {_files(len(self.shards))}"
         ]
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.kept.items():
-            reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            shown = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-            lines.append(f"  kept: {shown} ({reason})")
+        lines += [f"  kept: {line}" for line in by_reason(self.kept)]
         if self.dropped:
-            more = f" and {len(self.dropped) - 1} more" if len(self.dropped) > 1 else ""
-            lines.append(f"  left out: {self.dropped[0]}{more} (the model computes it anew)")
+            lines.append(f"  left out: {and_more(self.dropped)} (the model computes it anew)")
         lines.append(f"  memory: at most {human(self.peak_bytes)} on top of what Python and torch take")
         shapes = {step.layer.name: step.shape for step in self.quantized}
         for tool, verdict in readers(read_config(self.config), shapes).items():
@@ -200,10 +194,9 @@ def meta_model(source: Checkpoint) -> nn.Module:
                 return named(config)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise CanopyError(
-            f"transformers cannot build the model of {source.folder}/config.json ({reason}); check the file, or the "
-            "version of transformers"
+            f"transformers cannot build the model of {source.folder}/config.json ({one_line(error)}); check the "
+            "file, or the version of transformers"
         ) from None
 
 
@@ -248,13 +241,11 @@ def _outputs(name: str, info: TensorInfo, layer: Layer | None) -> Announced:
     if layer is None:
         return {name: (info.torch_dtype, info.shape)}
     shape = _shape(info, layer)
-    try:
+    with prefixed(f"{layer.name}: "):
         layer.weights.granularity.check(shape)
         # One row tells the dtype of a scale and whether groups fit, and takes no time.
         probe = quantize(torch.ones(1, shape[1], dtype=info.torch_dtype), layer.weights).scale.dtype
         wanted = expected(layer.weights, shape, disk_format(layer.weights, layer.activations))
-    except CanopyError as error:
-        raise CanopyError(f"{layer.name}: {error}") from None
     return {
         f"{layer.name}.{part}": (probe if part == "weight_scale" else dtypes[0], shape)
         for part, (dtypes, shape) in wanted.items()

@@ -22,9 +22,9 @@ from canopyq.checkpoint.layout import SCALE_DTYPES, disk_format, input_to_disk, 
 from canopyq.checkpoint.names import Names, names_of
 from canopyq.checkpoint.read_back import Check, read_back
 from canopyq.checkpoint.readers import readers
-from canopyq.checkpoint.skeleton import build, one_line, quiet
+from canopyq.checkpoint.skeleton import build, quiet
 from canopyq.checkpoint.wanted import tied
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, one_line
 from canopyq.linear import QuantizedLinear, quantized_layers
 from canopyq.memory import human
 

@@ -20,11 +20,11 @@ from canopyq.checkpoint.layout import disk_format, to_disk
 from canopyq.checkpoint.plan import SHARD_BYTES, Plan, Step, make_plan
 from canopyq.checkpoint.work import Work, fingerprint
 from canopyq.checkpoint.writer import Writer
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, prefixed
 from canopyq.memory import human
 from canopyq.scheme import Recipe
 from canopyq.tensor import quantize
-from canopyq.track import track
+from canopyq.utils import track
 
 # What a model needs beside its weights. Never code.
 COPIED = ("generation_config.json", "tokenizer*.json", "tokenizer.model*", "*tokens*.json", "vocab.*", "merges.txt",
@@ -127,12 +127,10 @@ def _do(step: Step, plan: Plan, writer: Writer) -> None:
     if layer is None:
         writer.copy(step.name, step.file, step.info)
         return
-    try:
+    with prefixed(f"{layer.name}: "):
         weight = plan.source.read(step.name)
         quantized = quantize(weight.t().contiguous() if layer.kind == "conv1d" else weight, layer.weights)
         parts = to_disk(quantized, step.info.torch_dtype, disk_format(layer.weights, layer.activations))
-    except CanopyError as error:
-        raise CanopyError(f"{layer.name}: {error}") from None
     for part, tensor in parts.items():
         name = f"{layer.name}.{part}"
         announced, _ = step.outputs[name]

@@ -23,7 +23,7 @@ from canopyq.report import sqnr_db
 from canopyq.scheme import Recipe, Scheme
 from canopyq.targets import Target
 from canopyq.tensor import QuantizedTensor, quantize
-from canopyq.track import track
+from canopyq.utils import track
 
 OUTLIERS = 0.01  # of a layer's inputs, the loudest, that ``outliers`` keeps in 16 bits; at least one
 CAP = 2.0  # times as long as the median token: more than that does not count

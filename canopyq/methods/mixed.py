@@ -21,7 +21,7 @@ from canopyq.mode import eval_mode
 from canopyq.scheme import Recipe
 from canopyq.targets import Target, find_targets
 from canopyq.tensor import quantize, quantized_bytes
-from canopyq.track import track
+from canopyq.utils import track
 
 CHOICES = ("w2a16-g64", "w4a16-g128", "w8a16-g128")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,9 +86,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except (TemplateError, ValueError) as error:
-        what = " ".join(str(error).split())
         raise CanopyError(
-            f"the tokenizer's chat template cannot write this chat ({what}); use another model"
+            f"the tokenizer's chat template cannot write this chat ({one_line(error)}); use another model"
         ) from error
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from canopyq.errors import CanopyError, unknown
+from canopyq.errors import CanopyError, one_line, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ def load(
         raise
     except Exception as error:
         cure = f"name a folder or a hub id of a causal language model, or unset {VARIABLE}"
-        raise CanopyError(f"{VARIABLE}={name!r} cannot be loaded ({_one_line(error)}); {cure}") from error
+        raise CanopyError(f"{VARIABLE}={name!r} cannot be loaded ({one_line(error)}); {cure}") from error
 
 
 def _folder(name: str) -> Path | None:
@@ -88,7 +88,7 @@ def _cache_only(name: str) -> bool:
             raise
         cure = f"name a folder, or unset {VARIABLE}"
         raise CanopyError(
-            f"{VARIABLE}={name!r} is no folder, and the Hugging Face hub cannot be reached ({_one_line(error)}); {cure}"
+            f"{VARIABLE}={name!r} is no folder, and the Hugging Face hub cannot be reached ({one_line(error)}); {cure}"
         ) from error
 
 
@@ -103,7 +103,7 @@ def load_folder(
         raise
     except Exception as error:
         raise CanopyError(
-            f"the tutor model in {folder} cannot be loaded ({_one_line(error)}); reinstall canopyq"
+            f"the tutor model in {folder} cannot be loaded ({one_line(error)}); reinstall canopyq"
         ) from error
 
 
@@ -147,7 +147,7 @@ def load_other(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     except CanopyError:
         raise
     except Exception as error:
-        raise CanopyError(f"{folder} cannot be loaded as a model with a tokenizer ({_one_line(error)})") from error
+        raise CanopyError(f"{folder} cannot be loaded as a model with a tokenizer ({one_line(error)})") from error
 
 
 def _read(
@@ -185,7 +185,7 @@ def _usable(device: torch.device | str) -> torch.device:
         place = torch.device(device)
         torch.empty(0, device=place)
     except Exception as error:
-        raise CanopyError(f"device {str(device)!r} cannot be used here ({_one_line(error)}); use 'cpu'") from error
+        raise CanopyError(f"device {str(device)!r} cannot be used here ({one_line(error)}); use 'cpu'") from error
     return place
 
 
@@ -203,8 +203,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
