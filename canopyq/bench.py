@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, shown
 from canopyq.linear import QuantizedLinear
 from canopyq.ops import select
 from canopyq.scheme import Recipe
@@ -69,7 +69,7 @@ def bench(
     """
     kind = torch.device(device).type
     if kind not in SHAPES or (kind == "cuda" and not torch.cuda.is_available()):
-        raise CanopyError(f"device {device!r} cannot be used here; use 'cpu'")
+        raise CanopyError(f"device {shown(device)} cannot be used here; use 'cpu'")
     parsed = [Recipe.of_weights(recipe) for recipe in recipes]
     if static := [recipe.name for recipe in parsed if recipe.static]:
         raise CanopyError(f"{static[0]} needs ranges calibrated on a model; time the dynamic recipe")

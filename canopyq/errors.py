@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 
 MOST = 80  # characters of a value that a message quotes
+LONGEST = 1000  # characters of a message
+_LONG_WORD = re.compile(r"\S{201,}")  # no path that anybody types: a name made to fill the screen
 
 
 class CanopyError(ValueError):
     """A mistake that the caller can mend. The message is one line: what was given, and the cure.
 
-    Line breaks and control characters, which a name or a file may bring in, are written as escapes.
+    Line breaks and control characters, which a name or a file may bring in, are written as escapes, and what is endless
+    is cut.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        message = _LONG_WORD.sub(lambda word: cut(word.group()), printable(message))
+        super().__init__(cut(message, LONGEST))
+
+
+def cut(text: str, most: int = MOST) -> str:
+    """``text`` if it has at most ``most`` characters, else so much of it, which ``…`` ends."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def printable(text: str) -> str:
@@ -46,7 +56,7 @@ def shown(value: object) -> str:
         text = reprlib.repr(value) if plain else f"{_a(value)} of {len(value)}"
     else:
         text = _a(value)
-    return printable(text if len(text) <= MOST + 2 else text[:MOST] + "…")
+    return cut(printable(text), MOST + 2)
 
 
 def _a(value: object) -> str:
@@ -74,8 +84,7 @@ def did_you_mean(given: object, known: Iterable[str]) -> str:
 
 def one_line(error: BaseException) -> str:
     """What another library's exception says, on one line of at most 160 characters; its type, if it says nothing."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
+    return cut(" ".join(map(cut, str(error).split())) or type(error).__name__, 160)
 
 
 @contextmanager

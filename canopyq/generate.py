@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, shown
 from canopyq.joined import Separate, join
 from canopyq.kv_codes import GROUP, get_cache_format
 from canopyq.linear import QuantizedLinear
@@ -296,7 +296,9 @@ def _check(model: nn.Module, length: int) -> None:
         raise CanopyError(f"fast_generate knows {', '.join(FAMILIES)}, not {family}; use model.generate")
     rope = (getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}).get("rope_type")
     if rope in ("dynamic", "longrope"):
-        raise CanopyError(f"fast_generate needs rotary tables that stay the same, not rope_type {rope!r}; use generate")
+        raise CanopyError(
+            f"fast_generate needs rotary tables that stay the same, not rope_type {shown(rope)}; use generate"
+        )
     if config.hidden_act != "silu":
         raise CanopyError(f"fast_generate knows gated SiLU, not {config.hidden_act}; use model.generate")
     windows = getattr(config, "layer_types", None) or []

@@ -49,7 +49,7 @@ class Granularity:
         if isinstance(spec, Granularity):
             return spec
         text = str(spec).lower()
-        if match := re.fullmatch(r"g(\d+)", text):
+        if match := re.fullmatch(r"g([0-9]{1,9})", text):
             return cls("group", int(match.group(1)))
         if text in ("tensor", "channel", "token"):
             return cls(text)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from canopyq.errors import CanopyError, unknown
+from canopyq.errors import CanopyError, shown, unknown
 from canopyq.kv_codes import BLOCK, GROUP, WINDOW, CacheFormat, get_cache_format
 from canopyq.kv_layer import QuantizedLayer
 from canopyq.kv_shapes import heads_of, sliding_windows
@@ -59,7 +59,7 @@ class QuantizedCache(Cache):
         if keys not in ("channel", "token"):
             raise unknown("way to quantize keys", keys, ("channel", "token"))
         if not isinstance(window, int) or window < 0:
-            raise CanopyError(f"a window of {window!r} tokens cannot be kept in full precision; use 0 or more")
+            raise CanopyError(f"a window of {shown(window)} tokens cannot be kept in full precision; use 0 or more")
         self.limit = getattr(config, "max_position_embeddings", None)
         windows, layers = sliding_windows(config), []
         self.shapes = [heads_of(each) for each in config.per_layer_config]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from canopyq.errors import CanopyError, unknown
+from canopyq.errors import CanopyError, shown, unknown
 from canopyq.formats import BlockFormat, Format, IntFormat, TableFormat, get_format
 from canopyq.kv_codes import BLOCK, GROUP, WINDOW, get_cache_format
 from canopyq.scheme import Recipe
@@ -153,7 +153,9 @@ def weight_bytes(
     """
     fmt = get_format(format)
     if isinstance(parameters, str) or not parameters > 0:
-        raise CanopyError(f"weight_bytes needs a number of parameters, got {parameters!r}; use parameter_count('7B')")
+        raise CanopyError(
+            f"weight_bytes needs a number of parameters, got {shown(parameters)}; use parameter_count('7B')"
+        )
     if not symmetric and not isinstance(fmt, IntFormat):
         raise CanopyError(f"{fmt.name} has no zero point; leave asymmetric out")
     codes = parameters * fmt.bits / 8

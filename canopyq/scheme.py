@@ -166,13 +166,13 @@ class Recipe:
             return spec
         text, *extras = str(spec).lower().split("+")
         activations = None
-        if match := re.fullmatch(r"w([2-8])a16(?:-(tensor|channel|g[0-9]+))?(-asym)?", text):
+        if match := re.fullmatch(r"w([2-8])a16(?:-(tensor|channel|g[0-9]{1,9}))?(-asym)?", text):
             bits, granularity, asym = match.groups()
             granularity = granularity or ("channel" if bits == "8" else "g128")
             scheme = Scheme(f"int{bits}", granularity, symmetric=not asym, scale_dtype=torch.bfloat16)
         elif text in ("nf4", "mxfp4", "nvfp4"):
             scheme = Scheme(text, scale_dtype=torch.bfloat16 if text == "nf4" else None)
-        elif match := re.fullmatch(r"w([2-8])a([2-8])(?:-(tensor|channel|g[0-9]+))?(-static)?(-asym)?", text):
+        elif match := re.fullmatch(r"w([2-8])a([2-8])(?:-(tensor|channel|g[0-9]{1,9}))?(-static)?(-asym)?", text):
             bits, input_bits, granularity, static, asym = match.groups()
             granularity = granularity or ("channel" if bits == "8" else "g128")
             scheme = Scheme(f"int{bits}", granularity, scale_dtype=torch.bfloat16)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from canopyq.embedding import is_embedding
-from canopyq.errors import CanopyError, did_you_mean
+from canopyq.errors import CanopyError, did_you_mean, shown
 from canopyq.experts import expert_weights, is_experts
 from canopyq.linear import QuantizedLinear
 from canopyq.offload import is_away, values
@@ -119,7 +119,8 @@ def _check_ignored(model: nn.Module, recipe: Recipe, names: list[str]) -> None:
         experts = any(is_part(part, f"{name}.{expert}") for name, expert in _expert_names(model))
         reason = "names experts one by one, which are quantized all or none" if experts else "fits no module"
         raise CanopyError(
-            f"{part!r} of the ignore list of {recipe.name} {reason} of {type(model).__name__}{_nearest(part, names)}"
+            f"{shown(part)} of the ignore list of {recipe.name} {reason} of {type(model).__name__}"
+            f"{_nearest(part, names)}"
         )
 
 
@@ -138,12 +139,12 @@ def _check_exceptions(
         fits = [own for own in names if any(is_part(part, name) for name in own)]
         if fits:
             earlier = recipe.exceptions[recipe.exception_of(*fits[0])][0]
-            reason = f"comes after {earlier!r}, which fits the same layers; put it first"
+            reason = f"comes after {shown(earlier)}, which fits the same layers; put it first"
         elif stays := next((name for name in kept if is_part(part, name)), None):
             reason = f"counts for nothing: {stays} is kept ({kept[stays]})"
         else:
             reason = f"fits no layer{_nearest(part, [name for own in names for name in own])}"
-        raise CanopyError(f"exception {part!r} of {recipe.name} {reason}")
+        raise CanopyError(f"exception {shown(part)} of {recipe.name} {reason}")
 
 
 def _expert_names(model: nn.Module) -> Iterator[tuple[str, str]]:

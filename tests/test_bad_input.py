@@ -44,7 +44,7 @@ def tutor() -> tuple:
 
 
 CALLS: dict[str, tuple[Callable, str]] = {
-    "load a number": (lambda m, t: cq.load(3), r"'3' \(int\) names no folder"),
+    "load a number": (lambda m, t: cq.load(3), r"3 \(int\) names no folder"),
     "load nothing": (lambda m, t: cq.load(None), r"NoneType\) names no folder"),
     "load a NUL": (lambda m, t: cq.load("a\0b"), "names no folder"),
     "load ~": (lambda m, t: cq.load("~/no such folder"), f"'{os.path.expanduser('~')}/no such folder' is no folder"),

@@ -25,7 +25,7 @@ import canopyq as cq
 from canopyq import cli
 from canopyq.cli.evaluate import MOST_QUESTIONS
 from canopyq.cli.shown import console
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, shown
 from canopyq.formats import FORMATS
 from canopyq.machine import Check
 from canopyq.memory import MODEL_SHAPES
@@ -587,7 +587,7 @@ def test_eval_of_a_model_that_the_questions_do_not_fit(config: dict, part: str, 
 def test_eval_of_a_name_that_is_no_model(name: str, canopyq, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     message = failure(examined(name, canopyq, monkeypatch))
-    assert repr(name) in message and "unset CANOPYQ_MODEL" in message
+    assert shown(name) in message and "unset CANOPYQ_MODEL" in message
 
 
 def test_a_name_of_spaces_means_the_tutor(canopyq, monkeypatch) -> None:

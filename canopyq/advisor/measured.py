@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from canopyq.checkpoint.files import as_path
 from canopyq.disk import write_atomic
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, one_line, shown
 from canopyq.evaluate import Comparison
 from canopyq.scheme import Recipe
 from canopyq.stats import Share
@@ -69,7 +70,7 @@ def split(name: str) -> tuple[Recipe | None, str | None]:
     words = name.lower().split("+")
     caches = [word for word in words[1:] if word.startswith("kv")]
     if len(caches) > 1:
-        raise CanopyError(f"{name!r} names {len(caches)} caches; a model has one")
+        raise CanopyError(f"{shown(name)} names {len(caches)} caches; a model has one")
     base = "+".join(word for word in words if word not in caches)
     return None if base == ORIGINAL else Recipe.parse(base), caches[0] if caches else None
 
@@ -85,16 +86,17 @@ def read(path: str | Path) -> list[Measurement]:
     Raises:
         CanopyError: for a file that does not hold them.
     """
+    path = as_path(path)
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
         return [Measurement(**({"source": content["source"]} | row)) for row in content["rows"]]
     except CanopyError:
         raise
     except OSError as error:
         raise CanopyError(f"{path} cannot be read ({error.strerror}); name a file of measurements") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         wanted = '{"source": …, "rows": [{"recipe": …, "kl": …, "right": …, "n": …}]}'
-        raise CanopyError(f"{path} does not hold measurements ({error}); it should be {wanted}") from error
+        raise CanopyError(f"{path} does not hold measurements ({one_line(error)}); it should be {wanted}") from error
 
 
 def write(path: str | Path, measurements: Iterable[Measurement], **about: object) -> None:

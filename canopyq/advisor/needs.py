@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from canopyq.advisor.gpus import find_capability
-from canopyq.errors import CanopyError, unknown
+from canopyq.checkpoint.files import as_path
+from canopyq.errors import CanopyError, shown, unknown
 from canopyq.memory import MODEL_SHAPES, ModelShape, human, parameter_count
 
 # Lesson 06 divides the damage that a step avoids by the memory that it costs, both in per cent. A priority is the rate
@@ -71,9 +71,9 @@ class Needs:
         if priority not in PRIORITIES:
             raise unknown("priority", priority, PRIORITIES)
         if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= 10**6:
-            raise CanopyError(f"a batch of {batch!r} sequences cannot be served; use 1 or more")
+            raise CanopyError(f"a batch of {shown(batch)} sequences cannot be served; use 1 or more")
         if not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
-            raise CanopyError(f"an accuracy floor of {accuracy!r} is no share of right answers; use e.g. 0.98")
+            raise CanopyError(f"an accuracy floor of {shown(accuracy)} is no share of right answers; use e.g. 0.98")
         name, shape = find_shape(model)
         limit = None if memory is None else byte_count(memory)
         capability = None if gpu is None else find_capability(gpu)
@@ -98,12 +98,14 @@ def find_shape(model: str | int | float) -> tuple[str, ModelShape]:
     key = str(model).strip()
     if key.lower() in MODEL_SHAPES:
         return key.lower(), MODEL_SHAPES[key.lower()]
-    if (Path(key).expanduser() / "config.json").is_file():
+    if (as_path(key) / "config.json").is_file():
         from canopyq.checkpoint.skeleton import read_model_config
 
-        return key, ModelShape.of(read_model_config(Path(key).expanduser(), tensors=MANY))
+        return key, ModelShape.of(read_model_config(as_path(key), tensors=MANY))
     if "/" in key or key.startswith((".", "~")):
-        raise CanopyError(f"{key!r} is no folder with a config.json; name one, or a model such as llama-3.1-8b, or 7B")
+        raise CanopyError(
+            f"{shown(key)} is no folder with a config.json; name one, or a model such as llama-3.1-8b, or 7B"
+        )
     count = parameter_count(model)
     name = min(MODEL_SHAPES, key=lambda known: abs(MODEL_SHAPES[known].parameters - count))
     found = MODEL_SHAPES[name].parameters
@@ -121,15 +123,15 @@ def byte_count(text: str | int | float) -> int:
     Raises:
         CanopyError: for anything else, and for less than a byte.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([kmgt]?)(i?)b?\s*", str(text).lower())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?(?:e\d{1,2})?)\s*([kmgt]?)(i?)b?\s*", str(text).lower())
     if not match:
-        raise CanopyError(f"{text!r} is no amount of memory; write it as 8GB, 6.5GiB or 500MB")
+        raise CanopyError(f"{shown(text)} is no amount of memory; write it as 8GB, 6.5GiB or 500MB")
     number, unit, binary = match.groups()
     if binary and not unit:
-        raise CanopyError(f"{text!r} is no amount of memory; write it as 8GB, 6.5GiB or 500MB")
+        raise CanopyError(f"{shown(text)} is no amount of memory; write it as 8GB, 6.5GiB or 500MB")
     count = round(float(number) * (1024 if binary else 1000) ** "_kmgt".find(unit or "_"))
     if count < 1:
-        raise CanopyError(f"a memory budget of {text!r} holds nothing; write it as 8GB, 6.5GiB or 500MB")
+        raise CanopyError(f"a memory budget of {shown(text)} holds nothing; write it as 8GB, 6.5GiB or 500MB")
     return count
 
 
@@ -139,8 +141,8 @@ def token_count(text: str | int) -> int:
     Raises:
         CanopyError: for anything else, and for a fraction of a token.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", str(text).lower().replace("_", ""))
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([km]?)\s*", str(text).lower().replace("_", ""))
     count = float(match.group(1)) * {"": 1, "k": 1024, "m": 1024**2}[match.group(2)] if match else 0.5
     if count != int(count) or count > 10**9:
-        raise CanopyError(f"{text!r} is no context length; write it as 32k or 32768")
+        raise CanopyError(f"{shown(text)} is no context length; write it as 32k or 32768")
     return int(count)

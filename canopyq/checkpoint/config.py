@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from canopyq.checkpoint.layout import DISK_FORMATS, FLOAT, INT, PACKED, disk_format
-from canopyq.errors import CanopyError, unknown
+from canopyq.errors import CanopyError, shown, unknown
 from canopyq.formats import IntFormat
 from canopyq.scheme import Scheme
 
@@ -133,16 +133,18 @@ def read_config(config: Mapping) -> Quantization:
     config = _mapping(config, "quantization_config")
     method = config.get("quant_method", "compressed-tensors")
     if method != "compressed-tensors":
-        raise CanopyError(f"quant_method {method!r} is not read; canopyq reads 'compressed-tensors' checkpoints")
+        raise CanopyError(f"quant_method {shown(method)} is not read; canopyq reads 'compressed-tensors' checkpoints")
     for key in ("kv_cache_scheme", "moe_sparsity_config", "transform_config"):
         if config.get(key):
             raise CanopyError(f"the checkpoint has a {key}, which canopyq does not read yet; open it with transformers")
     sparsity = config.get("sparsity_config") or {}
     if _mapping(sparsity, "sparsity_config").get("format", "dense") != "dense":
-        raise CanopyError(f"sparsity_config {sparsity['format']!r} is not read yet; open it with transformers")
+        raise CanopyError(f"sparsity_config {shown(sparsity['format'])} is not read yet; open it with transformers")
     status = config.get("quantization_status", "compressed")
     if status not in ("compressed", "frozen"):
-        raise CanopyError(f"quantization_status {status!r}: the weights were never compressed; save them compressed")
+        raise CanopyError(
+            f"quantization_status {shown(status)}: the weights were never compressed; save them compressed"
+        )
     groups = _mapping(config.get("config_groups"), "config_groups")
     if not groups:
         raise CanopyError("config_groups is empty, so nothing says how the weights are quantized")
@@ -157,7 +159,7 @@ def _group(name: str, given: object, default: object) -> Group:
     if format == "naive-quantized":  # the name that int-quantized and float-quantized share in older files
         format = FLOAT if _mapping(group.get("weights"), f"weights of {name}").get("type") == "float" else INT
     if format in NOT_READ:
-        raise CanopyError(f"format {format!r} of {name} is not read yet; canopyq reads {', '.join(DISK_FORMATS)}")
+        raise CanopyError(f"format {shown(format)} of {name} is not read yet; canopyq reads {', '.join(DISK_FORMATS)}")
     if format not in DISK_FORMATS:
         raise unknown("format", format, DISK_FORMATS)
     if group.get("output_activations"):
@@ -174,7 +176,7 @@ def _group(name: str, given: object, default: object) -> Group:
             FLOAT: weights.format.name == "fp8_e4m3"}  # fmt: skip
     if not fits[format]:
         disk_format(weights, activations)  # says why, for widths that no file holds safely
-        raise CanopyError(f"format {format!r} of {name} does not hold {weights.format.name} weights")
+        raise CanopyError(f"format {shown(format)} of {name} does not hold {weights.format.name} weights")
     targets = _strings(group.get("targets"), f"targets of {name}")
     return Group(name, targets, weights, activations, format, static, bool(group.get(CONV1D)))
 
@@ -184,47 +186,49 @@ def _scheme(given: object, where: str, *, inputs: str | None = None) -> Scheme:
     args = _mapping(given, where)
     _no_more(args, _ARGS, where)
     if inputs == "dynamic" and args["dynamic"] is not True:
-        raise CanopyError(f"{where} are dynamic {args['dynamic']!r}, which canopyq does not read yet")
+        raise CanopyError(f"{where} are dynamic {shown(args['dynamic'])}, which canopyq does not read yet")
     if inputs is None and args.get("dynamic"):
         raise CanopyError(f"{where} are marked dynamic; weights have fixed scales")
     if args.get("actorder") not in (None, False, "weight", "static"):
-        raise CanopyError(f"actorder {args['actorder']!r} of {where} needs a g_idx, which canopyq does not read")
+        raise CanopyError(f"actorder {shown(args['actorder'])} of {where} needs a g_idx, which canopyq does not read")
     bits, kind, symmetric = args.get("num_bits", 8), args.get("type", "int"), args.get("symmetric", True)
     if kind not in ("int", "float") or type(bits) is not int or type(symmetric) is not bool:
-        raise CanopyError(f"{where} of type {kind!r} with num_bits {bits!r} and symmetric {symmetric!r} are not known")
+        raise CanopyError(
+            f"{where} of type {shown(kind)} with num_bits {shown(bits)} and symmetric {shown(symmetric)} are not known"
+        )
     if kind == "float" and bits != 8:
         raise CanopyError(f"{where} are floats of {bits} bits; canopyq reads 8, which are E4M3")
     size, strategy = args.get("group_size"), args.get("strategy")
     if strategy is None:  # compressed-tensors' own reading: -1 means channels
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"
     if strategy == "group" and (type(size) is not int or size < 1):
-        raise CanopyError(f"{where} have strategy 'group' and group_size {size!r}; it has to be 1 or more")
+        raise CanopyError(f"{where} have strategy 'group' and group_size {shown(size)}; it has to be 1 or more")
     granularity = {"tensor": "tensor", "group": f"g{size}", "channel": "channel", "token": "token"}
     readable = {None: ("tensor", "group", "channel"), "dynamic": ("tensor", "group", "token"), "static": ("tensor",)}
     if not isinstance(strategy, str) or strategy not in readable[inputs]:
-        raise CanopyError(f"strategy {strategy!r} of {where} is not read yet; {', '.join(readable[inputs])} are")
+        raise CanopyError(f"strategy {shown(strategy)} of {where} is not read yet; {', '.join(readable[inputs])} are")
     name = "fp8_e4m3" if kind == "float" else f"int{bits}"
     return Scheme(name, granularity[strategy], symmetric)
 
 
 def _mapping(given: object, what: str) -> Mapping:
     if not isinstance(given, Mapping):
-        raise CanopyError(f"{what} has to be an object of names and values, got {str(given)[:40]!r}; mend config.json")
+        raise CanopyError(f"{what} has to be an object of names and values, got {shown(given)}; mend config.json")
     return given
 
 
 def _strings(given: object, what: str) -> tuple[str, ...]:
     if not isinstance(given, Sequence) or isinstance(given, str) or not all(isinstance(text, str) for text in given):
-        raise CanopyError(f"{what} has to be a list of names, got {str(given)[:40]!r}; mend config.json")
+        raise CanopyError(f"{what} has to be a list of names, got {shown(given)}; mend config.json")
     for text in given:
         try:
             re.compile(text.removeprefix("re:") if text.startswith("re:") else "")
         except (re.error, RecursionError, OverflowError) as error:
-            raise CanopyError(f"{text[:60]!r} of {what} is no regular expression ({error}); mend config.json") from None
+            raise CanopyError(f"{shown(text)} of {what} is no regular expression ({error}); mend config.json") from None
     return tuple(given)
 
 
 def _no_more(given: Mapping, known: Sequence[str], where: str) -> None:
     for key in given:
         if key not in known and given[key] not in (None, {}, [], False):
-            raise CanopyError(f"{str(key)[:40]!r} in {where} is not understood; known: {', '.join(known)}")
+            raise CanopyError(f"{shown(key)} in {where} is not understood; known: {', '.join(known)}")

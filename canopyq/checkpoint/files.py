@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from canopyq.checkpoint.header import DTYPES, MOST_JSON, Header, TensorInfo, parse_json, read_header
-from canopyq.errors import CanopyError, unknown
+from canopyq.errors import CanopyError, one_line, shown, unknown
 
 __all__ = ["CONFIG", "DTYPES", "INDEX", "SINGLE", "Checkpoint", "Header", "TensorInfo", "as_path", "read_header",
            "read_json", "refuse_not_empty", "whole_or_absent", "move_into_place", "sync"]  # fmt: skip
@@ -52,11 +52,11 @@ class Checkpoint:
             for name, info in read_header(file).items():
                 if name in self.tensors:
                     other = self.tensors[name][0].name
-                    raise CanopyError(f"{file}: tensor {name!r} is in {other} too; download the checkpoint again")
+                    raise CanopyError(f"{file}: tensor {shown(name)} is in {other} too; download the checkpoint again")
                 self.tensors[name] = (file, info)
         for name, file in weight_map.items():
             if name not in self.tensors or self.tensors[name][0].name != file:
-                raise CanopyError(f"{INDEX} says that {file} holds {name!r}, and it does not; download both again")
+                raise CanopyError(f"{INDEX} says that {file} holds {shown(name)}, and it does not; download both again")
 
     @property
     def files(self) -> list[Path]:
@@ -81,7 +81,7 @@ class Checkpoint:
             raise
         except Exception as error:  # safetensors has its own exception, the system others
             raise CanopyError(
-                f"{file}: tensor {name!r} cannot be read ({str(error)[:120]}); was the file changed meanwhile?"
+                f"{file}: tensor {shown(name)} cannot be read ({one_line(error)}); was the file changed meanwhile?"
             ) from None
 
 
@@ -92,9 +92,7 @@ def as_path(folder: str | Path) -> Path:
         CanopyError: for what cannot be a path.
     """
     if not isinstance(folder, (str, os.PathLike)) or "\0" in os.fspath(folder):
-        raise CanopyError(
-            f"{str(folder)[:80]!r} ({type(folder).__name__}) names no folder; use a text such as 'out/w4'"
-        )
+        raise CanopyError(f"{shown(folder)} ({type(folder).__name__}) names no folder; use a text such as 'out/w4'")
     path = Path(os.path.expanduser(folder))
     if too_long := [part for part in path.parts if len(os.fsencode(part)) > 255 - len(".partial")]:
         raise CanopyError(f"{too_long[0][:60]}… has {len(too_long[0])} characters, too many for a folder; shorten it")
@@ -118,7 +116,7 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if folder.suffix in PICKLES and not folder.is_dir():
         raise CanopyError(_never_unpickled(folder))
     if not folder.is_dir():
-        raise CanopyError(f"{str(folder)!r} is no folder; name one with a config.json and safetensors files")
+        raise CanopyError(f"{shown(str(folder))} is no folder; name one with a config.json and safetensors files")
     if (folder / SINGLE).is_file():  # transformers, too, takes it before an index
         return [folder / SINGLE], {}
     if not (folder / INDEX).is_file():
@@ -131,7 +129,7 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
     names = sorted(set(weight_map.values()))
     for name in names:
         if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
-            raise CanopyError(f"{folder / INDEX} names {name[:200]!r}, which is no file of its folder; do not trust it")
+            raise CanopyError(f"{folder / INDEX} names {shown(name)}, which is no file of its folder; do not trust it")
         if not (folder / name).is_file():
             raise CanopyError(f"{folder / INDEX} names {name}, which is missing; download the checkpoint again")
     return [folder / name for name in names], weight_map

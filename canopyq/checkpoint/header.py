@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from canopyq.errors import CanopyError, unknown
+from canopyq.errors import CanopyError, one_line, shown, unknown
 
 MOST_JSON = 100_000_000  # bytes of JSON in a header or an index: what the safetensors library itself takes at most
 MOST_ELEMENTS = 2**60
@@ -91,7 +91,7 @@ def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        raise CanopyError(f"{path} holds no valid JSON ({str(error)[:80]}); copy or download it again") from None
+        raise CanopyError(f"{path} holds no valid JSON ({one_line(error)}); copy or download it again") from None
     if not isinstance(content, dict):
         raise CanopyError(f"{path} holds a JSON {type(content).__name__}, not an object; copy or download it again")
     return content
@@ -108,21 +108,21 @@ def _is_count(value: object, most: int) -> bool:
 
 
 def _tensor_info(name: str, entry: object, data: int, path: Path) -> TensorInfo:
-    where, cure = f"{path}: tensor {name[:200]!r}", "copy or download the file again"
+    where, cure = f"{path}: tensor {shown(name)}", "copy or download the file again"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CanopyError(f"{where} is not described by dtype, shape and data_offsets; {cure}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise unknown(f"dtype of {where}", dtype if isinstance(dtype, str) else type(dtype).__name__, DTYPES)
     if not isinstance(shape, list) or not all(_is_count(n, MOST_ELEMENTS) for n in shape):
-        raise CanopyError(f"{where} has the shape {str(shape)[:80]}, which no tensor has; {cure}")
+        raise CanopyError(f"{where} has the shape {shown(shape)}, which no tensor has; {cure}")
     elements = 0 if 0 in shape else 1
     for n in shape:  # never a number of a million digits
         elements *= n
         if elements > MOST_ELEMENTS:
-            raise CanopyError(f"{where} has the shape {str(shape)[:80]}, more than 2^60 values; {cure}")
+            raise CanopyError(f"{where} has the shape {shown(shape)}, more than 2^60 values; {cure}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n, 2**63) for n in offsets):
-        raise CanopyError(f"{where} has the offsets {str(offsets)[:80]}, which are none; {cure}")
+        raise CanopyError(f"{where} has the offsets {shown(offsets)}, which are none; {cure}")
     start, end = offsets
     if end - start != (nbytes := elements * DTYPES[dtype].itemsize):
         raise CanopyError(f"{where} has {end - start:,} bytes, but {dtype} {tuple(shape)} takes {nbytes:,}; {cure}")
@@ -135,7 +135,7 @@ def _check_layout(header: Header, data: int, size: int, path: Path) -> None:
     for name, info in sorted(header.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != position:
             problem = "overlaps the tensor before it" if info.start < position else "leaves a gap before it"
-            raise CanopyError(f"{path}: tensor {name[:200]!r} {problem}; copy or download the file again")
+            raise CanopyError(f"{path}: tensor {shown(name)} {problem}; copy or download the file again")
         position = info.end
     if position != size:
         raise CanopyError(

@@ -18,7 +18,7 @@ from canopyq.checkpoint.names import Names, names_of
 from canopyq.checkpoint.skeleton import build, quiet, read_model_config
 from canopyq.checkpoint.wanted import Wanted, part_shape, plain, quantized, tied
 from canopyq.embedding import QuantizedEmbedding
-from canopyq.errors import CanopyError, and_more, one_line, prefixed, unknown
+from canopyq.errors import CanopyError, and_more, one_line, prefixed, shown, unknown
 from canopyq.experts import QuantizedExperts
 from canopyq.linear import QuantizedLinear
 
@@ -82,7 +82,7 @@ def _device(device: torch.device | str) -> torch.device:
         place = torch.device(device)
         torch.empty(1, device=place).tolist()  # the meta device, too, refuses to give values
     except Exception as error:
-        raise CanopyError(f"device {str(device)!r} cannot be used here ({one_line(error)}); use 'cpu'") from error
+        raise CanopyError(f"device {shown(str(device))} cannot be used here ({one_line(error)}); use 'cpu'") from error
     return place
 
 
@@ -208,7 +208,7 @@ class _Reader:
             self.bytes += info.nbytes
             return self.opened.get_tensor(name)
         except Exception as error:  # safetensors has its own exception, the system others
-            raise CanopyError(f"{file}: tensor {name!r} cannot be read ({one_line(error)})") from None
+            raise CanopyError(f"{file}: tensor {shown(name)} cannot be read ({one_line(error)})") from None
 
 
 def _tie(model: nn.Module, plain: Mapping[str, Tensor]) -> None:

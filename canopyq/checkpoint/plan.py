@@ -18,7 +18,7 @@ from canopyq.checkpoint.layout import disk_format, expected
 from canopyq.checkpoint.names import Names, names_of
 from canopyq.checkpoint.readers import readers
 from canopyq.checkpoint.wanted import part_shape
-from canopyq.errors import CanopyError, and_more, by_reason, one_line, prefixed
+from canopyq.errors import CanopyError, and_more, by_reason, one_line, prefixed, shown
 from canopyq.memory import human
 from canopyq.scheme import Recipe
 from canopyq.targets import find_targets
@@ -226,10 +226,10 @@ def _match(source: Checkpoint, model: nn.Module, files: Names) -> list[str]:
         elif any(re.search(pattern, name) for pattern in ignored):
             dropped.append(name)
         else:
-            raise CanopyError(f"{file}: {type(model).__name__} has no tensor of the name {name!r}; {cure}")
+            raise CanopyError(f"{file}: {type(model).__name__} has no tensor of the name {shown(name)}; {cure}")
     for names in aliases.values():
         if not any(name in source.tensors for name in names):
-            raise CanopyError(f"{source.folder} lacks {names[0]!r}, which {type(model).__name__} needs; {cure}")
+            raise CanopyError(f"{source.folder} lacks {shown(names[0])}, which {type(model).__name__} needs; {cure}")
     return dropped
 
 

@@ -17,7 +17,7 @@ from canopyq.cli.explain import explain
 from canopyq.cli.inspect import inspect
 from canopyq.cli.quantize import quantize
 from canopyq.cli.size import size
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, printable
 
 app = typer.Typer(
     help="Quantize language models, measure what it cost, and learn why.",
@@ -60,7 +60,7 @@ def main() -> None:
         app()
     except (CanopyError, OSError) as error:
         if sys.stderr is not None:
-            print(f"canopyq: {error}", file=sys.stderr)
+            print(f"canopyq: {printable(str(error))}", file=sys.stderr)
         if isinstance(error, OSError):
             sys.stdout = None  # Python would try once more to write what is left in it
         sys.exit(2)

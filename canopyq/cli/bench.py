@@ -6,10 +6,9 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from canopyq.cli.shown import JsonFlag, check_device, console, print_json
+from canopyq.cli.shown import JsonFlag, cell, check_device, console, print_json
 from canopyq.machine import describe
 
 
@@ -21,7 +20,7 @@ def bench(
     """Time quantized linear layers on this machine beside the unquantized one. Takes a minute or less."""
     from canopyq.bench import bench as run
 
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     check_device(place)
     timed = run(tuple(recipe or ("w4a16-g128", "w8a16")), place)
     if as_json:
@@ -31,6 +30,6 @@ def bench(
     plain = "bfloat16" if place.startswith("cuda") else "float32"
     table = Table("layer", "recipe", "rows", "µs", f"{plain} µs", "faster", "error", "kernel")
     for x in timed:
-        cells = [f"{x.inputs}→{x.outputs}", x.recipe, str(x.rows), f"{x.us:.1f}", f"{x.unquantized_us:.1f}"]
-        table.add_row(*cells, f"{x.speedup:.2f}×", f"{x.error:.1g}", escape(x.kernel))
+        cells = [f"{x.inputs}→{x.outputs}", cell(x.recipe), str(x.rows), f"{x.us:.1f}", f"{x.unquantized_us:.1f}"]
+        table.add_row(*cells, f"{x.speedup:.2f}×", f"{x.error:.1g}", cell(x.kernel))
     console.print(table)

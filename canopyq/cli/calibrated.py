@@ -10,9 +10,9 @@ import torch
 
 import canopyq as cq
 from canopyq.calibration import calibrate
-from canopyq.checkpoint.files import Checkpoint, refuse_not_empty
+from canopyq.checkpoint.files import Checkpoint, as_path, refuse_not_empty
 from canopyq.checkpoint.layout import SCALE_DTYPES
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, one_line
 from canopyq.methods.method import Method
 from canopyq.scheme import Recipe
 from canopyq.tutor.loading import TUTOR, load_other
@@ -90,10 +90,11 @@ def read_texts(file: Path) -> list[str]:
     Raises:
         CanopyError: for a file that is not UTF-8 text, or has no line.
     """
+    file = as_path(file)
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise CanopyError(f"{file} cannot be read as text ({str(error)[:100]})") from None
+        raise CanopyError(f"{file} cannot be read as text ({one_line(error)})") from None
     if not (texts := [line for line in lines if line]):
         raise CanopyError(f"{file} holds no text to calibrate on; it needs one in each line")
     return texts

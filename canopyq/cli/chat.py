@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 import canopyq as cq
+from canopyq.checkpoint.files import as_path
 from canopyq.cli.calibrated import quantize_tutor
-from canopyq.cli.shown import console, print_plain
+from canopyq.cli.shown import cell, console, print_plain
 from canopyq.conversation import Conversation
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, shown
 from canopyq.memory import human
 from canopyq.scheme import Recipe
 
@@ -55,8 +54,10 @@ def chat(
 def _load(model: str, recipe: Recipe | None):
     """The model, quantized as the recipe says, and its tokenizer."""
     if model != "tutor":
-        if not Path(model).expanduser().is_dir():
-            raise CanopyError(f"unknown model {model!r}; chat with 'tutor', or with the folder of a checkpoint of it")
+        if not as_path(model).is_dir():
+            raise CanopyError(
+                f"unknown model {shown(model)}; chat with 'tutor', or with the folder of a checkpoint of it"
+            )
         if recipe is not None and recipe.weights is not None:
             raise CanopyError(f"{model} is quantized already; leave --recipe out, or name a cache such as kv4")
         _, tokenizer = cq.tutor.load()
@@ -89,7 +90,7 @@ def _turn(talk: Conversation, question: str) -> None:
     except CanopyError as error:
         print_plain(f"{error}: type /new", "red")
         return
-    console.print(f"[bold green]tutor>[/] {escape(answer)}", highlight=False, soft_wrap=True)
+    console.print(f"[bold green]tutor>[/] {cell(answer)}", highlight=False, soft_wrap=True)
     console.print(_bars(talk))
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 import canopyq as cq
-from canopyq.cli.shown import JsonFlag, console, print_json
+from canopyq.cli.shown import JsonFlag, cell, console, print_json
 
 
 def doctor(as_json: JsonFlag = False) -> None:
@@ -20,10 +19,10 @@ def doctor(as_json: JsonFlag = False) -> None:
     else:
         table = Table("what", "found", title=f"canopyq {cq.__version__}", title_justify="left")
         for name, value in machine.items():
-            table.add_row(name, escape(str(value)))
+            table.add_row(name, cell(value))
         console.print(table)
         for check in found:
             verdict = "[green]ok [/]" if check.ok else "[red]no [/]"
-            console.print(f"{verdict} {escape(f'{check.name}: {check.detail}')}", highlight=False, soft_wrap=True)
+            console.print(f"{verdict} {cell(f'{check.name}: {check.detail}')}", highlight=False, soft_wrap=True)
     if not all(check.ok for check in found if check.needed):
         raise typer.Exit(1)

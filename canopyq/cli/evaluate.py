@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import canopyq as cq
+from canopyq.checkpoint.files import as_path
 from canopyq.cli.calibrated import quantize_tutor
 from canopyq.cli.shown import JsonFlag, print_json, print_plain
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, shown
 from canopyq.scheme import Recipe
 
 MOST_QUESTIONS = 816  # of 17 skills, the one with the fewest held-out questions has 48
@@ -36,11 +36,11 @@ def evaluate(
     from canopyq.evaluate import compare, examine
     from canopyq.tutor.loading import TUTOR, VARIABLE, source
 
-    saved = model != TUTOR and Path(model).expanduser().is_dir()
+    saved = model != TUTOR and as_path(model).is_dir()
     if model != TUTOR and not saved:
         raise CanopyError(
-            f"unknown model {model!r}; only 'tutor' goes here, or the folder of a checkpoint of it, and another model "
-            f"takes its place by {VARIABLE}=<folder or hub id> canopyq eval tutor"
+            f"unknown model {shown(model)}; only 'tutor' goes here, or the folder of a checkpoint of it, and another "
+            f"model takes its place by {VARIABLE}=<folder or hub id> canopyq eval tutor"
         )
     parsed = None if recipe is None else Recipe.parse(recipe)
     cache = None if parsed is None else parsed.cache

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 import canopyq as cq
 from canopyq.cli.calibrated import quantize_tutor
-from canopyq.cli.shown import JsonFlag, check_device, console, print_json
+from canopyq.cli.shown import JsonFlag, cell, check_device, console, print_json
 from canopyq.scheme import Recipe
 
 
@@ -39,9 +38,9 @@ def explain(
         print_json({"layers": layers})
         return
     for title, first in found.groups().items():
-        table = Table("kernel", "runs for", "or why not", title=escape(title), title_justify="left")
+        table = Table("kernel", "runs for", "or why not", title=cell(title), title_justify="left")
         for kernel, rows in first.runs.items():
-            table.add_row(escape(kernel), escape(rows), "", style="bold green")
+            table.add_row(cell(kernel), cell(rows), "", style="bold green")
         for kernel, reason in first.refused.items():
-            table.add_row(escape(kernel), "", escape(reason))
+            table.add_row(cell(kernel), "", cell(reason))
         console.print(table)

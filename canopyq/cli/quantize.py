@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from canopyq.checkpoint.files import as_path
 from canopyq.cli.shown import JsonFlag, print_json, print_plain
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, shown
 from canopyq.methods.method import Method
 from canopyq.scheme import Recipe
 
@@ -37,7 +38,7 @@ def quantize(
     from canopyq.checkpoint.stream import prepare, quantize_checkpoint
 
     say = (lambda line: None) if as_json else print_plain
-    out, more = out.expanduser(), "continues"
+    out, more = as_path(out), "continues"
     try:
         parsed, how = Recipe.parse(recipe), Method.parse(method)
         folder = _folder(model)
@@ -111,13 +112,13 @@ def _folder(model: str) -> Path:
     from canopyq.tutor.loading import TUTOR, VARIABLE, path, source, verify
 
     if model != TUTOR:
-        folder = Path(model).expanduser()
+        folder = as_path(model)
         if not folder.exists() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
-            raise CanopyError(f"{model!r} is no folder; if it is on the hub, fetch it by: hf download {model}")
+            raise CanopyError(f"{shown(model)} is no folder; if it is on the hub, fetch it by: hf download {model}")
         return folder
     if (name := source()) == TUTOR:
         verify(path())
         return path()
-    if not (folder := Path(name).expanduser()).is_dir():
-        raise CanopyError(f"{VARIABLE}={name!r} is no folder; unset {VARIABLE}, or name the folder itself")
+    if not (folder := as_path(name)).is_dir():
+        raise CanopyError(f"{VARIABLE}={shown(name)} is no folder; unset {VARIABLE}, or name the folder itself")
     return folder

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, cut, one_line, printable, shown
 
 console = Console()
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -25,7 +26,7 @@ def check_device(device: str) -> str:
     try:
         torch.empty(1, device=device).tolist()  # the meta device, too, refuses to give values
     except (RuntimeError, AssertionError) as error:
-        raise CanopyError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}; use cpu") from None
+        raise CanopyError(f"device {shown(device)} cannot be used here: {cut(one_line(error))}; use cpu") from None
     return device
 
 
@@ -35,5 +36,11 @@ def print_json(content: Any) -> None:
 
 
 def print_plain(text: object, style: str | None = None) -> None:
-    """Text as it is, without markup, and never broken by a narrow terminal."""
-    console.print(str(text), style=style, highlight=False, markup=False, soft_wrap=True)
+    """Lines as they are, without markup, and never broken by a narrow terminal."""
+    lines = "\n".join(map(printable, str(text).split("\n")))
+    console.print(lines, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def cell(text: object) -> str:
+    """Text for a table or a line with markup in it: whatever it holds, it is shown and does nothing."""
+    return escape(printable(str(text)))

@@ -99,7 +99,7 @@ def examine_folder(folder: Any, spec: Capstone, started: float) -> Finding:
     if not isinstance(folder, (str, os.PathLike)):
         kind = type(folder).__name__
         return _form(f'`check` needs the folder that you saved to, such as `"out/capstone"`, not a {kind}.')
-    place = Path(folder).expanduser()
+    place = Path(os.path.expanduser(folder))
     for problem in (_not_a_checkpoint, _not_mine):
         if (finding := problem(place, started)) is not None:
             return finding

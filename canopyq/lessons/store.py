@@ -29,7 +29,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
 def default_path() -> Path:
     """``$CANOPYQ_PROGRESS``, else a hidden file in the notebooks folder (the current folder, if there is none)."""
     if named := os.environ.get(VARIABLE):
-        return Path(named).expanduser()
+        return Path(os.path.expanduser(named))
     here = Path.cwd()
     folder = here / "notebooks"
     return (folder if any(folder.glob("0*.ipynb")) else here) / FILE_NAME

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from canopyq.errors import CanopyError, unknown
+from canopyq.errors import CanopyError, shown, unknown
 from canopyq.formats import BlockFormat, IntFormat
 from canopyq.scheme import Recipe
 
@@ -42,7 +42,9 @@ class Method:
                 raise unknown("method", part, TRANSFORMS + ROUNDINGS, more=", and several joined by +")
         roundings = [part for part in parts if part in ROUNDINGS]
         if len(set(parts)) != len(parts) or len(roundings) > 1:
-            raise CanopyError(f"method {name!r} names a part twice, or two ways to round; weights are rounded once")
+            raise CanopyError(
+                f"method {shown(name)} names a part twice, or two ways to round; weights are rounded once"
+            )
         transforms = tuple(part for part in TRANSFORMS if part in parts)
         default = "clip" if "awq" in parts else "rtn"
         return cls(str(name).lower(), transforms, roundings[0] if roundings else default)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from canopyq.errors import CanopyError, one_line, unknown
+from canopyq.errors import CanopyError, one_line, shown, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ def load(
         raise
     except Exception as error:
         cure = f"name a folder or a hub id of a causal language model, or unset {VARIABLE}"
-        raise CanopyError(f"{VARIABLE}={name!r} cannot be loaded ({one_line(error)}); {cure}") from error
+        raise CanopyError(f"{VARIABLE}={shown(name)} cannot be loaded ({one_line(error)}); {cure}") from error
 
 
 def _folder(name: str) -> Path | None:
@@ -62,10 +62,10 @@ def _folder(name: str) -> Path | None:
     cure = f"name a folder with a config.json, or unset {VARIABLE}"
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise CanopyError(f"{VARIABLE}={name!r} is a folder without a config.json; {cure}")
+            raise CanopyError(f"{VARIABLE}={shown(name)} is a folder without a config.json; {cure}")
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise CanopyError(f"{VARIABLE}={name!r} is no folder; {cure}")
+        raise CanopyError(f"{VARIABLE}={shown(name)} is no folder; {cure}")
     return None
 
 
@@ -88,7 +88,8 @@ def _cache_only(name: str) -> bool:
             raise
         cure = f"name a folder, or unset {VARIABLE}"
         raise CanopyError(
-            f"{VARIABLE}={name!r} is no folder, and the Hugging Face hub cannot be reached ({one_line(error)}); {cure}"
+            f"{VARIABLE}={shown(name)} is no folder, and the Hugging Face hub cannot be reached ({one_line(error)}); "
+            f"{cure}"
         ) from error
 
 
@@ -185,7 +186,7 @@ def _usable(device: torch.device | str) -> torch.device:
         place = torch.device(device)
         torch.empty(0, device=place)
     except Exception as error:
-        raise CanopyError(f"device {str(device)!r} cannot be used here ({one_line(error)}); use 'cpu'") from error
+        raise CanopyError(f"device {shown(str(device))} cannot be used here ({one_line(error)}); use 'cpu'") from error
     return place
 
 

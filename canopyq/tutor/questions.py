@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 
-from canopyq.errors import CanopyError, unknown
+from canopyq.errors import CanopyError, shown, unknown
 from canopyq.tutor import recall, skills
 from canopyq.tutor.draws import between
 from canopyq.tutor.holdout import SPLITS
@@ -43,7 +43,7 @@ def questions(
     ``fillers`` sets how many turns lie between telling and asking; it goes with ``skill="recall"``.
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        raise CanopyError(f"cannot draw {n!r} questions; ask for a number, 0 or more")
+        raise CanopyError(f"cannot draw {shown(n)} questions; ask for a number, 0 or more")
     if skill is not None:
         return _exactly(n, skill, split, seed, fillers)
     if fillers is not None:
@@ -60,7 +60,9 @@ def questions(
 def _exactly(n: int, name: str, split: str, seed: int, fillers: int | None = None) -> list[Question]:
     found = up_to(n, name, split, seed, fillers=fillers)
     if len(found) < n:
-        raise CanopyError(f"skill {name!r} has {len(found)} questions in its {split} split, not {n}; ask for fewer")
+        raise CanopyError(
+            f"skill {shown(name)} has {len(found)} questions in its {split} split, not {n}; ask for fewer"
+        )
     return found
 
 
@@ -70,7 +72,9 @@ def up_to(n: int, name: str, split: str = "test", seed: int = 0, *, fillers: int
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     if fillers is not None and (name != "recall" or not 0 <= fillers <= 50):
-        raise CanopyError(f"fillers={fillers} needs skill='recall' and a number from 0 to 50; the skill is {name!r}")
+        raise CanopyError(
+            f"fillers={fillers} needs skill='recall' and a number from 0 to 50; the skill is {shown(name)}"
+        )
     levels = range(skill.levels) if fillers is None else [_level_of(fillers)]
     seen: set[tuple] = set()
     streams = [
