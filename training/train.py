@@ -21,8 +21,8 @@ from canopyq.tutor.loading import WEIGHTS, load_folder
 from training import card, scoring, tokenizer
 from training.batches import Batches, loader
 from training.files import write_json, write_manifest
-from training.llama import Shape
 from training.log import Log, machine
+from training.model import Shape
 from training.trainer import Plan, Trainer, run
 
 TINY = Plan(tokens=1024, longest=128, warmup=5, precision="float32", validation=1, test=2)
@@ -102,6 +102,7 @@ def save(trainer: Trainer, shape: Shape, out: Path) -> None:
     import safetensors.torch
 
     state = trainer.model.state_dict()
+    del state["lm_head.weight"]  # the embedding again
     tensors = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()}
     content = safetensors.torch.save(tensors, metadata={"format": "pt"})
     write_atomic(out / WEIGHTS, content)

@@ -11,10 +11,11 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from training.batches import Batches
-from training.llama import Llama, Shape
 from training.log import Log
+from training.model import Shape, build
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Plan:
         return self.learning_rate * min(1.0, (step + 1) / self.warmup) * min(1.0, max(0.01, left / self.decay))
 
 
-def token_losses(model: Llama, hidden: Tensor, targets: Tensor) -> Tensor:
-    """The cross-entropy at every position."""
-    logits = model.logits(hidden).float()
+def token_losses(model: LlamaForCausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy at every position, from normed hidden states (rows, length, hidden)."""
+    logits = model.lm_head(hidden).float()
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
 
 
@@ -52,8 +53,7 @@ class Trainer:
 
     def __init__(self, plan: Plan, shape: Shape, device: torch.device) -> None:
         self.plan, self.device, self.on_gpu = plan, device, device.type == "cuda"
-        torch.manual_seed(plan.seed)
-        self.model = Llama(shape, torch.bfloat16 if self.on_gpu else torch.float32).to(device)
+        self.model = build(shape, plan.seed, torch.bfloat16 if self.on_gpu else torch.float32).to(device)
         self.token_losses = token_losses
         if self.on_gpu:
             torch._dynamo.config.recompile_limit = 64  # each row length compiles once with gradient, once without
@@ -71,7 +71,7 @@ class Trainer:
         ids = ids.to(self.device, non_blocking=True).long()
         graded = in_answer.to(self.device, non_blocking=True)[:, 1:].flatten()
         with self._autocast():
-            losses = self.token_losses(self.model, self.model.hidden(ids[:, :-1]), ids[:, 1:])
+            losses = self.token_losses(self.model, self._hidden(ids[:, :-1]), ids[:, 1:])
         weights = torch.where(graded, 1.0, self.plan.other_weight)
         ((losses * weights).sum() / weights.sum()).backward()
         return ((losses * graded).sum() / graded.sum()).detach()
@@ -89,7 +89,11 @@ class Trainer:
     def predict(self, ids: Tensor) -> Tensor:
         """The most likely next token at every position."""
         with self._autocast():
-            return self.model(ids).argmax(-1)
+            return self.model.lm_head(self._hidden(ids)).argmax(-1)
+
+    def _hidden(self, ids: Tensor) -> Tensor:
+        """What the last block leaves in the residual stream, normed."""
+        return self.model.model(input_ids=ids, use_cache=False).last_hidden_state
 
     def warm_up(self, batches: Batches, examine: Callable[[], object]) -> None:
         """Compile for every shape before the clock runs; what these batches would teach is thrown away."""

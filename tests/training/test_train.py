@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from canopyq.tutor import loading
 from canopyq.tutor.chat import ask, encode
 from canopyq.tutor.questions import questions
-from training import card, scoring, tokenizer, train
-from training.llama import Llama, Shape
+from training import card, scoring, train
+from training.model import Shape, build
 from training.trainer import Plan
 
 FILES = {
@@ -43,20 +44,39 @@ def test_log_and_card(trained: Path) -> None:
     assert start["machine"]["torch"] in text
 
 
-def test_trained_model_computes_what_transformers_computes(trained: Path) -> None:
-    own = Llama(train.TINY_SHAPE)
-    own.load_state_dict(load_file(trained / "model.safetensors"))
-    model, _ = loading.load_folder(trained)
-    ids = torch.randint(0, tokenizer.VOCABULARY, (2, 600), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(own(ids), model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+def test_what_is_written_is_what_was_trained(trained: Path) -> None:
+    """The files hold every parameter once, under the names of transformers, in bfloat16."""
+    written = load_file(trained / "model.safetensors")
+    parameters = dict(build(train.TINY_SHAPE, 0).named_parameters())
+    assert {name: tensor.shape for name, tensor in written.items()} == {n: p.shape for n, p in parameters.items()}
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
 
 
 def test_shape_of_the_shipped_model() -> None:
     with torch.device("meta"):
-        model = Llama(Shape())
+        model = LlamaForCausalLM(LlamaConfig(**Shape().config()))
     assert sum(p.numel() for p in model.parameters()) == 8_196_352
     assert 2 * 8_196_352 < 2**24
+    shipped, ours = (
+        json.loads(text) for text in ((loading.path() / "config.json").read_text(), json.dumps(Shape().config()))
+    )
+    assert shipped == ours
+
+
+def test_a_seed_draws_the_same_weights() -> None:
+    first, again, other = (build(train.TINY_SHAPE, seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert not torch.equal(first[name], other[name])
+    assert first[name].std().item() == pytest.approx(0.5 * first[name].shape[1] ** -0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_residual_stream_has_the_dtype_asked_for(dtype: torch.dtype) -> None:
+    model, ids = build(train.TINY_SHAPE, 0, dtype), torch.tensor([[1, 7, 9]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        streams = model.model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert {stream.dtype for stream in streams[:-1]} == {dtype}
 
 
 def test_learning_rate() -> None:
