@@ -5,10 +5,10 @@ ask(model, tokenizer, "What is 17 + 25?")
 questions(200)
 """
 
-from canopyq.tutor.calibration import calibration
 from canopyq.tutor.chat import ask, encode
 from canopyq.tutor.loading import load, path
 from canopyq.tutor.questions import Question, questions
 from canopyq.tutor.skills import SKILLS, Skill
+from canopyq.tutor.stream import calibration
 
 __all__ = ["SKILLS", "Question", "Skill", "ask", "calibration", "encode", "load", "path", "questions"]

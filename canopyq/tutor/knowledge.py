@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from random import Random
 
-from canopyq.tutor.draws import Draft, pick
-from canopyq.tutor.holdout import split_of_phrasing
+from canopyq.tutor.draws import Draft, pick, split_of_phrasing
 from canopyq.tutor.world import COURSES, GLOSSARY
 
 FACTS = {

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from canopyq.tutor.draws import Draft, between, pick
-from canopyq.tutor.holdout import split_of, split_of_phrasing
+from canopyq.tutor.draws import Draft, between, pick, split_of, split_of_phrasing
 from canopyq.tutor.world import WORDS
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"

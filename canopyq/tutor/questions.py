@@ -8,8 +8,7 @@ from random import Random
 
 from canopyq.errors import CanopyError, shown, unknown
 from canopyq.tutor import recall, skills
-from canopyq.tutor.draws import between
-from canopyq.tutor.holdout import SPLITS
+from canopyq.tutor.draws import SPLITS, between
 
 PATIENCE = 5_000  # draws in a row with nothing new after which a level counts as used up
 

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import NamedTuple
 
-from canopyq.tutor.draws import Draft, between, pick
-from canopyq.tutor.holdout import split_of
+from canopyq.tutor.draws import Draft, between, pick, split_of
 from canopyq.tutor.world import COLOURS, NAMES, PLACES, THINGS
 
 SENTENCES = {

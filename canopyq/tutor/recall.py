@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from canopyq.tutor.draws import between, pick
-from canopyq.tutor.holdout import split_of
+from canopyq.tutor.draws import between, pick, split_of
 from canopyq.tutor.world import ANIMALS, COLOURS, DAYS, NAMES, PLACES
 
 Exchange = tuple[str, str]  # what the student says, what the tutor answers

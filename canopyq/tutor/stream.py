@@ -1,17 +1,29 @@
-"""The endless chat that the model trains on: questions of all skills, memos told, and memos asked for."""
+"""The endless chat that the model trains on: questions of all skills, memos told, and memos asked for.
+
+Chats to calibrate on are cut from such ones of the validation split, so that no question which is scored is among them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from random import Random
+from typing import TYPE_CHECKING
 
+from canopyq.errors import CanopyError
 from canopyq.tutor import recall, skills
+from canopyq.tutor.chat import Turn, encode
 from canopyq.tutor.draws import pick
 from canopyq.tutor.reading import LONGEST, draw_passage, first_question
 from canopyq.tutor.world import THINGS
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
 RECALL_SHARE = 0.25  # of the turns, once something was told
 FOLLOW_UP = 0.7  # how likely another question about the same passage is
+MEMOS = 10  # that a chat to calibrate on may hold
+MOST = 100_000  # chats, tokens or rows
 
 
 def _tell_share(told: int) -> float:
@@ -60,3 +72,35 @@ def _question(rng: Random, split: str, things: list[str]) -> Iterator[recall.Exc
     yield draft.question, draft.answer
     while rng.random() < FOLLOW_UP:
         yield passage.ask(rng)
+
+
+def calibration(
+    tokenizer: PreTrainedTokenizerBase, n: int = 64, length: int = 512, seed: int = 0, *, rows: int = 8
+) -> list[Tensor]:
+    """``n`` chats of ``length`` tokens each, as batches of token ids (``rows``, ``length``): nothing is padded.
+
+    Each is one long chat about all skills, cut where it is full. The same seed gives the same chats, and the first
+    ones do not depend on ``n``.
+
+    Raises:
+        CanopyError: for numbers that are not between 1 and `MOST`.
+    """
+    import torch
+
+    if not all(type(count) is int and 1 <= count <= MOST for count in (n, length, rows)):
+        raise CanopyError(
+            f"cannot draw {n} chats of {length} tokens, {rows} a batch; each is a number from 1 to {MOST:,}"
+        )
+    chats = [_chat(tokenizer, length, Random(f"{seed}/calibration/{number}")) for number in range(n)]
+    return list(torch.tensor(chats).split(rows))
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, length: int, rng: Random) -> list[int]:
+    turns: list[Turn] = []
+    tokens = 0
+    for turn in chat(rng, "val", MEMOS):
+        turns.append(turn)
+        tokens += sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in turn)
+        if tokens >= length:
+            break
+    return encode(tokenizer, turns)[0][:length]
