@@ -2,7 +2,14 @@
 
 lessons.quiz("memory")          lessons.exercise("02-symmetric")        lessons.predict("02-error", "How large …?")
 lessons.progress()              lessons.plots.four_panels(q, x)         lessons.explore.bits(x)
+
+And what they import from the rooms of the package, so that a notebook need not know where it lives:
+
+from canopyq.lessons import gptq, human, pack
 """
+
+from importlib import import_module
+from typing import Any
 
 from . import explore, plots
 from .capstone import capstone
@@ -13,4 +20,43 @@ from .progress import progress
 from .quiz import quiz
 from .recorded import recorded
 
-__all__ = ["capstone", "exercise", "explore", "plots", "predict", "progress", "quiz", "recorded", "table"]
+_ROOMS = {  # loaded when one of its names is asked for
+    "canopyq": ("affine",),
+    "canopyq.advisor": ("PRIORITIES", "Measurement", "Needs", "Option", "advise"),
+    "canopyq.advisor.gpus": ("GPUS", "refuse"),
+    "canopyq.advisor.options": ("costs",),
+    "canopyq.advisor.table": ("ROWS",),
+    "canopyq.bench": ("bench",),
+    "canopyq.calibration": ("calibrate",),
+    "canopyq.checkpoint.layout": ("to_disk",),
+    "canopyq.conversation": ("Conversation",),
+    "canopyq.hadamard": ("hadamard",),
+    "canopyq.kv_cache": ("cache_nbytes",),
+    "canopyq.kv_codes": ("QuantizedStates", "get_cache_format"),
+    "canopyq.kv_layer": ("QuantizedLayer",),
+    "canopyq.lessons.roofline": ("H200", "crossover", "linear_work"),
+    "canopyq.machine": ("describe",),
+    "canopyq.memory": ("MODEL_SHAPES", "bytes_held", "cache_bytes", "human", "model_bytes", "tensors_held",
+                       "weight_bytes"),
+    "canopyq.methods.awq": ("awq_scales",),
+    "canopyq.methods.gptq": ("gptq",),
+    "canopyq.methods.mixed": ("sensitivity",),
+    "canopyq.methods.smoothquant": ("smooth_scales",),
+    "canopyq.ops.cuda.fragments": ("arrange",),
+    "canopyq.packing": ("pack", "unpack", "unpack_bytes"),
+    "canopyq.scheme": ("Recipe",),
+    "canopyq.static_range": ("static_range",),
+    "canopyq.stats": ("Share", "bootstrap"),
+}  # fmt: skip
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = [
+    "capstone", "exercise", "explore", "plots", "predict", "progress", "quiz", "recorded", "table", *_ROOM_OF,
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    room = _ROOM_OF[name]
+    return import_module(f"{room}.{name}") if room == "canopyq" else getattr(import_module(room), name)
