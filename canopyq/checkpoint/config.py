@@ -6,12 +6,12 @@ pattern that the name starts with, or by class. ``ignore`` speaks the same langu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from canopyq.checkpoint.layout import DISK_FORMATS, FLOAT, INT, PACKED, disk_format
-from canopyq.errors import CanopyError, shown, unknown
+from canopyq.checkpoint.patterns import check, matching
+from canopyq.errors import CanopyError, prefixed, shown, unknown
 from canopyq.formats import IntFormat
 from canopyq.scheme import Scheme
 
@@ -60,16 +60,32 @@ class Quantization:
 
         The most specific target wins, as in compressed-tensors: a full name before a pattern before a class.
         """
-        if any(_names(entry, name) or entry == kind for entry in self.ignore):
-            return None
-        pairs = [(target, group) for group in self.groups for target in group.targets]
-        pairs.sort(key=lambda pair: ("re:" in pair[0], pair[0]))
-        named = [group for target, group in pairs if _names(target, name)]
-        return next(iter(named + [group for target, group in pairs if target == kind]), None)
+        return self.groups_of({name: kind})[name]
 
+    def groups_of(self, kinds: Mapping[str, str]) -> dict[str, Group | None]:
+        """`group_of` for many modules: name -> group.
 
-def _names(target: str, name: str) -> bool:
-    return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
+        Args:
+            kinds: name -> class.
+
+        Raises:
+            CanopyError: for regular expressions that take too long (`patterns`).
+        """
+        targets = sorted(((target, group) for group in self.groups for target in group.targets), key=lambda x: x[0])
+        patterns = [entry for entry in (*self.ignore, *(target for target, _ in targets)) if entry.startswith("re:")]
+        names = matching([entry[3:] for entry in patterns], list(kinds))
+        groups: dict[str, Group | None] = {}
+        for target, group in targets:
+            if not target.startswith("re:") and target in kinds:
+                groups.setdefault(target, group)
+        for target, group in targets:
+            if target.startswith("re:"):
+                groups |= {name: group for name in names[target[3:]] if name not in groups}
+        classes = {target: group for target, group in reversed(targets)}
+        groups = {name: groups.get(name) or classes.get(kind) for name, kind in kinds.items()}
+        for entry in self.ignore:
+            groups |= dict.fromkeys(names[entry[3:]] if entry.startswith("re:") else [entry] if entry in kinds else [])
+        return {name: None if kinds[name] in self.ignore else group for name, group in groups.items()}
 
 
 def write_config(groups: Sequence[Group], ignore: Sequence[str]) -> dict:
@@ -220,11 +236,10 @@ def _mapping(given: object, what: str) -> Mapping:
 def _strings(given: object, what: str) -> tuple[str, ...]:
     if not isinstance(given, Sequence) or isinstance(given, str) or not all(isinstance(text, str) for text in given):
         raise CanopyError(f"{what} has to be a list of names, got {shown(given)}; mend config.json")
-    for text in given:
-        try:
-            re.compile(text.removeprefix("re:") if text.startswith("re:") else "")
-        except (re.error, RecursionError, OverflowError) as error:
-            raise CanopyError(f"{shown(text)} of {what} is no regular expression ({error}); mend config.json") from None
+    with prefixed(f"{what}: "):
+        for text in given:
+            if text.startswith("re:"):
+                check(text[3:])
     return tuple(given)
 
 

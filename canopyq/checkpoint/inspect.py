@@ -8,7 +8,7 @@ from pathlib import Path
 from canopyq.checkpoint.config import Group, read_config
 from canopyq.checkpoint.files import Checkpoint, TensorInfo, read_json
 from canopyq.checkpoint.layout import check
-from canopyq.checkpoint.readers import group_of, notes, readers
+from canopyq.checkpoint.readers import groups_of, notes, readers
 from canopyq.errors import CanopyError
 from canopyq.memory import human
 from canopyq.utils import Preformatted
@@ -102,8 +102,9 @@ def inspect(folder: str | Path) -> Inspection:
         if kind != "unquantized":
             held[module][leaf] = info
     owners: dict[str, list[str]] = {group.name: [] for group in quantization.groups} if quantization else {}
+    groups = groups_of(quantized, quantization) if quantization else {}
     for module, shape in quantized.items() if quantization else ():
-        if group := group_of(module, quantization):
+        if group := groups[module]:
             owners[group.name].append(module)
         problem = problem or _problem(module, group, shape, held[module])
     if shapeless:

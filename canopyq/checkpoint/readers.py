@@ -6,12 +6,13 @@ transformers was tried (5.23, with compressed-tensors 0.20); of vLLM the source 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from canopyq.checkpoint.config import Group, Quantization
 from canopyq.checkpoint.layout import INT, PACKED
 
 Shapes = Mapping[str, tuple[int, int]]  # quantized module -> (N, K)
+Groups = Mapping[str, Group | None]  # module -> its group
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # vLLM computes these in one multiplication
 MARLIN_GROUPS = (32, 64, 128)
@@ -24,7 +25,12 @@ VLLM_NEWER = "only newer versions, by their source: older ones keep the head and
 
 def readers(quantization: Quantization, quantized: Shapes) -> dict[str, str]:
     """Tool -> whether it loads the checkpoint ("yes", "no: …", or how)."""
-    return {"transformers": _transformers(quantization, quantized), "vLLM": _vllm(quantization, quantized)}
+    fused = _fused_names(quantized)
+    groups = groups_of([*quantized, *(name for names in fused for name in names)], quantization)
+    return {
+        "transformers": _transformers(quantization, quantized, groups),
+        "vLLM": _vllm(quantization, quantized, groups, fused),
+    }
 
 
 def notes(quantization: Quantization) -> tuple[str, ...]:
@@ -40,22 +46,21 @@ def notes(quantization: Quantization) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _transformers(quantization: Quantization, quantized: Shapes) -> str:
+def _transformers(quantization: Quantization, quantized: Shapes, of: Groups) -> str:
     """Why each "no", as it was seen: an error, never other answers."""
     groups = quantization.groups
     if any(group.conv1d for group in groups):
         return "no: it has no quantized Conv1D, and the config says so in a key that it refuses"
-    if ragged := _ragged(quantization, quantized):
+    if ragged := _ragged(quantized, of):
         return f"no: {ragged}"
     for module in quantized:
-        group = group_of(module, quantization)
+        group = of[module]
         if _is_expert(module) and group and group.format == INT:
             return "no: it puts experts together from packed or FP8 weights, not from int-quantized ones"
         if _is_expert(module) and group and not group.weights.symmetric:
             return "no: it puts experts together without their zero points"
     packs_embedding = any(
-        _is_embedding(module) and (group := group_of(module, quantization)) and group.format == PACKED
-        for module in quantized
+        _is_embedding(module) and (group := of[module]) and group.format == PACKED for module in quantized
     )
     if not packs_embedding and not any(map(_packs_zero_points, groups)):
         return YES
@@ -82,24 +87,24 @@ def _is_embedding(module: str) -> bool:
     return re.search(r"embed|wte$|wpe$", module.rpartition(".")[2]) is not None
 
 
-def group_of(module: str, quantization: Quantization) -> Group | None:
-    """The group of a module of which only the name is known."""
-    return quantization.group_of(module, "Embedding" if _is_embedding(module) else "Linear")
+def groups_of(modules: Iterable[str], quantization: Quantization) -> Groups:
+    """The groups of modules of which only the names are known."""
+    return quantization.groups_of({name: "Embedding" if _is_embedding(name) else "Linear" for name in modules})
 
 
-def _ragged(quantization: Quantization, quantized: Shapes) -> str | None:
+def _ragged(quantized: Shapes, of: Groups) -> str | None:
     for module, (_, k) in quantized.items():
-        group = group_of(module, quantization)
+        group = of[module]
         size = group.weights.granularity.group_size if group else None
         if size and k % size:
             return f"groups of {size} leave a rest in the {k} inputs of {module}"
     return None
 
 
-def _vllm(quantization: Quantization, quantized: Shapes) -> str:
-    modules = {module: group for module in quantized if (group := group_of(module, quantization))}
+def _vllm(quantization: Quantization, quantized: Shapes, of: Groups, fused: list[tuple[str, ...]]) -> str:
+    modules = {module: group for module in quantized if (group := of[module])}
     reasons = [_no_kernel(group) for group in quantization.groups]
-    reasons += [_ragged(quantization, quantized), _fused(quantization, quantized)]
+    reasons += [_ragged(quantized, of), _fused(fused, of)]
     reasons += [_no_expert(group) for module, group in modules.items() if _is_expert(module)]
     reasons += [_no_embedding(group) for module, group in modules.items() if _is_embedding(module)]
     if (reason := next(filter(None, reasons), None)) is not None:
@@ -146,16 +151,17 @@ def _no_embedding(group: Group) -> str | None:
     return None
 
 
-def _fused(quantization: Quantization, quantized: Shapes) -> str | None:
-    modules: dict[tuple[str, tuple[str, ...]], set] = {}
-    for names in FUSED:
-        for module in quantized:
-            parent, _, leaf = module.rpartition(".")
-            if leaf in names:
-                modules.setdefault((parent, names), set()).update(
-                    quantization.group_of(f"{parent}.{name}") for name in names
-                )
-    for (parent, names), groups in modules.items():
-        if len(groups) > 1:
-            return f"{', '.join(names)} of {parent} are fused there and have to be quantized alike"
+def _fused_names(quantized: Shapes) -> list[tuple[str, ...]]:
+    """The modules that vLLM makes one of, if one of them is quantized."""
+    pairs = {(module.rpartition(".")[0], names): None for names in FUSED for module in quantized
+             if module.rpartition(".")[2] in names}  # fmt: skip
+    return [tuple(f"{parent}.{name}" for name in names) for parent, names in pairs]
+
+
+def _fused(fused: list[tuple[str, ...]], of: Groups) -> str | None:
+    for names in fused:
+        if len({of[name] for name in names}) > 1:
+            leaves = ", ".join(name.rpartition(".")[2] for name in names)
+            parent = names[0].rpartition(".")[0]
+            return f"{leaves} of {parent} are fused there and have to be quantized alike"
     return None

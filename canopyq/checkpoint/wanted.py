@@ -49,12 +49,19 @@ def quantized(model: nn.Module, files: Names, quantization: Quantization) -> dic
             not all of them.
     """
     found: dict[str, Wanted] = {}
-    for name, module in model.named_modules():
+    modules = [(name, module, list(_weights(name, module))) for name, module in model.named_modules()]
+    groups = quantization.groups_of(
+        {
+            files.of_layer(layer): "Embedding" if isinstance(module, nn.Embedding) else "Linear"
+            for _, module, weights in modules
+            for layer, _, _ in weights
+        }
+    )
+    for name, module, weights in modules:
         own = {}
-        weights = list(_weights(name, module))
         for layer, kind, shape in weights:
             file = files.of_layer(layer)
-            group = quantization.group_of(file, "Embedding" if isinstance(module, nn.Embedding) else "Linear")
+            group = groups[file]
             if group is not None and kind is None:
                 raise CanopyError(
                     f"{file} is a {type(module).__name__}; canopyq holds plain nn.Linear and nn.Embedding quantized"
