@@ -4,9 +4,9 @@ advise("7B", memory="8GB", context="32k", priority="accuracy")
 advise("tutor", memory="5.4MB", accuracy=0.99, measurements=mine)
 """
 
-from canopyq.advisor.choose import Advice, advise
+from canopyq.advisor.choose import ROWS, Advice, Option, advise, costs
 from canopyq.advisor.measured import Measurement, read, recorded, write
-from canopyq.advisor.needs import PRIORITIES, Needs
-from canopyq.advisor.options import Option
+from canopyq.advisor.needs import GPUS, PRIORITIES, Needs, refuse
 
-__all__ = ["PRIORITIES", "Advice", "Measurement", "Needs", "Option", "advise", "read", "recorded", "write"]
+__all__ = ["GPUS", "PRIORITIES", "ROWS", "Advice", "Measurement", "Needs", "Option", "advise", "costs", "read",
+           "recorded", "refuse", "write"]  # fmt: skip

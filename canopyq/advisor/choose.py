@@ -1,18 +1,100 @@
-"""`advise`: of all measured recipes the best one that meets the needs; if none does, which of the needs must give."""
+"""`advise`: of all measured recipes the best one that meets the needs; if none does, which of the needs must give.
+
+The order is the same whatever the memory: the least of
+
+    log(damage) + rate · log(bytes)
+
+where damage is the recipe's KL above the noise of 16-bit arithmetic, and the rate is that of the priority. A larger
+budget only adds recipes to choose from, so it never makes the choice worse.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 
-from canopyq.advisor import gpus
-from canopyq.advisor.measured import Measurement, recorded
-from canopyq.advisor.needs import FLOOR, Needs
-from canopyq.advisor.options import Option, costs
-from canopyq.advisor.table import against_the_table
+from canopyq.advisor.measured import ORIGINAL, Measurement, recorded
+from canopyq.advisor.needs import FLOOR, GPUS, PRIORITIES, Needs, refuse, speed_remarks
 from canopyq.errors import CanopyError
-from canopyq.memory import cache_bytes, human
+from canopyq.memory import ModelBytes, cache_bytes, human, model_bytes
 from canopyq.utils import Preformatted
+
+# The decision table that the course starts from: situation, the priority that stands for it, the recipe. The fourth
+# row, long chats, is about the cache alone.
+ROWS = (
+    ("Keep accuracy high", "accuracy", "w8a16"),
+    ("A balanced middle ground", "balanced", "w4a16-g128"),
+    ("More compression, accuracy is negotiable", "compression", "w4a16-g256"),
+    ("Long chats eat the memory", None, "a quantized KV cache"),
+)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One measured recipe on the model that is asked about.
+
+    Attributes:
+        measured: its quality.
+        weights: bytes of the model: codes, scales, zero points, and what stays in 16 bits.
+        cache: bytes of the KV cache.
+        refused: why the GPU has no kernel for it, or None.
+    """
+
+    measured: Measurement
+    weights: ModelBytes
+    cache: int
+    refused: str | None
+
+    @property
+    def name(self) -> str:
+        return self.measured.recipe + ("" if self.measured.method == "rtn" else f" by {self.measured.method}")
+
+    @property
+    def total(self) -> int:
+        return self.weights.total + self.cache
+
+    @classmethod
+    def of(cls, measured: Measurement, needs: Needs) -> Option:
+        recipe, cache = measured.parts
+        held = cache_bytes(needs.shape, needs.context, needs.batch, cache)
+        refused = refuse(recipe, cache, needs.capability)
+        if refused is None and needs.priority == "throughput" and (recipe is None or recipe.activations is None):
+            refused = "throughput asks for 8-bit activations, and this recipe computes in 16 bits"
+        return cls(measured, model_bytes(needs.shape, recipe), held, refused)
+
+    def meets(self, needs: Needs) -> bool:
+        """Whether it has the accuracy, a kernel, and room."""
+        right = self.measured.accuracy.value >= needs.accuracy
+        return right and self.refused is None and (needs.memory is None or self.total <= needs.memory)
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON."""
+        sizes = asdict(self.weights) | {"cache": self.cache, "total": self.total}
+        quality = asdict(self.measured) | {"accuracy": self.measured.accuracy.to_dict()}
+        return {"recipe": self.measured.recipe, "method": self.measured.method, "bytes": sizes, "quality": quality}
+
+
+def costs(known: Iterable[Measurement], priority: str) -> Callable[[Option], tuple[float, int]]:
+    """The order of a priority: the lower the better; of equals, the one with fewer bytes."""
+    noise = noise_of(known)
+    rate = PRIORITIES[priority]
+
+    def cost(option: Option) -> tuple[float, int]:
+        return math.log(damage(option.measured, noise)) + rate * math.log(option.total), option.total
+
+    return cost
+
+
+def noise_of(known: Iterable[Measurement]) -> float:
+    """The KL of the original in 16-bit arithmetic: differences below it cannot be seen when the model is served."""
+    kls = [m.kl for m in known if m.recipe == ORIGINAL] or [m.kl for m in recorded() if m.recipe == ORIGINAL]
+    return max(min(kls), 1e-9)
+
+
+def damage(measured: Measurement, noise: float) -> float:
+    """KL with the noise of 16-bit arithmetic, which every recipe has when served; the original was measured with it."""
+    return max(measured.kl, noise) if measured.parts[0] is None else measured.kl + noise
 
 
 @dataclass(frozen=True)
@@ -106,7 +188,7 @@ def advise(
     cost = costs(known, needs.priority)
     best, *others = sorted(meeting, key=cost)
     recipe, cache = best.measured.parts
-    remarks = [*gpus.remarks(recipe, cache, needs.capability, needs.batch), *_not_counted(best, needs)]
+    remarks = [*speed_remarks(recipe, cache, needs.capability, needs.batch), *_not_counted(best, needs)]
     return Advice(needs, best, tuple(others), tuple(against_the_table(best, options, needs)), tuple(remarks))
 
 
@@ -153,7 +235,7 @@ def _what_must_give(known: list[Measurement], options: list[Option], needs: Need
             gives.append(f"an accuracy floor of {100 * value:.4g} % ({100 * (needs.accuracy - value):.2g} points less) "
                          f"for {best.name}")  # fmt: skip
     if needs.capability is not None:
-        for capability in sorted(set(gpus.GPUS.values())):
+        for capability in sorted(set(GPUS.values())):
             other = replace(needs, capability=capability)
             able = [option for option in _options(known, other) if option.meets(other)]
             if able:
@@ -197,3 +279,66 @@ def _not_counted(best: Option, needs: Needs) -> list[str]:
     if best.measured.parts[0] is not None and share > 0.25:
         said.append(f"{100 * share:.0f} % of the model's bytes are its embedding and head, which stay in 16 bits")
     return said
+
+
+def against_the_table(best: Option, options: list[Option], needs: Needs) -> list[str]:
+    """What the table says to these needs, and if it is something else, why the recommendation differs."""
+    said = []
+    for situation, priority, recipe in ROWS:
+        if priority == needs.priority:
+            said.append(_weights(f"“{situation}”", recipe, best, options, needs))
+    if needs.context:
+        said.append(_cache(best, options, needs))
+    original = next((option for option in options if option.measured.parts == (None, None)), None)
+    if original is not None and needs.memory is not None and best is not original and original.total <= needs.memory:
+        said.append(
+            f"neither asks whether to quantize at all: in 16 bits everything takes {human(original.total)} and fits"
+        )
+    return said
+
+
+def _weights(situation: str, recipe: str, best: Option, options: list[Option], needs: Needs) -> str:
+    """One row of the table beside the recommendation."""
+    chosen = best.measured.recipe.split("+kv")[0]
+    if chosen == recipe:
+        return f"{situation} gives {recipe}: agreed"
+    rows = [option for option in options if option.measured.recipe.split("+kv")[0] == recipe]
+    if not rows:
+        return f"{situation} gives {recipe}, which has not been measured"
+    same_cache = [option for option in rows if option.measured.parts[1] == best.measured.parts[1]]
+    row = min(same_cache or rows, key=lambda option: option.measured.kl)
+    return f"{situation} gives {recipe}. Not here: {_why_not(row, best, options, needs)}"
+
+
+def _why_not(row: Option, best: Option, options: list[Option], needs: Needs) -> str:
+    if row.refused is not None:
+        return row.refused
+    if row.measured.accuracy.value < needs.accuracy:
+        return f"it got {row.measured.accuracy} right, and the floor is {100 * needs.accuracy:.4g} %"
+    if needs.memory is not None and row.total > needs.memory:
+        return f"with the same cache it takes {human(row.total)}, {human(row.total - needs.memory)} too many"
+    noise = noise_of([option.measured for option in options])
+    memory = best.total / row.total - 1
+    hurt = damage(best.measured, noise) / damage(row.measured, noise) - 1
+    rate = PRIORITIES[needs.priority]
+    share = row.weights.plain / row.total
+    because = f", since {100 * share:.0f} % of its bytes stay in 16 bits anyway" if share > 0.25 else ""
+    return (
+        f"{best.name} has {100 * memory:+.1f} % of memory and {100 * hurt:+.0f} % of damage{because}, and “"
+        f"{needs.priority}” gives 1 % of memory for {rate:g} % of damage"
+    )
+
+
+def _cache(best: Option, options: list[Option], needs: Needs) -> str:
+    """The row on long chats."""
+    recipe, cache = best.measured.parts
+    plain = next((option for option in options if option.measured.parts == (recipe, None)), None)
+    whole = f", {human(plain.cache)} in 16 bits" if plain is not None else ""
+    if cache is not None:
+        return f"“{ROWS[3][0]}” gives {ROWS[3][2]}: agreed, {human(best.cache)} in {cache}{whole}"
+    if not any(option.measured.parts[0] == recipe and option.measured.parts[1] for option in options):
+        return f"“{ROWS[3][0]}” gives {ROWS[3][2]}, and none has been measured with {best.name}"
+    share = 100 * best.cache / best.total
+    return (
+        f"“{ROWS[3][0]}” gives {ROWS[3][2]}. Not here: the cache takes {human(best.cache)}, {share:.1f} % of the memory"
+    )

@@ -22,10 +22,7 @@ from .recorded import recorded
 
 _ROOMS = {  # loaded when one of its names is asked for
     "canopyq": ("affine",),
-    "canopyq.advisor": ("PRIORITIES", "Measurement", "Needs", "Option", "advise"),
-    "canopyq.advisor.gpus": ("GPUS", "refuse"),
-    "canopyq.advisor.options": ("costs",),
-    "canopyq.advisor.table": ("ROWS",),
+    "canopyq.advisor": ("GPUS", "PRIORITIES", "ROWS", "Measurement", "Needs", "Option", "advise", "costs", "refuse"),
     "canopyq.bench": ("bench",),
     "canopyq.calibration": ("calibrate",),
     "canopyq.checkpoint.layout": ("to_disk",),

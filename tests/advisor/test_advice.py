@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import canopyq as cq
 from canopyq import advisor
 from canopyq.advisor import Measurement, Needs, advise, recorded
+from canopyq.advisor.choose import Option, costs, noise_of
 from canopyq.advisor.measured import split
-from canopyq.advisor.options import Option, costs, noise_of
 from canopyq.checkpoint.layout import disk_format
 from canopyq.errors import CanopyError
 from canopyq.memory import MODEL_SHAPES, cache_bytes, model_bytes

@@ -9,8 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from canopyq import tutor
-from canopyq.advisor.gpus import GPUS, find_capability, refuse, remarks
-from canopyq.advisor.needs import Needs, byte_count, find_shape, token_count
+from canopyq.advisor.needs import (
+    GPUS,
+    Needs,
+    byte_count,
+    find_capability,
+    find_shape,
+    refuse,
+    speed_remarks,
+    token_count,
+)
 from canopyq.errors import CanopyError
 from canopyq.memory import MODEL_SHAPES, ModelShape
 from canopyq.scheme import Recipe
@@ -141,9 +149,9 @@ def test_which_generation_runs_what(recipe: str | None, cache: str | None, runs:
 
 def test_remarks_on_speed() -> None:
     weight_only = Recipe.parse("w4a16-g128")
-    assert remarks(weight_only, None, 9.0, 1) == []
-    assert "not arithmetic" in remarks(weight_only, None, 9.0, 64)[0]
-    assert "8.9" in remarks(Recipe.parse("fp8"), None, None, 64)[0]
-    assert "vLLM quantizes its cache to FP8 only" in remarks(weight_only, "kv4", 9.0, 1)[0]
-    assert "none of 256" in remarks(Recipe.parse("w4a16-g256"), None, 9.0, 1)[0]
-    assert "no kernel for 2-bit" in remarks(Recipe.parse("w2a16-g32"), None, 0.0, 1)[0]
+    assert speed_remarks(weight_only, None, 9.0, 1) == []
+    assert "not arithmetic" in speed_remarks(weight_only, None, 9.0, 64)[0]
+    assert "8.9" in speed_remarks(Recipe.parse("fp8"), None, None, 64)[0]
+    assert "vLLM quantizes its cache to FP8 only" in speed_remarks(weight_only, "kv4", 9.0, 1)[0]
+    assert "none of 256" in speed_remarks(Recipe.parse("w4a16-g256"), None, 9.0, 1)[0]
+    assert "no kernel for 2-bit" in speed_remarks(Recipe.parse("w2a16-g32"), None, 0.0, 1)[0]

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from ipywidgets import FloatLogSlider, SelectionSlider, Widget
 from matplotlib.figure import Figure
 
-from canopyq.advisor import Measurement, Needs, advise, recorded
-from canopyq.advisor.options import Option
-from canopyq.advisor.table import ROWS
+from canopyq.advisor import ROWS, Measurement, Needs, Option, advise, recorded
 from canopyq.errors import CanopyError
 from canopyq.memory import human
 
