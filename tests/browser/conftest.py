@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 import pytest
 
+from tests.browser.course import COURSE
 from tests.browser.demo import NOTEBOOKS, write
-from tests.browser.lab import ARGUMENTS, ROOT, LabPage, find_browser, lab_server
+from tests.browser.lab import ARGUMENTS, LabPage, find_browser, lab_server
 
 
 def missing() -> str:
@@ -34,16 +34,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def address(workplace: Path) -> Iterator[str]:
-    """A JupyterLab on a copy of the notebooks, with no reader's progress."""
+    """A JupyterLab on the widgets of the course and on the tests' own notebooks, with no reader's progress."""
     if reason := missing():
         if os.environ.get("CANOPYQ_REQUIRE_BROWSER") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
     folder = workplace / "course"
-    source = ROOT / "notebooks"
-    hidden = shutil.ignore_patterns(".*", "__pycache__")
-    shutil.copytree(source, folder, ignore=hidden) if source.is_dir() else folder.mkdir()
-    for name, cells in NOTEBOOKS.items():
+    folder.mkdir()
+    for name, cells in (COURSE | NOTEBOOKS).items():
         write(folder / name, cells)
     with lab_server(workplace, folder) as url:
         yield url

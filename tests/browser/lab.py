@@ -29,6 +29,7 @@ ARGUMENTS = [
 ]  # fmt: skip
 SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "docmanager-extension/plugin": {"autosave": False},  # a page that is opened again shows nothing of the last run
     "notebook-extension/tracker": {"windowingMode": "defer"},
 }
 RUN_TIMEOUT = 300_000  # ms for all cells of a notebook
@@ -124,13 +125,16 @@ class LabPage:
 
     def run_all(self) -> None:
         """Run → Run All Cells, and wait until every code cell has its number."""
+        done = "texts.length && texts.every(t => /^\\[\\d+\\]:$/.test(t))"
         for _ in range(3):
+            assert not (asks := self.page.locator(".jp-Dialog").all_inner_texts()), f"JupyterLab asks: {asks}"
             self.page.locator(".jp-Notebook .jp-Cell").first.click()
             self.page.get_by_role("menuitem", name="Run", exact=True).click()
             self.page.locator(".lm-Menu-item[data-command='runmenu:run-all']").click()
-            if self._until("texts.some(t => t === '[*]:')", 8_000):
-                break  # begun; a click that comes while the page is still settling is lost
-        if not self._until("texts.length && texts.every(t => /^\\[\\d+\\]:$/.test(t))", RUN_TIMEOUT):
+            self._until(f"texts.includes('[*]:') || {done}", 8_000)
+            if self._until(f"!texts.includes('[*]:') || {done}", RUN_TIMEOUT) and self._until(done, 2_000):
+                break  # a click that comes while the page is still settling, or its kernel starting, is lost
+        else:
             self.photograph("stuck")
             raise AssertionError(f"{self.notebook} did not finish: {' '.join(self.prompts())}")
         self.wait_idle()
@@ -224,6 +228,18 @@ class LabPage:
             if explorer.evaluate(f"at => {DRAWN}") != before:
                 return True
         return False
+
+    def guesses(self) -> list[Locator]:
+        """The cards that ask for a number before a cell is run."""
+        return self.page.locator(".canopyq-predict").all()
+
+    def guess(self, card: Locator, number: str) -> None:
+        """Type a guess and wait until the card has kept it."""
+        entry = card.locator(".canopyq-guess input")
+        entry.scroll_into_view_if_needed()
+        entry.fill(number)
+        entry.press("Enter")
+        card.filter(has_text=f"Your guess: {number}").wait_for()
 
     def exercises(self) -> list[str]:
         """The ids of all exercises in the notebook, in order."""

@@ -1,5 +1,6 @@
-"""The course as a new learner walks it: every notebook is run in JupyterLab, every choice of every quiz made, every
-exercise answered with a classic mistake and then with its solution, every control moved."""
+"""The course as a new learner walks it in JupyterLab: every guess and every choice of every quiz is made, every control
+moved, every exercise answered with a classic mistake and then with its solution. The kernel computes what these need
+(`needed.py`); what every cell shows is the business of `make check-notebooks`."""
 
 from __future__ import annotations
 
@@ -11,34 +12,33 @@ import pytest
 from canopyq.lessons import exercises
 from canopyq.lessons.quiz import load
 from canopyq.lessons.text import plain
-from tests.browser.lab import PROGRESS, ROOT, LabPage
-
-
-def _code_cells(path: Path) -> int:
-    return sum(cell["cell_type"] == "code" for cell in json.loads(path.read_text(encoding="utf-8"))["cells"])
-
-
-# The long ones first, so that no worker waits for the other's last one.
-NOTEBOOKS = [path.name for path in sorted((ROOT / "notebooks").glob("*.ipynb"), key=_code_cells, reverse=True)]
+from tests.browser.course import COURSE, in_source
+from tests.browser.lab import PROGRESS, LabPage
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_walk_through_a_notebook(name: str, visit, workplace: Path) -> None:
+@pytest.mark.parametrize("half", COURSE)
+def test_walk_through_the_course(half: str, visit, workplace: Path) -> None:
     (workplace / PROGRESS).unlink(missing_ok=True)  # a reader who has answered nothing yet
-    with visit(name) as lab:
+    with visit(half) as lab:
         lab.run_all()
         assert lab.errors() == []
+        assert lab.quizzes() == in_source(half, r'lessons\.quiz\("(.+?)"\)')
         for quiz in lab.quizzes():
             answer_every_choice(lab, quiz)
+        assert len(lab.guesses()) == len(in_source(half, r"lessons\.predict\("))
+        for card in lab.guesses():
+            lab.guess(card, "0.25")
+        assert lab.page.locator(".canopyq-explore").count() == len(in_source(half, r"lessons\.explore\."))
         move_every_control(lab)
         done = lab.exercises()
+        assert set(done) >= set(in_source(half, r'lessons\.exercise\("(.+?)"\)'))
         for exercise in done:
             ask_for_a_hint(lab, exercise)
             solve(lab, exercise)
         assert lab.errors() == []
-    kept = json.loads((workplace / PROGRESS).read_text()) if done else {"exercises": {}}
+    kept = json.loads((workplace / PROGRESS).read_text())
     assert [exercise for exercise in done if not kept["exercises"][exercise]["passed"]] == []
 
 
