@@ -3,38 +3,58 @@
 from __future__ import annotations
 
 from importlib import import_module
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from canopyq.calibration import Calibration, calibrate
-from canopyq.errors import CanopyError
-from canopyq.explain import explain
-from canopyq.formats import FORMATS, get_format
-from canopyq.granularity import Granularity
-from canopyq.linear import QuantizedLinear
-from canopyq.methods.mixed import search as mixed_precision
-from canopyq.methods.mixed import sensitivity
-from canopyq.model import plan, quantize_
-from canopyq.report import Plan, Report
-from canopyq.scheme import RECIPES, Recipe, Scheme
-from canopyq.tensor import QuantizedTensor, quantize
+if TYPE_CHECKING:
+    from canopyq import advisor, lessons, tutor
+    from canopyq.advisor import advise
+    from canopyq.calibration import Calibration, calibrate
+    from canopyq.checkpoint.inspect import inspect
+    from canopyq.checkpoint.load import load
+    from canopyq.checkpoint.save import save
+    from canopyq.errors import CanopyError
+    from canopyq.evaluate import compare, examine
+    from canopyq.explanation import explain
+    from canopyq.formats import FORMATS, get_format
+    from canopyq.fused_attention import fuse_attention
+    from canopyq.generate import fast_generate
+    from canopyq.granularity import Granularity
+    from canopyq.kv_cache import QuantizedCache
+    from canopyq.kv_static import StaticQuantizedCache
+    from canopyq.linear import QuantizedLinear
+    from canopyq.methods.mixed import mixed_precision, sensitivity
+    from canopyq.model import plan, quantize_
+    from canopyq.report import Plan, Report
+    from canopyq.scheme import RECIPES, Recipe, Scheme
+    from canopyq.tensor import QuantizedTensor, quantize
 
 __version__ = "0.1.0"
 
-# What needs transformers, matplotlib or ipywidgets loads on first use, so that `import canopyq` stays quick.
-_LATER = {
-    "QuantizedCache": "canopyq.kv_cache",
-    "StaticQuantizedCache": "canopyq.kv_static",
-    "advise": "canopyq.advisor",
-    "compare": "canopyq.evaluate",
-    "fast_generate": "canopyq.generate",
-    "fuse_attention": "canopyq.fused_attention",
-    "examine": "canopyq.evaluate",
-    "inspect": "canopyq.checkpoint.inspect",
-    "load": "canopyq.checkpoint.load",
-    "save": "canopyq.checkpoint.save",
+# Everything loads on first use: torch alone takes seconds, and `canopyq --version` needs none of it.
+_WHERE = {
+    "": ("advisor", "lessons", "tutor"),
+    ".advisor": ("advise",),
+    ".calibration": ("Calibration", "calibrate"),
+    ".checkpoint.inspect": ("inspect",),
+    ".checkpoint.load": ("load",),
+    ".checkpoint.save": ("save",),
+    ".errors": ("CanopyError",),
+    ".evaluate": ("compare", "examine"),
+    ".explanation": ("explain",),
+    ".formats": ("FORMATS", "get_format"),
+    ".fused_attention": ("fuse_attention",),
+    ".generate": ("fast_generate",),
+    ".granularity": ("Granularity",),
+    ".kv_cache": ("QuantizedCache",),
+    ".kv_static": ("StaticQuantizedCache",),
+    ".linear": ("QuantizedLinear",),
+    ".methods.mixed": ("mixed_precision", "sensitivity"),
+    ".model": ("plan", "quantize_"),
+    ".report": ("Plan", "Report"),
+    ".scheme": ("RECIPES", "Recipe", "Scheme"),
+    ".tensor": ("QuantizedTensor", "quantize"),
 }
-_MODULES = ("advisor", "lessons", "tutor")
+_MODULES = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
     "FORMATS", "RECIPES", "Calibration", "CanopyError", "Granularity", "Plan", "QuantizedCache", "QuantizedLinear",
@@ -44,9 +64,12 @@ __all__ = [
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any | ModuleType:
-    if name in _MODULES:
-        return import_module(f"canopyq.{name}")
-    if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
-    raise AttributeError(f"module 'canopyq' has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'canopyq' has no attribute {name!r}")
+    module = _MODULES[name]
+    return getattr(import_module(f"canopyq{module}"), name) if module else import_module(f"canopyq.{name}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -66,7 +66,7 @@ def process(*arguments: str, cwd: Path = ROOT, stdout: Any = subprocess.PIPE, **
     """`canopyq …` in a process of its own."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("CANOPYQ", "HF_", "PYTHON"))}
     done = subprocess.run(
-        [sys.executable, "-m", "canopyq.cli", *arguments],
+        [sys.executable, "-m", "canopyq", *arguments],
         cwd=cwd, env=clean | {"OMP_NUM_THREADS": "1"} | environment, stdout=stdout, stderr=subprocess.PIPE,
         text=True, timeout=120,
     )  # fmt: skip

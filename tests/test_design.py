@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+import canopyq
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "canopyq"
@@ -174,13 +179,32 @@ def test_imports_that_go_down_are_fine(file: str, source: str) -> None:
 
 
 def test_import_is_light() -> None:
-    """`import canopyq` adds none of the heavy libraries to what torch brings, and touches no GPU."""
+    """The command needs no torch to show its version or its help; and what is there without transformers does not bring
+    it in, nor any other heavy library, and touches no GPU."""
     script = (
-        "import sys, torch; before = set(sys.modules)\n"
-        "import canopyq\n"
+        "import sys, canopyq, canopyq.cli\n"
+        "assert 'torch' not in sys.modules\n"
+        "import torch; before = set(sys.modules)\n"
+        "canopyq.quantize_, canopyq.calibrate, canopyq.mixed_precision, canopyq.explain, canopyq.get_format\n"
         "heavy = {'transformers', 'matplotlib', 'ipywidgets', 'triton', 'IPython', 'playwright'}\n"
         "print(sorted((set(sys.modules) - before) & heavy), torch.cuda.is_initialized())\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[] False"
+
+
+def test_public_names_are_what_they_say_whatever_was_imported_before() -> None:
+    """A module must not stand where a function of its name is expected, and type checkers see the same names."""
+    for module in pkgutil.walk_packages(canopyq.__path__, "canopyq."):
+        if not module.name.endswith("__main__"):
+            import_module(module.name)
+    modules = {name for name in canopyq.__all__ if isinstance(getattr(canopyq, name), ModuleType)}
+    assert modules == {"advisor", "lessons", "tutor"}
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    checked = next(node for node in tree.body if isinstance(node, ast.If) and is_type_checking(node.test))
+    for statement in checked.body:
+        for alias in statement.names:
+            assert getattr(canopyq, alias.name) is getattr(import_module(statement.module), alias.name)
+    named = [alias.name for statement in checked.body for alias in statement.names]
+    assert sorted(named) == sorted(canopyq.__all__) == sorted(set(dir(canopyq)) - {"__version__"})

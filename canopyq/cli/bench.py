@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 
 from canopyq.cli.shown import JsonFlag, cell, check_device, console, print_json
-from canopyq.machine import describe
 
 
 def bench(
@@ -18,7 +16,10 @@ def bench(
     as_json: JsonFlag = False,
 ) -> None:
     """Time quantized linear layers on this machine beside the unquantized one. Takes a minute or less."""
+    import torch
+
     from canopyq.bench import bench as run
+    from canopyq.machine import describe
 
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     check_device(place)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 import canopyq as cq
-from canopyq.checkpoint.files import as_path
-from canopyq.cli.calibrated import quantize_tutor
 from canopyq.cli.shown import cell, console, print_plain
-from canopyq.conversation import Conversation
 from canopyq.errors import CanopyError, shown
-from canopyq.memory import human
-from canopyq.scheme import Recipe
+
+if TYPE_CHECKING:
+    from canopyq.conversation import Conversation
 
 BAR = 30  # characters of the longer bar
 
@@ -32,7 +30,10 @@ def chat(
 
     /new starts a new chat; /quit or end of input (Ctrl-D) ends. Questions may come from a pipe, one a line.
     """
-    parsed = None if recipe is None else Recipe.parse(recipe)
+    from canopyq.conversation import Conversation
+    from canopyq.memory import human
+
+    parsed = None if recipe is None else cq.Recipe.parse(recipe)
     talk = Conversation(*_load(model, parsed), parsed and parsed.cache)
     name = f"{model}{'' if parsed is None else f', {parsed.name}'}"
     print_plain(f"{name}: {human(talk.weight_bytes)} of weights, up to {talk.limit:,} tokens; /new, /quit", "dim")
@@ -51,8 +52,10 @@ def chat(
         print_plain("")
 
 
-def _load(model: str, recipe: Recipe | None):
+def _load(model: str, recipe: cq.Recipe | None):
     """The model, quantized as the recipe says, and its tokenizer."""
+    from canopyq.checkpoint.files import as_path
+
     if model != "tutor":
         if not as_path(model).is_dir():
             raise CanopyError(
@@ -64,6 +67,8 @@ def _load(model: str, recipe: Recipe | None):
         return cq.load(model), tokenizer
     loaded, tokenizer = cq.tutor.load()
     if recipe is not None and recipe.weights is not None:
+        from canopyq.cli.calibrated import quantize_tutor
+
         quantize_tutor(loaded, tokenizer, recipe)
     return loaded, tokenizer
 
@@ -96,6 +101,8 @@ def _turn(talk: Conversation, question: str) -> None:
 
 def _bars(talk: Conversation) -> Table:
     """Weights and cache on one scale."""
+    from canopyq.memory import human
+
     weights, cache = talk.weight_bytes, talk.cache_bytes
     kind = getattr(talk.cache, "format", None)
     table = Table(box=None, show_header=False, padding=(0, 1, 0, 0), style="dim")

@@ -8,11 +8,8 @@ from typing import Annotated
 import typer
 
 import canopyq as cq
-from canopyq.checkpoint.files import as_path
-from canopyq.cli.calibrated import quantize_tutor
 from canopyq.cli.shown import JsonFlag, print_json, print_plain
 from canopyq.errors import CanopyError, shown
-from canopyq.scheme import Recipe
 
 MOST_QUESTIONS = 816  # of 17 skills, the one with the fewest held-out questions has 48
 
@@ -33,6 +30,8 @@ def evaluate(
     A folder that `canopyq quantize` wrote is examined beside the original; with it goes a recipe of the cache alone,
     such as kv4. Static activations are calibrated on chats of the validation split, none of which is scored.
     """
+    from canopyq.checkpoint.files import as_path
+    from canopyq.cli.calibrated import quantize_tutor
     from canopyq.evaluate import compare, examine
     from canopyq.tutor.loading import TUTOR, VARIABLE, source
 
@@ -42,7 +41,7 @@ def evaluate(
             f"unknown model {shown(model)}; only 'tutor' goes here, or the folder of a checkpoint of it, and another "
             f"model takes its place by {VARIABLE}=<folder or hub id> canopyq eval tutor"
         )
-    parsed = None if recipe is None else Recipe.parse(recipe)
+    parsed = None if recipe is None else cq.Recipe.parse(recipe)
     cache = None if parsed is None else parsed.cache
     if saved and parsed is not None and parsed.weights is not None:
         raise CanopyError(

@@ -8,9 +8,7 @@ import typer
 from rich.table import Table
 
 import canopyq as cq
-from canopyq.cli.calibrated import quantize_tutor
 from canopyq.cli.shown import JsonFlag, cell, check_device, console, print_json
-from canopyq.scheme import Recipe
 
 
 def explain(
@@ -20,9 +18,11 @@ def explain(
     as_json: JsonFlag = False,
 ) -> None:
     """Say which kernel runs each quantized layer on this machine, and why each other one does not."""
+    from canopyq.cli.calibrated import quantize_tutor
+
     check_device(device)
     if model == "tutor":
-        parsed = Recipe.of_weights(recipe)
+        parsed = cq.Recipe.of_weights(recipe)
         loaded, tokenizer = cq.tutor.load()
         quantize_tutor(loaded, tokenizer, parsed, chats=2)  # which kernel runs does not depend on the ranges
         loaded.to(device)

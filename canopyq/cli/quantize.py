@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from canopyq.checkpoint.files import as_path
 from canopyq.cli.shown import JsonFlag, print_json, print_plain
 from canopyq.errors import CanopyError, shown
-from canopyq.methods.method import Method
-from canopyq.scheme import Recipe
+
+if TYPE_CHECKING:
+    from canopyq.methods.method import Method
+    from canopyq.scheme import Recipe
 
 
 def quantize(
@@ -35,7 +36,10 @@ def quantize(
     nearest, takes the whole model in memory instead: it is calibrated on the texts of a file, and 'tutor' on chats of
     its own.
     """
+    from canopyq.checkpoint.files import as_path
     from canopyq.checkpoint.stream import prepare, quantize_checkpoint
+    from canopyq.methods.method import Method
+    from canopyq.scheme import Recipe
 
     say = (lambda line: None) if as_json else print_plain
     out, more = as_path(out), "continues"
@@ -109,6 +113,7 @@ def _in_memory(
 
 def _folder(model: str) -> Path:
     """The folder that a command line names."""
+    from canopyq.checkpoint.files import as_path
     from canopyq.tutor.loading import TUTOR, VARIABLE, path, source, verify
 
     if model != TUTOR:

@@ -8,8 +8,6 @@ import typer
 from rich.table import Table
 
 from canopyq.cli.shown import JsonFlag, console, print_json
-from canopyq.formats import FORMATS, get_format
-from canopyq.memory import human, parameter_count, weight_bytes
 
 
 def size(
@@ -22,6 +20,9 @@ def size(
     as_json: JsonFlag = False,
 ) -> None:
     """How many bytes a model's weights take: codes, scales, total, and the other formats beside it."""
+    from canopyq.formats import FORMATS, get_format
+    from canopyq.memory import human, parameter_count, weight_bytes
+
     count, chosen = parameter_count(model), get_format(format).name
     rows = {chosen: weight_bytes(count, chosen, group_size, symmetric=not asymmetric)}
     for name, fmt in FORMATS.items():

@@ -43,7 +43,9 @@ def sensitivity(model: nn.Module, recipe: str | Recipe, data: Any, tokenizer=Non
     return _costs(model, targets, batches)
 
 
-def search(model: nn.Module, budget: float, data: Any, tokenizer=None, *, choices: Sequence[str] = CHOICES) -> Recipe:
+def mixed_precision(
+    model: nn.Module, budget: float, data: Any, tokenizer=None, *, choices: Sequence[str] = CHOICES
+) -> Recipe:
     """The recipe that spends ``budget`` bits per weight, scales included, where the KL falls most.
 
     It goes to `quantize_`, with any method. The search itself rounds to nearest.

@@ -1,3 +1,5 @@
+"""`python -m canopyq`."""
+
 from canopyq.cli import main
 
 main()
