@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from canopyq.offload import Replacing, carry_over, is_away, lies, runs_on, value
 from canopyq.output_error import output_errors
 from canopyq.report import LayerReport, Plan, Report
 from canopyq.scheme import Recipe
-from canopyq.static_range import static_scale
+from canopyq.static_range import LOUD, is_loud, static_scale
 from canopyq.targets import Target, find_targets
 from canopyq.tensor import quantized_bytes
 
@@ -117,7 +118,7 @@ def quantize_(
             if batches is not None:
                 seen = calibrate(model, batches, layers=[target.name for target in watched])
             inputs = {target.name: _input_scale(target, seen, recipe) for target in watched}
-            notes += seen.notes()
+            notes += seen.notes() + _warn_of_loud([t.name for t in watched], seen, recipe, how)
         layers = {
             target.name: _layer(target, done[target.name], recipe, inputs.get(target.name, (None, None)))
             for target in targets
@@ -190,6 +191,21 @@ def _input_scale(target: Target, seen: Calibration | None, recipe: Recipe) -> tu
         scale, zero_point = static_scale(seen[target.name], recipe.activations)
     device = torch.device("cpu") if target.weight.is_meta else target.weight.device
     return scale.to(device), None if zero_point is None else zero_point.to(device)
+
+
+def _warn_of_loud(names: list[str], seen: Calibration, recipe: Recipe, how: Method) -> list[str]:
+    """Warn of layers for which no single range is right; the warning is a line of the report too."""
+    loud = [name for name in names if is_loud(seen[name], recipe.activations)]
+    if not loud:
+        return []
+    told = ", ".join(loud[:3]) + (f" and {len(loud) - 3} more" if len(loud) > 3 else "")
+    smooth = "" if "smoothquant" in how.transforms else "use method smoothquant, or "
+    line = (
+        f"inputs of {told} reach {LOUD:.0f} times as far as 99.99 % of their values, and no fixed range suits both: "
+        f"{smooth}take {recipe.name.replace('-static', '')}, a range for each token, or keep them by the ignore list"
+    )
+    warnings.warn(line, stacklevel=4)
+    return [line]
 
 
 def _layer(

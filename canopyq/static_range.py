@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from canopyq import affine
+from canopyq.errors import CanopyError
+from canopyq.formats import IntFormat
 from canopyq.inputs import InputStatistics
 from canopyq.observers import get_observer
 from canopyq.scheme import Scheme
@@ -15,6 +18,7 @@ from canopyq.scheme import Scheme
 MOMENTUM = 0.9  # what a moving average keeps of its past at each sample
 SEARCH = {"smallest": 0.01, "candidates": 64}  # inputs spike more than weights: look further inside their range
 OPTIONS = {"percentile": {"keep": 0.9999}, "mse": SEARCH, "entropy": SEARCH}
+LOUD = 30.0  # times the range of the other 99.99 %: what lies so far out is few values that decide much
 MERGED = {"mse": 4, "entropy": 8}  # bins taken as one: a search needs fewer, TensorRT's divergence some 2,000
 
 
@@ -26,7 +30,9 @@ def static_range(seen: InputStatistics, scheme: Scheme, **options: Any) -> tuple
       the past and a tenth of each next sample
     * ``percentile``  the range that holds ``keep`` = 99.99 % of all values: with one scale for all tokens a few large
       values are dear, and more than a few are needed (Wu et al. 2020, "Integer Quantization for Deep Learning
-      Inference", section 4.2, compares 99.9 to 99.9999 %)
+      Inference", section 4.2, compares 99.9 to 99.9999 %). Where that would cut off a value 30 times as far out,
+      ``mse`` decides instead: many models have a few massive activations that stand for much (Sun et al. 2024,
+      "Massive Activations in Large Language Models"), and clipping them ruins the model
     * ``mse``, ``entropy``  on the histogram of all values; see `observers`
 
     Args:
@@ -37,7 +43,30 @@ def static_range(seen: InputStatistics, scheme: Scheme, **options: Any) -> tuple
     Raises:
         CanopyError: if the observer cannot work with the format.
     """
+    ends = _range(seen, scheme, **options)
+    if scheme.observer == "percentile" and _reach(seen) > LOUD * max(map(abs, ends)):
+        return _range(seen, replace(scheme, observer="mse"))
+    return ends
+
+
+def is_loud(seen: InputStatistics, scheme: Scheme) -> bool:
+    """Whether one range for all inputs does harm whatever it is: it cuts off values `LOUD` times as large as the other
+    99.99 %, or it takes them in and leaves those hardly a code. Floats have a step that grows, and need not mind."""
+    if not isinstance(scheme.format, IntFormat):
+        return False
+    return _reach(seen) > LOUD * max(map(abs, _range(seen, replace(scheme, observer="percentile"))))
+
+
+def _reach(seen: InputStatistics) -> float:
+    """The largest magnitude that occurred."""
+    return float(seen.ranges.abs().max())
+
+
+def _range(seen: InputStatistics, scheme: Scheme, **options: Any) -> tuple[float, float]:
+    """What the observer itself chooses."""
     lo, hi = float(seen.ranges[:, 0].min()), float(seen.ranges[:, 1].max())
+    if options and scheme.observer == "minmax":
+        raise CanopyError(f"min-max ranges have nothing to choose; leave {', '.join(options)} out")
     if scheme.observer == "average":
         return _average(seen.ranges, **options)
     if scheme.observer == "minmax":

@@ -398,6 +398,16 @@ def test_the_reports_of_thin_data_say_so() -> None:
     assert "thin" in str(report)
 
 
+def test_massive_inputs_are_named_with_their_cure() -> None:
+    seen, name = calibrate(llama(), [TOKENS]), "model.layers.1.mlp.down_proj"
+    seen[name].histogram.counts *= 10  # of so many values the largest is one in more than 10,000
+    seen[name].histogram.add(torch.tensor([1e4]))
+    seen[name].ranges[0, 1] = 1e4
+    with pytest.warns(UserWarning, match=f"{name} .*smoothquant.* w8a8,.*ignore") as caught:
+        report = quantize_(llama(), "w8a8-static", calibration=seen)
+    assert str(caught[0].message) in report.notes and "\n" not in str(caught[0].message)
+
+
 def nan_norm(model: nn.Module) -> None:
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight[3] = torch.nan

@@ -12,7 +12,7 @@ from canopyq.formats import get_format
 from canopyq.inputs import InputStatistics, Seen
 from canopyq.observers import entropy, get_observer
 from canopyq.scheme import Scheme
-from canopyq.static_range import static_range, static_scale
+from canopyq.static_range import is_loud, static_range, static_scale
 from canopyq.tensor import quantize
 
 SAMPLES = 12
@@ -129,3 +129,34 @@ def test_counted_values_give_what_the_values_give(observer: str) -> None:
         expected = get_observer(observer)(whole, get_format("int4"), symmetric=False)
         for end, wanted in zip(ends, expected, strict=True):
             torch.testing.assert_close(end, wanted, rtol=1e-6, atol=0)
+
+
+# A few massive activations --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loud(values: torch.Tensor) -> InputStatistics:
+    """The same, with one value 100 times as large as the others reach."""
+    found, x = InputStatistics.empty(64, torch.device("cpu")), values.clone()
+    x[3, 7, 5] = 100 * values.abs().max()
+    found.add(Seen(x, torch.arange(len(x)).repeat_interleave(50), len(x)))
+    return found
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_percentile_does_not_cut_a_massive_value(loud: InputStatistics, symmetric: bool) -> None:
+    scheme = Scheme("int8", symmetric=symmetric, observer="percentile")
+    assert static_range(loud, scheme) == static_range(loud, Scheme("int8", symmetric=symmetric, observer="mse"))
+    assert static_range(loud, scheme)[1] > float(loud.ranges.max()) / 30
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "mse", "average"])
+def test_loud_inputs_are_told_apart(loud: InputStatistics, seen: InputStatistics, observer: str) -> None:
+    """Whatever the observer; floats need not mind."""
+    assert is_loud(loud, Scheme("int8", observer=observer)) and not is_loud(seen, Scheme("int8", observer=observer))
+    assert not is_loud(loud, Scheme("fp8", observer=observer))
+
+
+def test_options_that_count_for_nothing_are_refused(seen: InputStatistics) -> None:
+    with pytest.raises(CanopyError, match="keep"):
+        static_range(seen, Scheme("int8"), keep=0.99)
