@@ -190,6 +190,11 @@ class QuantizedLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         self._make_plain()
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+        for name, tensor in self.held.items():  # which torch has cast, if it had to
+            given = state_dict.get(prefix + name)
+            if given is not None and given.dtype != tensor.dtype:
+                arguments[-1].append(f"{prefix}{name} is {given.dtype}, and codes and scales of {self.scheme} "
+                                     f"are {tensor.dtype} here: quantize by the same recipe first")  # fmt: skip
 
     def extra_repr(self) -> str:
         inputs = f", input {self.input_words}" if self.activations else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Iterator
@@ -15,14 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from canopyq.checkpoint.config import Group, Quantization, write_config
+from canopyq.checkpoint.config import Quantization, write_config
+from canopyq.checkpoint.contents import Contents, bare_config, contents, own_memory, tensors_of, widest
 from canopyq.checkpoint.files import CONFIG, INDEX, SINGLE, as_path, refuse_not_empty, whole_or_absent
-from canopyq.checkpoint.groups import grouped, ignored, layers_of, word
-from canopyq.checkpoint.layout import SCALE_DTYPES, disk_format, input_to_disk, to_disk
-from canopyq.checkpoint.names import Names, names_of
+from canopyq.checkpoint.groups import word
+from canopyq.checkpoint.layout import SCALE_DTYPES
 from canopyq.checkpoint.read_back import Check, read_back
 from canopyq.checkpoint.readers import readers
-from canopyq.checkpoint.skeleton import build, quiet
+from canopyq.checkpoint.skeleton import quiet
 from canopyq.checkpoint.wanted import tied
 from canopyq.errors import CanopyError, one_line
 from canopyq.linear import QuantizedLinear, quantized_layers
@@ -87,10 +86,6 @@ def save(
             empty; a disk that is full; a file that gives other logits than the model.
     """
     folder = as_path(folder)
-    original = _original(model)
-    files = names_of(original)
-    layers = layers_of(model, original, files)
-    groups, ignore = grouped(layers), ignored(model, layers, files)
     if dtype is not None and dtype not in SCALE_DTYPES:
         raise CanopyError(f"weights are saved in bfloat16, float16 or float32, not {dtype}")
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
@@ -98,55 +93,23 @@ def save(
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise CanopyError(f"a {type(tokenizer).__name__} is no tokenizer; pass the model's own, or leave it out")
     refuse_not_empty(folder)
-    plain = _plain(model)
-    stored = dtype or (torch.bfloat16 if _lossless(plain.values(), torch.bfloat16) else None)
-    config = _config(model, plain, groups, ignore, stored or _widest(plain.values()))
-    recipe = ", ".join(dict.fromkeys(map(word, groups)))
+    held = contents(model)
+    plain = held.plain.values()
+    stored = dtype or (torch.bfloat16 if _lossless(plain, torch.bfloat16) else None)
+    config = _config(model, held, stored or widest(plain))
+    recipe = ", ".join(dict.fromkeys(map(word, held.groups)))
     try:
         with whole_or_absent(folder) as work:
-            nbytes = _write_tensors(work, _tensors(model, plain, files, stored), max_shard_bytes)
+            nbytes = _write_tensors(work, tensors_of(model, held, stored), max_shard_bytes)
             _write_json(work / CONFIG, config)
             _write_others(work, model, tokenizer)
             found = read_back(model, work) if check else None
             _write_json(work / NOTE, _note(recipe, found))
     except (OSError, SafetensorError) as error:
         raise CanopyError(f"{folder} could not be written ({one_line(error)}); nothing was left behind") from error
-    shapes = {files.of_layer(name): module.quantized_weight.shape for name, module in quantized_layers(model)}
-    tools = readers(Quantization(tuple(groups), tuple(ignore)), shapes)
+    shapes = {held.files.of_layer(name): module.quantized_weight.shape for name, module in quantized_layers(model)}
+    tools = readers(Quantization(tuple(held.groups), tuple(held.ignore)), shapes)
     return Saved(folder, recipe, nbytes, getattr(torch, config["dtype"]), found, tools)
-
-
-def _original(model: nn.Module) -> nn.Module:
-    """The architecture without its weights, as it was before it was quantized."""
-    if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "to_json_string"):
-        raise CanopyError(f"save needs a transformers model, got {type(model).__name__}")
-    return build(_bare_config(model), torch.float32)
-
-
-def _bare_config(model: nn.Module):
-    """A copy of the model's config that says nothing of quantization."""
-    config = copy.deepcopy(model.config)
-    for name in ("quantization_config", "compression_config"):
-        if hasattr(config, name):
-            delattr(config, name)
-    return config
-
-
-def _plain(model: nn.Module) -> dict[str, Tensor]:
-    """What is written beside quantized weights, each tied tensor once: under the name of the first of its names."""
-    plain = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{name}." if name else ""
-        held = dict(module._parameters)  # of a quantized layer, its bias
-        if not isinstance(module, QuantizedLinear):
-            held |= {leaf: x for leaf, x in module._buffers.items() if leaf not in module._non_persistent_buffers_set}
-        plain |= {prefix + leaf: tensor.detach() for leaf, tensor in held.items() if tensor is not None}
-    for second, first in tied(model).items():
-        if second in plain and first in plain and plain[second].data_ptr() == plain[first].data_ptr():
-            del plain[second]
-    if unset := [name for name, tensor in plain.items() if tensor.is_meta]:
-        raise CanopyError(f"{unset[0]} has no values (meta device); load the model before saving it")
-    return plain
 
 
 def _lossless(tensors, dtype: torch.dtype) -> bool:
@@ -154,24 +117,18 @@ def _lossless(tensors, dtype: torch.dtype) -> bool:
     return all(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in floats)
 
 
-def _widest(tensors) -> torch.dtype:
-    """The dtype that config.json names: one that holds every tensor of the file."""
-    found = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
-    return found.pop() if len(found) == 1 else torch.float32
-
-
-def _config(model: nn.Module, plain: dict[str, Tensor], groups: list[Group], ignore: list[str], dtype) -> dict:
+def _config(model: nn.Module, held: Contents, dtype: torch.dtype) -> dict:
     """config.json: the model's own, and what was done to it."""
-    config = _bare_config(model)
+    config = bare_config(model)
     config.architectures = [type(model).__name__]
     config.dtype = dtype
     pairs = tied(model)
-    if any(second in plain or isinstance(_owner(model, second), QuantizedLinear) for second in pairs):
+    if any(second in held.plain or isinstance(_owner(model, second), QuantizedLinear) for second in pairs):
         config.tie_word_embeddings = False  # two tensors: tied again they would be one
     content = json.loads(config.to_json_string(use_diff=True))
     if config.tie_word_embeddings is False:
         content["tie_word_embeddings"] = False  # said aloud: its default differs from model to model
-    content["quantization_config"] = write_config(groups, ignore)
+    content["quantization_config"] = write_config(held.groups, held.ignore)
     return content
 
 
@@ -179,57 +136,19 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
 
 
-def _tensors(
-    model: nn.Module, plain: dict[str, Tensor], files: Names, dtype: torch.dtype | None
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Module by module in the model's order: name in the file -> tensor, made when its turn comes."""
-    scales = dtype or _widest(plain.values())
-    for name, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{name}." if name else ""
-        found = {}
-        if isinstance(module, QuantizedLinear):
-            weight = module.quantized_weight
-            parts = to_disk(weight, scales, disk_format(module.scheme, module.activations))
-            if module.input_scale is not None:
-                parts |= input_to_disk(module.input_scale, module.input_zero_point, scales)
-            found |= {f"{files.of_layer(name)}.{leaf}": tensor for leaf, tensor in parts.items()}
-        for leaf in [*module._parameters, *module._buffers]:
-            if prefix + leaf in plain:
-                found |= _in_files(_cast(plain[prefix + leaf], dtype), files.of(prefix + leaf))
-        if found:
-            yield name, {file: tensor.detach().cpu().contiguous() for file, tensor in found.items()}
-
-
-def _in_files(tensor: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """A tensor under its name in the files, or its parts under theirs."""
-    if len(names) == 1:
-        return {names[0]: tensor}
-    parts = tensor.reshape(len(names), -1, tensor.shape[-1])
-    return {name: part.clone() for name, part in zip(names, parts, strict=True)}
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-
-def _write_tensors(work: Path, modules: Iterator[tuple[str, dict[str, Tensor]]], most: int) -> int:
+def _write_tensors(work: Path, modules: Iterator[dict[str, Tensor]], most: int) -> int:
     """One file, or several with an index; the bytes of all tensors. At most one file's tensors are held at a time."""
     files: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     held = total = 0
 
     def flush() -> None:
-        own = {}
-        seen = set()
-        for name, tensor in shard.items():  # safetensors refuses two names for the same bytes
-            own[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-            seen.add(tensor.data_ptr())
-        save_file(own, work / f"shard-{len(files)}", metadata={"format": "pt"})
+        save_file(own_memory(shard), work / f"shard-{len(files)}", metadata={"format": "pt"})
         (work / f"shard-{len(files)}").chmod(0o666 & ~_umask())  # safetensors leaves it to the owner alone
         files.append(list(shard))
         shard.clear()
 
-    for _, tensors in modules:
+    for tensors in modules:
         size = sum(tensor.nbytes for tensor in tensors.values())
         if shard and held + size > most:
             flush()

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import canopyq as cq
+from canopyq.checkpoint import contents
 from canopyq.checkpoint import save as saving
 from canopyq.checkpoint.files import INDEX, SINGLE, Checkpoint
 from canopyq.errors import CanopyError
@@ -261,12 +262,12 @@ def test_killed_at_random_moments(quantized: nn.Module, tmp_path: Path, logits: 
 
 
 def _save_slowly(model: nn.Module, out: Path, started) -> None:
-    real = saving.to_disk
+    real = contents.to_disk
 
     def slowly(*arguments: object) -> dict:
         started.set()
         time.sleep(0.01)
         return real(*arguments)
 
-    saving.to_disk = slowly
+    contents.to_disk = slowly
     cq.save(model, out, check=False, max_shard_bytes=10_000)

@@ -1,0 +1,134 @@
+"""``model.save_pretrained`` of a quantized model: what `cq.save` would write, or one line that says why not."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+from torch import nn
+
+import canopyq as cq
+from canopyq.errors import CanopyError
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MODELS = {
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)),
+    "llama tied": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2)),
+    "qwen3 moe": lambda: tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(
+        **SIZES, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16)),
+    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=96, n_positions=64, n_embd=64, n_layer=2, n_head=4)),
+}  # fmt: skip
+
+
+def quantized(name: str, recipe: str, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    cq.quantize_(model, recipe, **options)
+    return model
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [("llama", "w4a16-g32"), ("llama", "w8a8"), ("llama tied", "w4a16-g32+head+embed"), ("llama tied", "fp8"),
+     ("mixtral", "w4a16-g32"), ("qwen3 moe", "fp8"), ("gpt2", "w8a16")],
+)  # fmt: skip
+def test_it_writes_what_save_writes(name: str, recipe: str, tmp_path: Path, logits: Callable) -> None:
+    model = quantized(name, recipe)
+    cq.save(model, tmp_path / "save", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "own", max_shard_size="20kB")
+    wanted, found = tensors(tmp_path / "save"), tensors(tmp_path / "own")
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert len(list((tmp_path / "own").glob("*.safetensors"))) > 1
+    configs = [json.loads((tmp_path / part / "config.json").read_text()) for part in ("save", "own")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    loaded = cq.load(tmp_path / "own")
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "again")
+    assert tensors(tmp_path / "again").keys() == wanted.keys()
+
+
+def test_transformers_reads_it(tmp_path: Path, logits: Callable) -> None:
+    pytest.importorskip("compressed_tensors")
+    model = quantized("llama", "w4a16-g32")
+    model.save_pretrained(tmp_path)
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0.02, atol=0.02)
+
+
+def test_the_trainer_writes_it_too(tmp_path: Path, logits: Callable) -> None:
+    pytest.importorskip("accelerate")
+    model = quantized("llama", "w8a16")
+    arguments = tf.TrainingArguments(str(tmp_path / "run"), report_to=[], use_cpu=True)
+    tf.Trainer(model, arguments).save_model(str(tmp_path / "model"))
+    assert torch.equal(logits(cq.load(tmp_path / "model")), logits(model))
+
+
+def test_another_process_writes_nothing(tmp_path: Path) -> None:
+    quantized("llama", "w8a16").save_pretrained(tmp_path, is_main_process=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "part"),
+    [("nf4", {}, "nf4"), ("w3a16-g32", {}, "3-bit"),
+     ("w8a16", {"method": "outliers", "calibration": [torch.arange(3, 51).reshape(2, 24)]}, "in 16 bits")],
+)  # fmt: skip
+def test_what_no_file_holds_is_refused(recipe: str, options: dict, part: str, tmp_path: Path) -> None:
+    with pytest.raises(CanopyError, match=part):
+        quantized("llama", recipe, **options).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_of_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CanopyError, match="q_proj was nothing in"):
+        quantized("llama", "w8a16").model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# Copies ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["w4a16-g32", "w4a16-g32-asym+head+embed", "w8a8", "fp8", "nf4"])
+def test_copies_answer_the_same(recipe: str, logits: Callable) -> None:
+    """Layers take the layout of a kernel at the first call: before it and after it copies have to be whole."""
+    model, early = quantized("llama", recipe), quantized("llama", recipe)
+    wanted = logits(model)
+    for original in (early, model):
+        assert torch.equal(logits(copy.deepcopy(original)), wanted)
+        held = io.BytesIO()
+        torch.save(original.state_dict(), held)
+        held.seek(0)
+        torch.manual_seed(1)
+        other = MODELS["llama"]().eval()
+        cq.quantize_(other, recipe)
+        assert not torch.equal(logits(other), wanted)
+        other.load_state_dict(torch.load(held))
+        assert torch.equal(logits(other), wanted)
+        held = io.BytesIO()
+        torch.save(original, held)
+        held.seek(0)
+        assert torch.equal(logits(torch.load(held, weights_only=False)), wanted)
+
+
+def test_a_state_dict_of_another_scheme_is_refused() -> None:
+    """Codes of another width would be read as this one's."""
+    states = {each: quantized("llama", each).state_dict() for each in ("w4a16-g32", "w8a16", "w2a16-g32", "fp8")}
+    for recipe in states:
+        for other in states.keys() - {recipe}:
+            with pytest.raises(RuntimeError, match="size mismatch|Missing key|float8_e4m3fn"):
+                quantized("llama", recipe).load_state_dict(states[other])
