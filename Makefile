@@ -29,7 +29,7 @@ export CANOPYQ_REQUIRE_BROWSER ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test setup test-units test-fast test-browser notebooks check-notebooks train-tutor lint clean
+.PHONY: help lab test setup test-units test-fast test-browser notebooks check-notebooks train-tutor lint clean sweep
 
 help: ## Show this list
 	@echo "Canopy Quantization: make <target>"
@@ -52,6 +52,9 @@ test-units: $(STAMP) ## Unit tests only
 
 test-fast: $(STAMP) ## Unit tests only, without the slow ones
 	$(UNIT_TESTS) -m "not slow"
+
+sweep: $(STAMP) ## Hold every CPU kernel to float64 over the whole grid of shapes, at each capability; an hour
+	$(RUN) tests/ops/sweep_cpu.py
 
 test-browser: $(STAMP) ## Walk through the course in JupyterLab, in a real browser
 	bash tools/install_browser.sh $(RUN)

@@ -62,7 +62,7 @@ class QuantizedEmbedding(QuantizedLinear):
             pick(weight.scale),
             pick(weight.zero_point),
             weight.scheme,
-            torch.Size([len(flat), self.in_features]),
+            torch.Size([flat.shape[0], self.in_features]),
             weight.dtype,
             weight.tensor_scale,
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from canopyq import affine
 from canopyq.errors import CanopyError
-from canopyq.ops import activations, reference, select
+from canopyq.ops import operator, reference, select
 from canopyq.ops.cuda import eight_bits
 from canopyq.ops.kernel import Layout, Problem
 from canopyq.scheme import Scheme
@@ -26,6 +26,9 @@ class QuantizedLinear(nn.Module):
 
     ``.to(dtype)`` and ``.half()`` leave the buffers as they are and cast the bias alone: the weight is dequantized to
     the dtype of the input, and a scale that is rounded a second time would change it.
+
+    Gradients of the input are those of the dequantized weight, g · Ŵ, also where the input is quantized: rounding it
+    is passed straight through.
 
     Args:
         weight: (out_features, in_features).
@@ -57,8 +60,7 @@ class QuantizedLinear(nn.Module):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)
         self.weight_names: tuple[str, ...] = ()
-        self.layout, self._kernels = reference.PLAIN, None
-        self._hold(reference.arrange(weight))
+        self.hold(reference.arrange(weight), reference.PLAIN)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, scheme: Scheme, activations: Scheme | None = None) -> QuantizedLinear:
@@ -91,18 +93,21 @@ class QuantizedLinear(nn.Module):
 
     def hold(self, tensors: dict[str, Tensor], layout: Layout) -> None:
         """Take the weight from these tensors, which lie in ``layout``, and let go of the old ones."""
-        self._hold(tensors)
+        for name in self.weight_names:
+            del self._buffers[name]
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.weight_names = tuple(tensors)
         self.layout, self._kernels = layout, None
+        self._description = operator.describe(self.problem, layout, self.weight_names)
 
     def arrange(self) -> QuantizedLinear:
-        """Lay the weight out for the fastest kernel that can run here. The first call of `forward` does it too."""
-        problem = self.problem
-        kernels = select.usable(problem)
+        """Lay the weight out for the fastest kernel that can run here. The first call of `forward` does it too, unless
+        it is traced: a graph computes on the weight as it lies."""
+        kernels = select.usable(self.problem)
         if kernels[0].layout != self.layout:
             with torch.inference_mode(False), torch.no_grad():
-                weight = self.quantized_weight
-                self._hold(kernels[0].layout.arrange(weight))
-            self.layout = kernels[0].layout
+                self.hold(kernels[0].layout.arrange(self.quantized_weight), kernels[0].layout)
         self._kernels = kernels
         return self
 
@@ -111,9 +116,7 @@ class QuantizedLinear(nn.Module):
             raise CanopyError(f"the layer takes {self.in_features} features, got an input of shape {tuple(x.shape)}")
         if x.dtype not in affine.FLOATS:
             raise CanopyError(f"the layer takes floating-point input, not {x.dtype}")
-        if self._kernels is None:
-            self.arrange()
-        out = self._multiply(x.reshape(-1, self.in_features))
+        out = self._multiply(x.reshape(-1, self.in_features).contiguous())
         if self.bias is not None:
             out = out + self.bias.to(out.dtype)
         return out.reshape(*x.shape[:-1], self.out_features)
@@ -133,37 +136,19 @@ class QuantizedLinear(nn.Module):
 
     def _multiply(self, x: Tensor) -> Tensor:
         """(M, in_features) -> (M, out_features)."""
-        if not len(x):
-            return x.new_empty(0, self.out_features)
-        problem = self.problem
-        exact = x.dtype == torch.float64 or (torch.is_grad_enabled() and x.requires_grad)
-        if self.activations is None and exact:  # the kernels round to less, and have no backward pass
-            return nn.functional.linear(x, self.quantized_weight.dequantize(x.dtype))
-        kernel = select.pick(self._kernels, len(x))
-        if self.activations is not None:
-            x = self._quantize_input(x, codes=kernel.takes_codes)
-        return kernel.run(x, self.held, problem)
-
-    def _quantize_input(self, x: Tensor, *, codes: bool) -> QuantizedTensor | Tensor:
-        """The input's codes, or what they stand for."""
-        if not codes:
-            return activations.rounded(x, self.activations, self.input_scale, self.input_zero_point)
-        if self.input_scale is None:
-            return activations.dynamic(x, self.activations)
-        return activations.fixed(x, self.activations, self.input_scale, self.input_zero_point)
-
-    def _hold(self, tensors: dict[str, Tensor]) -> None:
-        for name in self.weight_names:
-            del self._buffers[name]
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-        self.weight_names = tuple(tensors)
+        traced, differentiated = operator.is_traced(x), torch.is_grad_enabled() and x.requires_grad
+        if self._kernels is None and not traced:
+            self.arrange()
+        if self.activations is None and (differentiated or x.dtype == torch.float64):  # the kernels round to less
+            return operator.dequantized_linear(x, [*self.held.values()], self._description, False)
+        ranges = self.input_scale, self.input_zero_point
+        if traced or differentiated:
+            return operator.quantized_linear(x, [*self.held.values()], self._description, *ranges)
+        return operator.multiply(x, self.held, self.problem, self._kernels, *ranges)
 
     def _make_plain(self) -> None:
         if self.layout != reference.PLAIN:
-            weight = self.quantized_weight
-            self._hold(reference.arrange(weight))
-            self.layout = reference.PLAIN
+            self.hold(reference.arrange(self.quantized_weight), reference.PLAIN)
         self._kernels = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:

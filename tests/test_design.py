@@ -186,7 +186,7 @@ def test_import_is_light() -> None:
         "assert 'torch' not in sys.modules\n"
         "import torch; before = set(sys.modules)\n"
         "canopyq.quantize_, canopyq.calibrate, canopyq.mixed_precision, canopyq.explain, canopyq.get_format\n"
-        "heavy = {'transformers', 'matplotlib', 'ipywidgets', 'triton', 'IPython', 'playwright'}\n"
+        "heavy = {'transformers', 'matplotlib', 'ipywidgets', 'triton', 'IPython', 'playwright', 'torch._dynamo'}\n"
         "print(sorted((set(sys.modules) - before) & heavy), torch.cuda.is_initialized())\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)

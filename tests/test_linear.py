@@ -128,11 +128,69 @@ def test_a_plain_tensor_as_bias_is_saved_and_moved_too() -> None:
     assert not quantized.bias.requires_grad
 
 
-def test_gradients_flow_to_the_input_and_the_bias() -> None:
-    quantized = QuantizedLinear.from_linear(linear(), SCHEMES["w4a16-g32"])
-    given = x(2).requires_grad_()
-    quantized(given).sum().backward()
-    assert given.grad is not None and quantized.bias.grad is not None
+RECIPES_OF_GRADIENTS = ["w8a16", "w4a16-g32", "nvfp4", "w8a8", "w8a8-asym", "w8a8-static", "w4a8-g32", "fp8"]
+
+
+def layer_of(name: str, bias: bool = True) -> QuantizedLinear:
+    recipe = Recipe.parse(name)
+    scale = torch.tensor([0.03]) if recipe.static else None
+    return QuantizedLinear(quantize(linear(bias).weight, recipe.weights), linear(bias).bias, recipe.activations, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", RECIPES_OF_GRADIENTS)
+def test_gradients_are_those_of_the_dequantized_weight(name: str, dtype: torch.dtype) -> None:
+    """Rounding the input is passed straight through; what autograd makes of F.linear is the oracle."""
+    quantized, ours, theirs = layer_of(name).to(dtype), *(x(2, 3).to(dtype).requires_grad_() for _ in range(2))
+    plain = F.linear(theirs, quantized.quantized_weight.dequantize(dtype), quantized.bias.detach())
+    found = quantized(ours)
+    gradient = torch.randn(plain.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    found.backward(gradient)
+    plain.backward(gradient)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(quantized.bias.grad, gradient.flatten(0, 1).sum(0))
+    with torch.no_grad():
+        rounds = quantized.activations is not None  # weight-only layers are exact where there is a gradient
+        torch.testing.assert_close(quantized(x(2, 3).to(dtype)), found, rtol=0, atol=0 if rounds else 0.05)
+
+
+def test_gradients_of_gradients_are_exact_too() -> None:
+    quantized = layer_of("w4a16-g32").double()
+    assert torch.autograd.gradcheck(quantized, x(2).double().requires_grad_())
+    assert torch.autograd.gradgradcheck(quantized, x(2).double().requires_grad_())
+
+
+def test_a_layer_in_training_keeps_no_dequantized_weight() -> None:
+    quantized = layer_of("w4a16-g32")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        quantized(x(2).requires_grad_())
+    packed = sum(buffer.nbytes for buffer in quantized.buffers())
+    assert sum(tensor.nbytes for tensor in kept) <= packed
+
+
+@pytest.mark.parametrize("given", [
+    x(7).t().contiguous().t(), x(4, 3).transpose(0, 1), x(3, 5)[:, -1], x(1).expand(6, 64), x(14)[::2],
+    x(2, 2, 3)[1:, :, 1:], torch.randn(128)[::2], torch.randn(64, 3).t()[:1], torch.randn(64).expand(2, 3, 64),
+    torch.randn(2, 64, 0).mT,
+], ids=lambda t: f"{tuple(t.shape)} {t.stride()}")  # fmt: skip
+@pytest.mark.parametrize("name", [*RECIPES_OF_GRADIENTS, "w8a16-tensor", "fp8-static"])
+def test_strided_input_gives_what_contiguous_gives(name: str, given: torch.Tensor) -> None:
+    quantized = layer_of(name)
+    assert torch.equal(quantized(given), quantized(given.contiguous()))
+    assert torch.equal(quantized(given.bfloat16()), quantized(given.contiguous().bfloat16()))
+
+
+@pytest.mark.parametrize("name", ["w8a16", "w8a8", "fp8", "w4a16-g32"])
+@pytest.mark.parametrize(("k", "n"), [(1, 3), (40, 64), (100, 52), (33, 1)])
+def test_odd_shapes_are_right_for_any_number_of_rows(name: str, k: int, n: int) -> None:
+    recipe = Recipe.parse(name if k >= 32 or "g32" not in name else "w4a16-channel")
+    layer = QuantizedLinear.from_linear(nn.Linear(k, n), recipe.weights, recipe.activations)
+    weight = layer.quantized_weight.dequantize(torch.float64)
+    for rows in (1, 4, 17):
+        given = torch.randn(rows, k)
+        seen = given if recipe.activations is None else quantize(given, recipe.activations).dequantize(torch.float64)
+        assert off_by(layer(given), seen, weight, layer.bias) < 4e-3
 
 
 def test_only_matrices_make_a_layer() -> None:

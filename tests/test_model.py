@@ -90,6 +90,35 @@ def test_the_model_computes_with_the_dequantized_weights() -> None:
     assert float((got - expected).norm() / expected.norm()) < 4e-3  # few tokens: the kernel rounds inputs to bfloat16
 
 
+@pytest.mark.parametrize("recipe", ["w8a16+head", "w4a16-channel+head", "w8a8+head", "w8a8-asym+head", "fp8+head"])
+def test_a_batch_generates_what_its_rows_do(recipe: str) -> None:
+    """transformers gives the head the last token of each row, which do not lie together."""
+    model = llama()
+    quantize_(model, recipe)
+    model.generation_config.pad_token_id = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    both = torch.stack(model.generate(TOKENS, **options).logits, dim=1)
+    alone = [torch.stack(model.generate(row[None], **options).logits, dim=1) for row in TOKENS]
+    torch.testing.assert_close(both, torch.cat(alone), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("recipe", ["w4a16-g32+head+embed", "w8a8+head"])
+def test_a_cold_model_is_exported_for_any_length_and_stays_as_it_was(recipe: str) -> None:
+    model = llama()
+    quantize_(model, recipe)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad():
+        shapes = {"input_ids": {1: torch.export.Dim("length", min=2, max=64)}, "use_cache": None}
+        graph = torch.export.export(model, (), {"input_ids": TOKENS, "use_cache": False}, dynamic_shapes=shapes)
+        for name, buffer in model.named_buffers():
+            assert type(buffer) is Tensor and torch.equal(buffer, before[name]), name
+        for length in (5, 12, 40):
+            ids = torch.arange(2 * length).reshape(2, length)
+            torch.testing.assert_close(
+                graph.module()(input_ids=ids, use_cache=False).logits, model(ids).logits, rtol=0, atol=0.02
+            )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_quantized_model_may_change_its_dtype(dtype: torch.dtype) -> None:
     model = llama()

@@ -6,6 +6,8 @@ bits and holds every int8 code exactly.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from canopyq.formats import IntFormat
 from canopyq.ops.kernel import Held, Kernel, Problem
 from canopyq.ops.reference import PLAIN
 from canopyq.tensor import QuantizedTensor
+
+VECTOR = 16
 
 
 def _elsewhere(problem: Problem) -> str | None:
@@ -37,7 +41,12 @@ def refuse_weight_only(problem: Problem) -> str | None:
         return reason
     if problem.weights.scale_dtype != torch.bfloat16:
         return f"it takes bfloat16 scales; these are {problem.weights.scale_dtype}"
-    return None
+    return _not_whole_vectors(problem)
+
+
+def _not_whole_vectors(problem: Problem) -> str | None:
+    """torch._weight_int8pack_mm reads a row 16 values at a time (8 without AVX-512), past its end if need be."""
+    return f"it takes in_features in multiples of {VECTOR}; this layer has {problem.k}" if problem.k % VECTOR else None
 
 
 def weight_only(x: Tensor, held: Held, problem: Problem) -> Tensor:
@@ -63,7 +72,19 @@ def refuse_int8(problem: Problem) -> str | None:
         return reason
     if not torch.cpu._is_vnni_supported():
         return "this processor has no int8 dot product (VNNI), and without it integers are slower than float32"
+    if problem.k < 2:
+        return "torch's product of integers is wrong for one input feature"
+    if not products_are_exact():
+        return "torch's product of integers saturates here, as oneDNN's does without an int8 dot product (VNNI)"
     return None
+
+
+@cache
+def products_are_exact() -> bool:
+    """Whether torch._int_mm holds the largest products there are. Without VNNI, be it that the processor has none or
+    that ONEDNN_MAX_CPU_ISA hides it, oneDNN adds two of them in 16 bits, where they saturate."""
+    x, w = torch.full((16, 64), 127, dtype=torch.int8), torch.full((64, 16), -128, dtype=torch.int8)
+    return bool((torch._int_mm(x, w) == 64 * 127 * -128).all() and (torch._int_mm(-x, w) == 64 * 127 * 128).all())
 
 
 def sums_overflow(problem: Problem) -> str | None:
@@ -72,7 +93,7 @@ def sums_overflow(problem: Problem) -> str | None:
 
 
 def refuse_codes(problem: Problem) -> str | None:
-    return _elsewhere(problem) or not_codes(problem)
+    return _elsewhere(problem) or not_codes(problem) or _not_whole_vectors(problem)
 
 
 def int8_by_int8(x: QuantizedTensor, held: Held, problem: Problem) -> Tensor:
@@ -90,7 +111,6 @@ def epilogue(sums: Tensor, x: QuantizedTensor, codes: Tensor, scale: Tensor) -> 
     return out.mul_(scale.to(torch.float32).t()).to(x.dtype)
 
 
-@torch.compiler.disable  # inductor cannot lower _weight_int8pack_mm with a constant scale
 def codes_in_bfloat16(x: QuantizedTensor, held: Held, problem: Problem) -> Tensor:
     """The same with float32 sums, rounded to bfloat16 once: (M, K) -> (M, N) in x's dtype."""
     codes = x.data.to(torch.bfloat16)

@@ -43,8 +43,13 @@ class Verdict:
 def usable(problem: Problem) -> tuple[Kernel, ...]:
     """The kernels that share the best layout for a problem, fastest first, settled for it. The reference is always
     among them, or a kernel of its layout that takes any number of rows."""
-    able = [kernel.settled(problem) for kernel in KERNELS if kernel.refuse(problem) is None]
-    return tuple(kernel for kernel in able if kernel.layout == able[0].layout)
+    return of_layout(problem, next(kernel.layout for kernel in KERNELS if kernel.refuse(problem) is None))
+
+
+def of_layout(problem: Problem, layout: Layout) -> tuple[Kernel, ...]:
+    """The kernels that can run a problem whose weight lies in a layout, fastest first, settled for it."""
+    reads = [kernel for kernel in KERNELS if kernel.layout == layout]
+    return tuple(kernel.settled(problem) for kernel in reads if kernel.refuse(problem) is None)
 
 
 def layout_for(problem: Problem) -> Layout:

@@ -14,6 +14,7 @@ from canopyq.ops import activations, cpu_int4, cpu_int8, cublas, reference, sele
 from canopyq.ops.kernel import Kernel, Problem
 from canopyq.scheme import Scheme
 from canopyq.tensor import QuantizedTensor, quantize
+from tests.ops import sweep_cpu
 
 BF16 = torch.bfloat16
 WEIGHTS = {
@@ -76,6 +77,16 @@ def test_every_kernel_that_can_run_is_right(scheme: Scheme, n: int, k: int, dtyp
             assert relative_error(y, exact) < bound, kernel.name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "onednn"), [("default", "SSE41"), ("avx2", ""), ("avx512", "AVX512_CORE")])
+def test_every_kernel_is_right_at_every_capability(capability: str, onednn: str) -> None:
+    """At the edges of the grid that `make sweep` covers, strided inputs included, in a process that may crash."""
+    found = sweep_cpu.run(capability, onednn, sample=0)
+    if "missing" in found:
+        pytest.skip(f"this processor or this build of torch has no {capability}")
+    assert not found["wrong"] and sum(found["counts"].values()) > 3000, found["wrong"][:5]
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(["int4 g32", "int4 g128 asymmetric", "int4 channel", "int4 channel asymmetric"]),
@@ -126,11 +137,16 @@ def codes_of(rows: int, k: int, symmetric: bool, seed: int, edge: bool) -> Quant
     return QuantizedTensor(codes, scale, None if symmetric else zero, scheme, codes.shape, torch.float64)
 
 
+exact_products = pytest.mark.skipif(
+    not cpu_int8.products_are_exact(), reason="torch's product of integers saturates here: oneDNN sees no VNNI"
+)
+
+
+@exact_products
 @settings(max_examples=60)
-@given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 70), st.booleans(), st.booleans(), st.integers(0, 2**31))
+@given(st.integers(1, 40), st.integers(2, 300), st.integers(1, 70), st.booleans(), st.booleans(), st.integers(0, 2**31))
 def test_integers_by_integers_are_exact(rows: int, k: int, n: int, symmetric: bool, edge: bool, seed: int) -> None:
-    """Σ (q − z)·w in int32 is what int64 gives, for any codes; only the two scales round. Also where this processor is
-    too slow at it for the layer to take it."""
+    """Σ (q − z)·w in int32 is what int64 gives, for any codes; only the two scales round."""
     x, w = codes_of(rows, k, symmetric, seed, edge), codes_of(n, k, True, seed + 1, edge)
     one = {"weight": w.data, "weight_scale": torch.ones(n, 1)}
     x = dataclasses.replace(x, scale=torch.ones(rows, 1))
@@ -141,6 +157,7 @@ def test_integers_by_integers_are_exact(rows: int, k: int, n: int, symmetric: bo
     assert int(exact.abs().max()) < 2**31
 
 
+@exact_products
 def test_the_longest_sums_still_fit() -> None:
     k = 2**16
     x = QuantizedTensor(torch.full((1, k), -128, dtype=torch.int8), torch.ones(1, 1),
@@ -239,6 +256,9 @@ def test_verdicts_speak_of_every_kernel() -> None:
     assert runs == {cpu_int4.PACKED.name: "1 to 32 rows", cpu_int4.SLICED.name: "33 rows and more"}
 
 
+W8A8 = {"weights": WEIGHTS["int8 channel"], "activations": Scheme("int8", "token")}
+
+
 @pytest.mark.parametrize(
     ("change", "kernel", "words"),
     [
@@ -251,11 +271,21 @@ def test_verdicts_speak_of_every_kernel() -> None:
         ({"activations": Scheme("int8", "token")}, cpu_int4.PACKED, "this recipe quantizes them"),
         ({}, cpu_int8.INT8, "leaves activations as they are"),
         ({}, cpu_int8.WEIGHT_ONLY, "these are int4"),
+        ({"weights": WEIGHTS["int8 channel"], "k": 40}, cpu_int8.WEIGHT_ONLY, "multiples of 16; this layer has 40"),
+        (W8A8 | {"k": 264}, cpu_int8.CODES, "multiples of 16; this layer has 264"),
     ],
 )
 def test_a_refusal_names_what_is_in_the_way(change: dict, kernel: Kernel, words: str) -> None:
     problem = dataclasses.replace(Problem.of(weight_of(WEIGHTS["int4 g128"], 64, 256)), **change)
     assert words in kernel.refuse(problem)
+
+
+def test_integer_products_are_refused_where_torch_gets_them_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    problem = dataclasses.replace(Problem.of(weight_of(WEIGHTS["int4 g128"], 64, 256)), **W8A8)
+    assert "one input feature" in cpu_int8.INT8.refuse(dataclasses.replace(problem, k=1))
+    monkeypatch.setattr(cpu_int8, "products_are_exact", lambda: False)
+    assert "saturates" in cpu_int8.INT8.refuse(problem)
 
 
 GPU = Problem(Scheme("int8", "channel"), Scheme("int8", "token"), 64, 256, BF16, torch.device("cuda"))
@@ -317,6 +347,7 @@ def test_cublas_needs_a_gpu_that_is_new_enough(monkeypatch: pytest.MonkeyPatch) 
     assert "this GPU has 8.0" in cublas.FP8.refuse(FP8) and cublas.INT8.refuse(GPU) is None
 
 
+@exact_products
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_few_rows_are_filled_up_for_cublas(symmetric: bool) -> None:
     """The arithmetic of the GPU's path, run on the processor."""

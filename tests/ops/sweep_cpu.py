@@ -1,0 +1,245 @@
+"""Every CPU kernel over a grid of shapes, held to float64, at every capability that this processor has.
+
+    python tests/ops/sweep_cpu.py               the whole grid: a process for each capability, and a table at the end
+    python tests/ops/sweep_cpu.py --sample 40   so many shapes a form, and those at the edges
+
+A process that ends by a signal is a failure like any other: an operator that reads past its row may do that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from canopyq.granularity import Granularity
+from canopyq.linear import QuantizedLinear
+from canopyq.ops import activations, cpu_int4, cpu_int8, reference, sliced
+from canopyq.ops.kernel import Kernel, Problem
+from canopyq.scheme import Scheme
+from canopyq.tensor import QuantizedTensor, quantize
+
+BF16 = torch.bfloat16
+ROUNDOFF = {torch.float32: 2.0**-24, BF16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit in the last place
+INS = (*range(1, 131), *range(1000, 1041))
+OUTS = (*range(1, 71), 128, 192)
+ROWS = (*range(1, 18), 33, 64)
+EDGE_INS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40, 63, 64, 65, 100, 128, 129, 1000, 1008, 1023, 1024, 1040)
+EDGE_OUTS = (1, 2, 3, 8, 15, 16, 17, 31, 32, 33, 52, 63, 64, 65, 70, 128, 192)
+EDGE_ROWS = (1, 2, 3, 4, 5, 8, 16, 17, 33, 64)
+
+
+Shapes = dict[int, list[tuple[int, tuple[int, ...]]]]  # in_features -> [(out_features, numbers of rows)]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A weight's scheme and its input's, static if so. All kernels that can run it are swept over the grid's edges,
+    those in ``whole`` over all of the grid."""
+
+    weights: Scheme
+    inputs: Scheme | None = None
+    static: bool = False
+    whole: tuple[Kernel, ...] = ()
+
+
+INT8, FP8 = Scheme("int8", "channel", scale_dtype=BF16), Scheme("fp8", "channel", scale_dtype=BF16)
+FORMS = {
+    "int8": Form(INT8, whole=(cpu_int8.WEIGHT_ONLY, sliced.SLICED, reference.REFERENCE)),
+    "int8 float32 scales": Form(Scheme("int8", "channel", scale_dtype=torch.float32)),
+    "int8 asymmetric": Form(Scheme("int8", "channel", symmetric=False, scale_dtype=BF16)),
+    "int8 tensor": Form(Scheme("int8", "tensor", scale_dtype=BF16)),
+    "int8 g32": Form(Scheme("int8", "g32", scale_dtype=BF16)),
+    "int8 by column": Form(Scheme("int8", Granularity("channel", axis=1), scale_dtype=BF16)),
+    "int4 g32": Form(Scheme("int4", "g32", scale_dtype=BF16), whole=(cpu_int4.PACKED, cpu_int4.SLICED)),
+    "int4 g32 asymmetric": Form(Scheme("int4", "g32", symmetric=False, scale_dtype=BF16)),
+    "int4 g48": Form(Scheme("int4", "g48", scale_dtype=BF16)),
+    "int4 channel": Form(Scheme("int4", "channel", scale_dtype=BF16)),
+    "int4 channel asymmetric": Form(Scheme("int4", "channel", symmetric=False, scale_dtype=BF16)),
+    "int3 g7": Form(Scheme("int3", "g7", scale_dtype=BF16)),
+    "fp8": Form(FP8),
+    "nf4": Form(Scheme("nf4", scale_dtype=BF16)),
+    "mxfp4": Form(Scheme("mxfp4")),
+    "nvfp4": Form(Scheme("nvfp4")),
+    "int8 by int8": Form(INT8, Scheme("int8", "token"), whole=(cpu_int8.INT8, cpu_int8.CODES)),
+    "int8 by int8 asymmetric": Form(INT8, Scheme("int8", "token", symmetric=False)),
+    "int8 by int8 static": Form(INT8, Scheme("int8", "tensor"), static=True),
+    "int8 by int8 static asymmetric": Form(INT8, Scheme("int8", "tensor", symmetric=False), static=True),
+    "int4 by int8": Form(Scheme("int4", "g32", scale_dtype=BF16), Scheme("int8", "token")),
+    "fp8 by fp8": Form(FP8, Scheme("fp8", "token")),
+    "fp8 by fp8 static": Form(FP8, Scheme("fp8", "tensor"), static=True),
+}
+KERNELS = (cpu_int4.PACKED, cpu_int4.SLICED, cpu_int8.WEIGHT_ONLY, cpu_int8.INT8, cpu_int8.CODES,
+           sliced.SLICED, reference.REFERENCE)  # fmt: skip
+ROUNDS_INPUT = (cpu_int4.PACKED, cpu_int8.WEIGHT_ONLY)  # to bfloat16
+IN_BFLOAT16 = (*ROUNDS_INPUT, cpu_int8.CODES)  # what they return
+
+
+def bound(kernel: Kernel, form: Form, dtype: torch.dtype, k: int, exact: Tensor, total: Tensor) -> Tensor:
+    """How far a kernel may be from ``exact`` = Σ x·ŵ, where ``total`` = Σ |x|·(|ŵ| + |z·s|): one rounding for each
+    thing that it rounds (inputs, weights, the result), and one of float32 for each addition and factor."""
+    share = (k + 8) * 2.0**-24
+    if kernel in ROUNDS_INPUT:
+        share += ROUNDOFF[BF16] if dtype != BF16 else 0
+    if kernel is cpu_int4.PACKED:  # it multiplies in bfloat16, with offsets z·s in bfloat16 too
+        share += 2 * ROUNDOFF[BF16]
+    if kernel is reference.REFERENCE:
+        share += ROUNDOFF[dtype]
+    if form.inputs is not None and not kernel.takes_codes:  # gets what the codes stand for, in the input's dtype
+        share += ROUNDOFF[dtype]
+    last = ROUNDOFF[dtype] + (ROUNDOFF[BF16] if kernel in IN_BFLOAT16 else 0)
+    return share * total + 1.1 * last * exact.abs() + 2.0**-24
+
+
+def input_codes(x: Tensor, form: Form, ranges: tuple[Tensor | None, Tensor | None]) -> QuantizedTensor:
+    return activations.fixed(x, form.inputs, *ranges) if form.static else activations.dynamic(x, form.inputs)
+
+
+def static_range(form: Form) -> tuple[Tensor | None, Tensor | None]:
+    if not form.static:
+        return None, None
+    zero = None if form.inputs.symmetric else torch.tensor([20], dtype=torch.int8)
+    return torch.tensor([0.02 if form.inputs.format.name == "int8" else 0.01]), zero
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values, not contiguous: the transpose of its transpose, but for a single row, whose every second value
+    they are."""
+    return x.t().contiguous().t() if min(x.shape) > 1 else x.repeat_interleave(2, dim=1)[:, ::2]
+
+
+class Sweep:
+    """Counts shapes and the worst error, as a share of its bound, by kernel; keeps what was wrong."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self.worst: dict[str, float] = {}
+        self.wrong: list[str] = []
+
+    def form(self, name: str, shapes: Shapes, kernels: tuple[Kernel, ...] = KERNELS) -> None:
+        """Hold the layers of a form to float64."""
+        form = FORMS[name]
+        for k, outs in shapes.items():
+            granularity = form.weights.granularity
+            if granularity.kind == "group" and granularity.group_size > k:
+                continue
+            draw = torch.Generator().manual_seed(k)
+            whole = quantize(torch.randn(max(n for n, _ in outs), k, generator=draw) / k**0.5, form.weights)
+            values = whole.dequantize(torch.float64)
+            size = values.abs()
+            if whole.zero_point is not None:
+                offsets = (whole.zero_point.double() * whole.step()).abs()
+                size += offsets.repeat_interleave(-(-k // offsets.shape[1]), dim=1)[:, :k]
+            for dtype in ROUNDOFF:
+                x = torch.randn(max(ROWS), k, generator=draw).to(dtype)
+                ranges = static_range(form)
+                given = x.double() if form.inputs is None else input_codes(x, form, ranges).dequantize(torch.float64)
+                exact, total = given @ values.t(), given.abs() @ size.t()
+                for n, rows in outs:
+                    weight = sliced._rows(whole, 0, n)
+                    problem = Problem.of(weight, form.inputs)
+                    for kernel in kernels:
+                        if kernel.refuse(problem) is None:
+                            layer = QuantizedLinear(weight, None, form.inputs, *ranges)
+                            layer.hold(kernel.layout.arrange(weight), kernel.layout)
+                            layer._kernels = (replace(kernel, most_rows=None),)
+                            limit = bound(kernel, form, dtype, k, exact[:, :n], total[:, :n])
+                            self._layer(f"{name}, {kernel.name}", layer, x, exact[:, :n], limit, rows)
+
+    def _layer(
+        self, name: str, layer: QuantizedLinear, x: Tensor, exact: Tensor, limit: Tensor, row_counts: tuple[int, ...]
+    ) -> None:
+        kernel = layer._kernels[0].name
+        odd = row_counts[(layer.in_features + layer.out_features) % len(row_counts)]  # of these rows strided ones too
+        for rows in row_counts:
+            y = layer(x[:rows])
+            error = float(((y.double() - exact[:rows]).abs() / limit[:rows]).max())
+            same = rows != odd or torch.equal(layer(strided(x[:rows])), y)
+            if not (error <= 1 and same and y.dtype == x.dtype and y.shape == (rows, layer.out_features)):
+                shape = f"{rows} x {layer.in_features} -> {layer.out_features} in {str(x.dtype)[6:]}"
+                what = f"{error:.3g} of the bound" if same else "another result for strided input"
+                self.wrong.append(f"{name}: {shape}: {what}")
+            self.worst[kernel] = max(self.worst.get(kernel, 0.0), error if error == error else float("inf"))
+        self.counts[kernel] = self.counts.get(kernel, 0) + len(row_counts) + 1
+
+
+def some_shapes(count: int, seed: int, ins: tuple[int, ...]) -> Shapes:
+    """``ins``, each with a few outs and rows, then ``count`` of the grid."""
+    draw, shapes = random.Random(seed), {}
+    for k in ins:
+        shapes[k] = [(draw.choice((64, 128) if k % 32 == 0 else EDGE_OUTS), (1, draw.choice(EDGE_ROWS)))]
+    for _ in range(count):
+        shapes.setdefault(draw.choice(INS), []).append((draw.choice(OUTS), tuple(draw.sample(ROWS, 2))))
+    return shapes
+
+
+def sweep(sample: int | None) -> Sweep:
+    found = Sweep()
+    for number, (name, form) in enumerate(FORMS.items()):
+        if sample is not None:
+            found.form(name, some_shapes(sample, number, EDGE_INS if form.whole else EDGE_INS[number % 2 :: 2]))
+            continue
+        found.form(name, {k: [(n, EDGE_ROWS) for n in EDGE_OUTS] for k in EDGE_INS})
+        found.form(name, {k: [(n, (1, 3, 17)) for n in (1, 17, 52, 64)] for k in INS})
+        if form.whole:
+            found.form(name, {k: [(n, ROWS) for n in OUTS] for k in INS}, form.whole)
+    return found
+
+
+# ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA: torch's own vectors, and oneDNN's. They lower what there is.
+SETTINGS = (("default", ""), ("avx2", ""), ("avx512", ""), ("default", "SSE41"), ("avx2", "AVX2"),
+            ("avx512", "AVX512_CORE"))  # fmt: skip
+
+
+def run(capability: str, onednn: str, sample: int | None = None) -> dict:
+    """What a process of its own finds: ``{"counts", "worst", "wrong"}``, or ``{"missing": capability}``."""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment |= {"ONEDNN_MAX_CPU_ISA": onednn} if onednn else {}
+    command = [sys.executable, __file__, "--here", *([] if sample is None else ["--sample", str(sample)])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        wrong = f"the process ended with {done.returncode}: {done.stderr[-1500:]}"
+        return {"wrong": [wrong], "counts": {}, "worst": {}}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, help="so many shapes of the grid, and those at its edges")
+    parser.add_argument("--here", action="store_true", help="in this process, at the capability that it has")
+    chosen = parser.parse_args()
+    if chosen.here:
+        wanted, have = os.environ.get("ATEN_CPU_CAPABILITY"), torch.backends.cpu.get_cpu_capability().lower()
+        if wanted and wanted != have:
+            print(json.dumps({"missing": wanted}))
+            return 0
+        torch.set_grad_enabled(False)
+        found = sweep(chosen.sample)
+        print(json.dumps({"counts": found.counts, "worst": found.worst, "wrong": found.wrong}))
+        return 0
+    failed = 0
+    for capability, onednn in SETTINGS:
+        found = run(capability, onednn, chosen.sample)
+        print(f"{capability}{f', oneDNN {onednn}' if onednn else ''}")
+        if "missing" in found:
+            print("  this processor has it not")
+            continue
+        for name, count in found["counts"].items():
+            print(f"  {count:>9,} shapes, error at most {found['worst'][name]:.2f} of its bound  {name}")
+        for line in found["wrong"][:20]:
+            print(f"  WRONG {line}")
+        failed += len(found["wrong"])
+        print(f"  {len(found['wrong'])} wrong", flush=True)
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
