@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 
 import canopyq as cq
 from canopyq import cli
-from canopyq.cli.evaluate import MOST_QUESTIONS
-from canopyq.cli.shown import console
+from canopyq.cli.examine import MOST_QUESTIONS
+from canopyq.cli.output import console
 from canopyq.errors import CanopyError, shown
 from canopyq.formats import FORMATS
 from canopyq.machine import Check

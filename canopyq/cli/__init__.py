@@ -8,15 +8,9 @@ from typing import Annotated
 import typer
 
 from canopyq import __version__
-from canopyq.cli.advise import advise
-from canopyq.cli.bench import bench
-from canopyq.cli.chat import chat
-from canopyq.cli.doctor import doctor
-from canopyq.cli.evaluate import evaluate
-from canopyq.cli.explain import explain
-from canopyq.cli.inspect import inspect
+from canopyq.cli.examine import chat, evaluate, explain
+from canopyq.cli.facts import advise, bench, doctor, inspect, size
 from canopyq.cli.quantize import quantize
-from canopyq.cli.size import size
 from canopyq.errors import CanopyError, printable
 
 app = typer.Typer(

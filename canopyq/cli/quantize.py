@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from canopyq.cli.shown import JsonFlag, print_json, print_plain
+from canopyq.cli.output import JsonFlag, print_json, print_plain
 from canopyq.errors import CanopyError, shown
 
 if TYPE_CHECKING:

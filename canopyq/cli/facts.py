@@ -1,0 +1,146 @@
+"""What can be told without running a model: `canopyq doctor`, `size`, `inspect`, `advise`, `bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+import canopyq as cq
+from canopyq.cli.output import JsonFlag, cell, check_device, console, print_json, print_plain
+
+
+def doctor(as_json: JsonFlag = False) -> None:
+    """Say what this machine has, and what of the course runs on it."""
+    from canopyq.machine import checks, describe
+
+    machine, found = describe(), checks()
+    if as_json:
+        print_json({"machine": machine, "checks": [vars(check) for check in found]})
+    else:
+        table = Table("what", "found", title=f"canopyq {cq.__version__}", title_justify="left")
+        for name, value in machine.items():
+            table.add_row(name, cell(value))
+        console.print(table)
+        for check in found:
+            verdict = "[green]ok [/]" if check.ok else "[red]no [/]"
+            console.print(f"{verdict} {cell(f'{check.name}: {check.detail}')}", highlight=False, soft_wrap=True)
+    if not all(check.ok for check in found if check.needed):
+        raise typer.Exit(1)
+
+
+def size(
+    model: Annotated[str, typer.Argument(help="A number of parameters (7B, 350M) or a model (llama-3.1-8b).")],
+    format: Annotated[str, typer.Option(help="Format of the weights.")] = "int4",
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale; none: scales are not counted.")
+    ] = None,
+    asymmetric: Annotated[bool, typer.Option(help="Count zero points too.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """How many bytes a model's weights take: codes, scales, total, and the other formats beside it."""
+    from canopyq.formats import FORMATS, get_format
+    from canopyq.memory import human, parameter_count, weight_bytes
+
+    count, chosen = parameter_count(model), get_format(format).name
+    rows = {chosen: weight_bytes(count, chosen, group_size, symmetric=not asymmetric)}
+    for name, fmt in FORMATS.items():
+        takes_groups = fmt.bits < 16 and name not in ("mxfp4", "nvfp4")
+        integer = name.startswith("int")
+        if name != chosen and name not in ("int7", "int6", "int5", "fp4_e2m1"):
+            rows[name] = weight_bytes(
+                count, name, group_size if takes_groups else None, symmetric=not (asymmetric and integer)
+            )
+    if as_json:
+        formats = {name: {**vars(row), "total": row.total} for name, row in rows.items()}
+        print_json({"model": model, "parameters": count, "group_size": group_size, "bytes": formats})
+        return
+    groups = f", groups of {group_size}" if group_size else ", one scale a row or tensor (not counted)"
+    console.print(f"{count:,} weights{groups}", style="italic", highlight=False, soft_wrap=True)
+    table = Table()
+    for heading in ("format", "codes", "scales", *(["zero points"] if asymmetric else []), "total", "of FP32"):
+        table.add_column(heading, overflow="fold")  # a narrow terminal gets more lines, and all of each number
+    for name, row in sorted(rows.items(), key=lambda item: -item[1].total):
+        share = f"{100 * row.total / (4 * count):.1f} %"
+        parts = [row.codes, row.scales, *([row.zero_points] if asymmetric else [])]
+        cells = [human(part) if part else "" for part in parts]
+        table.add_row(name, *cells, human(row.total), share, style="bold green" if name == chosen else "")
+    console.print(table)
+    row = rows[chosen]
+    extra = f" + {human(row.scales)} of scales" if row.scales else ""
+    extra += f" + {human(row.zero_points)} of zero points" if row.zero_points else ""
+    console.print(
+        f"{chosen}: {human(row.codes)} of codes{extra} = [bold]{human(row.total)}[/]", highlight=False, soft_wrap=True
+    )
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A folder with config.json and safetensors.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """What a checkpoint holds, and which tools will load it."""
+    from canopyq.checkpoint.inspect import inspect as look
+
+    found = look(folder)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_plain(found)
+
+
+def advise(
+    model: Annotated[str, typer.Option(help="A model (llama-3.1-8b), a size (7B), or a folder with a config.json.")],
+    memory: Annotated[str | None, typer.Option(help="For weights and cache together, e.g. 8GB or 6.5GiB.")] = None,
+    context: Annotated[str, typer.Option(help="Tokens of each chat's cache, e.g. 32k.")] = "0",
+    batch: Annotated[int, typer.Option(help="Chats at a time.")] = 1,
+    accuracy: Annotated[float, typer.Option(help="The least share of right answers.")] = 0.98,
+    gpu: Annotated[str | None, typer.Option(help="A GPU (h100), a compute capability (8.9), or cpu.")] = None,
+    priority: Annotated[str, typer.Option(help="accuracy, balanced, compression or throughput.")] = "balanced",
+    measurements: Annotated[
+        Path | None, typer.Option(help="A JSON file with measurements of your own; default: those of the tutor.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Recommend a recipe for a model, with its bytes and its measured quality.
+
+    Where nothing meets the needs, say which of them has to give, and by how much.
+    """
+    from canopyq import advisor
+
+    known = None if measurements is None else advisor.read(measurements)
+    found = advisor.advise(
+        model, memory=memory, context=context, batch=batch, accuracy=accuracy, gpu=gpu, priority=priority,
+        measurements=known,
+    )  # fmt: skip
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_plain(found)
+
+
+def bench(
+    recipe: Annotated[list[str] | None, typer.Option(help="A recipe to time; may be given several times.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU, if there is one.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Time quantized linear layers on this machine beside the unquantized one. Takes a minute or less."""
+    import torch
+
+    from canopyq.bench import bench as run
+    from canopyq.machine import describe
+
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    check_device(place)
+    timed = run(tuple(recipe or ("w4a16-g128", "w8a16")), place)
+    if as_json:
+        results = [vars(x) | {"speedup": x.speedup} for x in timed]
+        print_json({"machine": describe(), "device": place, "results": results})
+        return
+    plain = "bfloat16" if place.startswith("cuda") else "float32"
+    table = Table("layer", "recipe", "rows", "µs", f"{plain} µs", "faster", "error", "kernel")
+    for x in timed:
+        cells = [f"{x.inputs}→{x.outputs}", cell(x.recipe), str(x.rows), f"{x.us:.1f}", f"{x.unquantized_us:.1f}"]
+        table.add_row(*cells, f"{x.speedup:.2f}×", f"{x.error:.1g}", cell(x.kernel))
+    console.print(table)
