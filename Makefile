@@ -14,7 +14,7 @@ PIPFLAGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed$(if $(CONSTRAINTS),,-newest)
-UNIT_TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore=tests/browser -n 2 --dist worksteal
+UNIT_TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore=tests/browser --ignore=tests/docs -n 2 --dist worksteal
 LAB_AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # The environment is stale when pyproject.toml or constraints.txt is newer than the stamp (make's own rule), when its
@@ -29,7 +29,8 @@ export CANOPYQ_REQUIRE_BROWSER ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test setup test-units test-fast test-browser notebooks check-notebooks train-tutor lint clean sweep
+.PHONY: help lab test setup test-units test-fast test-browser notebooks check-notebooks check-docs train-tutor lint \
+	clean sweep
 
 help: ## Show this list
 	@echo "Canopy Quantization: make <target>"
@@ -67,6 +68,9 @@ check-notebooks: $(STAMP) ## Run all notebooks and compare every output with the
 	$(RUN) tools/notebooks.py check
 	$(RUN) -m pytest notebooks -p tests.notebooks.nbval_plugin --nbval --nbval-current-env --nbval-cell-timeout=120 \
 		--nbval-sanitize-with=tests/notebooks/sanitize.cfg -n 2 --dist loadfile
+
+check-docs: $(STAMP) ## Compare what the README says of measurements with their records
+	$(RUN) -m pytest tests/docs
 
 train-tutor: $(STAMP) ## Train the tutor model again (needs an NVIDIA GPU; a few minutes on a large one)
 	@$(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 import canopyq as cq
-from benchmarks.kv_answers import CACHES, RESULT, measure, questions, summary
+from benchmarks.kv_answers import CACHES, measure, questions, summary
 
 
 def test_every_question_is_another_one_behind_a_chat() -> None:
@@ -26,12 +24,3 @@ def test_kv8_writes_the_same_text() -> None:
     assert found["codes_least"] >= 192  # most of each chat is read as codes
     assert found["all"]["right"] == found["all"]["n"] == 30
     assert sum(row["right"] for row in rows) >= 28
-
-
-@pytest.mark.parametrize("dtype", ["float32"])
-def test_the_record_meets_its_target(dtype: str) -> None:
-    record = json.loads(RESULT.read_text(encoding="utf-8"))
-    run = record[dtype]
-    assert len(run["rows"]) == 500 and run["same"] == summary(run["rows"], run["caches"])
-    assert run["same"]["kv8"]["all"]["value"] >= record["target"] == 0.99
-    assert run["same"]["kv8"]["codes_least"] >= 192

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -15,8 +14,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import canopyq
-from benchmarks import linear
-from benchmarks.recipes import markdown
 from canopyq import cli
 
 try:
@@ -183,39 +180,3 @@ def test_licence() -> None:
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert PROJECT["license"] == "Apache-2.0"
     assert "Apache License" in text and "Copyright 2026 Canopy Quantization contributors" in text
-
-
-def test_readme_shows_the_recorded_figures() -> None:
-    """The table is what the last recorded run measured, line by line."""
-    recorded = json.loads((ROOT / "benchmarks/results/recipes.json").read_text(encoding="utf-8"))
-    assert markdown(recorded) in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_readme_shows_the_recorded_speed() -> None:
-    recorded = json.loads((ROOT / "benchmarks/results/linear_w4a16.json").read_text(encoding="utf-8"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert linear.markdown(recorded) in readme
-    decode = json.loads((ROOT / "benchmarks/results/decode.json").read_text(encoding="utf-8"))
-    for row in decode["rows"]:
-        assert f"| {row['name']} | {row['tokens_per_s']:.0f} | {row['GB']:.1f} |" in readme
-
-
-def test_readme_shows_the_recorded_speed_of_8_bit_layers() -> None:
-    """Ours against the fastest other of the same codes, layer by layer."""
-    us: dict[tuple, dict[str, float]] = {}
-    for row in json.loads((ROOT / "benchmarks/results/linear_w8a8.json").read_text(encoding="utf-8"))["results"]:
-        us.setdefault((row["k"], row["n"], row["rows"]), {})[row["name"]] = row["us"]
-    others = {"w8a8": ["int8 (vLLM CUTLASS)"], "fp8": ["fp8 (vLLM CUTLASS)", "fp8 (_scaled_mm)"]}
-    gains = {
-        (name, *layer): min(of[other] for other in others[name]) / of[name]
-        for layer, of in us.items()
-        for name in others
-    }
-    few = [gain for (_, _, _, rows), gain in gains.items() if rows <= 64]
-    fp8, int8 = (
-        [100 * gain for (n, *_, rows), gain in gains.items() if n == name and rows >= 1024] for name in ("fp8", "w8a8")
-    )
-    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"are {min(few):.2f} to {max(few):.2f} times as fast as the fastest other" in words
-    assert f"at {min(fp8):.0f} to {max(fp8):.0f} % of the faster one's speed" in words
-    assert f"INT8 is at {min(int8):.0f} to {max(int8):.0f} % of CUTLASS's" in words

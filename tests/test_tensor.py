@@ -434,20 +434,6 @@ def test_bytes_stay_exact_when_rows_are_ragged_or_views(name: str) -> None:
     assert q.nbytes == 101 * math.ceil(10 * bits / 32) * 4 + 4
 
 
-# Time -----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_quantizing_takes_at_most_three_times_the_least_that_must_be_done() -> None:
-    from benchmarks.quantize import TARGET, measure
-
-    # Best of five attempts: what else the machine does can only make one slower.
-    ratios: list[float] = []
-    while len(ratios) < 5 and min(ratios, default=TARGET + 1) > TARGET:
-        ratios.append(float(measure(rows=1024, rounds=5)["ratio"]))
-    assert min(ratios) <= TARGET, f"{ratios} times the yardstick"
-
-
 # QuantizedTensor ------------------------------------------------------------------------------------------------------
 
 

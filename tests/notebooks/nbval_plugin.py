@@ -5,15 +5,13 @@
 * Cells run as in JupyterLab, with history: nbval's own way shows what a ``;`` at the end of a line should keep quiet.
 * After a timeout nbval marks the rest of the notebook as expected to fail. Here nothing is: a failure is a failure.
 * Every notebook starts with no progress and none of the learner's settings.
-* A notebook has 60 seconds and the whole course six minutes; a table at the end says where they went. At twice that
-  the run fails, and later where other programs want the same cores.
+* A table at the end says how many seconds each notebook took.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -24,19 +22,12 @@ from nbval.kernel import RunningKernel
 from tools.notebooks import lesson_environment
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("canopyq", "Canopy Quantization notebooks")
-    group.addoption("--notebook-seconds", type=float, default=60, help="longest time for one notebook; 0: no limit")
-    group.addoption("--course-seconds", type=float, default=360, help="longest time for all of them; 0: no limit")
-
-
 def pytest_configure(config: pytest.Config) -> None:
     config.option.runxfail = True
     RunningKernel.execute_cell_input = execute_with_history
     nbval.plugin.coalesce_streams = without_blank_streams
     config.pluginmanager.register(FreshStart(), "canopyq-fresh-start")
-    if not hasattr(config, "workerinput"):  # with -n, only the process that sees every notebook keeps the time
-        config.pluginmanager.register(Stopwatch(config), "canopyq-stopwatch")
+    config.pluginmanager.register(Stopwatch(), "canopyq-stopwatch")
 
 
 def without_blank_streams(outputs: list, join=nbval.plugin.coalesce_streams) -> list:
@@ -74,45 +65,15 @@ class FreshStart:
 
 
 class Stopwatch:
-    """Adds up each notebook's seconds, kernel start included, and takes the time of the whole course on the clock.
+    """Adds up each notebook's seconds, kernel start included."""
 
-    Every limit that is exceeded is said. The run fails at twice the limit, times the number of processes that shared
-    a core, since other work slows a machine.
-    """
-
-    def __init__(self, config: pytest.Config) -> None:
-        self.limit: float = config.option.notebook_seconds
-        self.limit_all: float = config.option.course_seconds
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self.begin = time.monotonic()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid.split("::")[0]] += report.duration
-
-    def complaints(self, tolerance: float = 1) -> list[str]:
-        """What took longer than ``tolerance`` times its limit."""
-        slow = [
-            f"{name} took {seconds:.0f} s; the limit is {self.limit:.0f} s"
-            for name, seconds in self.seconds.items()
-            if 0 < tolerance * self.limit < seconds
-        ]
-        total = time.monotonic() - self.begin
-        if 0 < tolerance * self.limit_all < total:
-            slow.append(f"all notebooks together took {total:.0f} s; the limit is {self.limit_all:.0f} s")
-        return slow
-
-    def patience(self) -> float:
-        """How many times a limit may be exceeded, by the load of the last five minutes."""
-        return 2 * max(1.0, os.getloadavg()[1] / (os.cpu_count() or 1))
-
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.complaints(self.patience()) and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("seconds per notebook")
         for name, seconds in sorted(self.seconds.items()):
             terminalreporter.write_line(f"{seconds:7.1f}  {name}")
-        terminalreporter.write_line(f"{time.monotonic() - self.begin:7.1f}  all, on the clock")
-        for line in self.complaints():
-            terminalreporter.write_line(f"TOO SLOW: {line}", red=True)

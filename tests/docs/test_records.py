@@ -1,25 +1,31 @@
-"""What the project says of its quality benchmark, in the README, in lesson 09 and in its targets, is in the record."""
+"""What the README says of measurements is in their records, and the records meet their targets: `make check-docs`."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import kv_answers, linear, recipes
 from benchmarks.quality_table import RESULT, SETTINGS, Cells, best, cells, pairs, summary, table
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
+
+
+def record_of(name: str) -> dict[str, Any]:
+    return json.loads(RESULT.with_name(f"{name}.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def found() -> Cells:
-    return cells(json.loads(RESULT.read_text(encoding="utf-8")))
+    return cells(record_of("quality"))
 
 
 def test_one_machine_measured_all_of_it_and_nothing_failed() -> None:
-    record = json.loads(RESULT.read_text(encoding="utf-8"))
+    record = record_of("quality")
     assert record["machine"]["processor"] and record["date"] and record["public"]
     assert all("error" not in row for row in record["rows"])
     runs = [(row["who"], row["method"], row["setting"], row["seed"]) for row in record["rows"]]
@@ -46,14 +52,14 @@ def test_methods_that_draw_data_are_measured_with_several_draws(found: Cells) ->
 
 
 def test_the_table_has_a_column_for_every_setting(found: Cells) -> None:
-    lines = table(json.loads(RESULT.read_text(encoding="utf-8"))).splitlines()
+    lines = table(record_of("quality")).splitlines()
     assert lines[0].count("|") == len(SETTINGS) + 2
     assert all(line.count("|") == lines[0].count("|") for line in lines)
     assert sum("(public)" in line for line in lines) == 5
 
 
 def test_no_method_takes_longer_than_the_public_one_and_the_readme_says_so() -> None:
-    timed = json.loads(RESULT.read_text(encoding="utf-8"))["times"]["rows"]
+    timed = record_of("quality")["times"]["rows"]
     ratios = [statistics.median(row["canopyq"]) / statistics.median(row["public"]) for row in timed]
     assert {row["method"] for row in timed} == {"gptq", "hqq", "smoothquant", "smoothquant+gptq"}
     assert max(ratios) <= 1
@@ -61,7 +67,7 @@ def test_no_method_takes_longer_than_the_public_one_and_the_readme_says_so() -> 
 
 
 def test_the_readme_shows_the_record() -> None:
-    record = json.loads(RESULT.read_text(encoding="utf-8"))
+    record = record_of("quality")
     readme = README.read_text(encoding="utf-8")
     assert summary(record) in readme and f"llm-compressor {record['public']['llmcompressor']}" in readme
     known = cells(record)
@@ -70,7 +76,7 @@ def test_the_readme_shows_the_record() -> None:
 
 
 def test_the_readme_shows_the_caches_that_were_compared() -> None:
-    record = json.loads(RESULT.with_name("kv_cache.json").read_text(encoding="utf-8"))
+    record = record_of("kv_cache")
     error, step = record["error"], record["time"]["2048"]
     words = " ".join(README.read_text(encoding="utf-8").split())
     for ours, theirs in (("kv4", ["transformers hqq 4", "transformers quanto 4"]), ("kv2", ["transformers quanto 2"])):
@@ -80,3 +86,47 @@ def test_the_readme_shows_the_caches_that_were_compared() -> None:
     assert f"{step['kv4']['times_full_precision']:.2f} times as long as in full precision with 4 bits" in words
     assert f"there {fastest:.2f} times at best" in words
     assert all(step[name]["times_full_precision"] <= 1.5 for name in ("kv8", "kv4", "kv2", "kv-fp8"))
+
+
+def test_the_record_of_answers_meets_its_target() -> None:
+    record = record_of("kv_answers")
+    run = record["float32"]
+    assert len(run["rows"]) == 500 and run["same"] == kv_answers.summary(run["rows"], run["caches"])
+    assert run["same"]["kv8"]["all"]["value"] >= record["target"] == 0.99
+    assert run["same"]["kv8"]["codes_least"] >= 192
+
+
+def test_readme_shows_the_recorded_figures() -> None:
+    """The table is what the last recorded run measured, line by line."""
+    recorded = record_of("recipes")
+    assert recipes.markdown(recorded) in README.read_text(encoding="utf-8")
+
+
+def test_readme_shows_the_recorded_speed() -> None:
+    recorded = record_of("linear_w4a16")
+    readme = README.read_text(encoding="utf-8")
+    assert linear.markdown(recorded) in readme
+    decode = record_of("decode")
+    for row in decode["rows"]:
+        assert f"| {row['name']} | {row['tokens_per_s']:.0f} | {row['GB']:.1f} |" in readme
+
+
+def test_readme_shows_the_recorded_speed_of_8_bit_layers() -> None:
+    """Ours against the fastest other of the same codes, layer by layer."""
+    us: dict[tuple, dict[str, float]] = {}
+    for row in record_of("linear_w8a8")["results"]:
+        us.setdefault((row["k"], row["n"], row["rows"]), {})[row["name"]] = row["us"]
+    others = {"w8a8": ["int8 (vLLM CUTLASS)"], "fp8": ["fp8 (vLLM CUTLASS)", "fp8 (_scaled_mm)"]}
+    gains = {
+        (name, *layer): min(of[other] for other in others[name]) / of[name]
+        for layer, of in us.items()
+        for name in others
+    }
+    few = [gain for (_, _, _, rows), gain in gains.items() if rows <= 64]
+    fp8, int8 = (
+        [100 * gain for (n, *_, rows), gain in gains.items() if n == name and rows >= 1024] for name in ("fp8", "w8a8")
+    )
+    words = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"are {min(few):.2f} to {max(few):.2f} times as fast as the fastest other" in words
+    assert f"at {min(fp8):.0f} to {max(fp8):.0f} % of the faster one's speed" in words
+    assert f"INT8 is at {min(int8):.0f} to {max(int8):.0f} % of CUTLASS's" in words
