@@ -70,12 +70,14 @@ class ModelShape:
             raise CanopyError(f"the config has no {lacking[0]}: it is not of a Llama-like model, whose bytes are known")
         if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
             raise CanopyError("a model with experts has other layers than a Llama-like one; its bytes are not counted")
-        heads = sizes["heads"]
+        heads = max(sizes["heads"], 1)
+        sizes["kv_heads"] = getattr(config, "num_key_value_heads", None) or sizes["heads"]
+        sizes["head_dim"] = getattr(config, "head_dim", None) or sizes["hidden"] // heads
+        if bad := [f"{name} {shown(size)}" for name, size in sizes.items() if not 1 <= size <= 10**9]:
+            raise CanopyError(f"by the config the model's {bad[0]} is none that a model has; mend it")
         kind = getattr(config, "model_type", "")
         return cls(
             **sizes,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or sizes["hidden"] // heads,
             tied=bool(getattr(config, "tie_word_embeddings", False)),
             qkv_bias=bool(getattr(config, "attention_bias", False)) or kind == "qwen2",
         )

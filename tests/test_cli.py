@@ -550,7 +550,7 @@ def with_a_refusing_template(path: Path) -> None:
         (of_another_kind, "cannot be loaded"),
         (with_foreign_code, "cannot be loaded"),
         (with_text_as_weights, "cannot be loaded"),
-        (with_nan, "not finite; look for NaN"),
+        (with_nan, "down_proj.weight' holds NaN"),
         (with_a_refusing_template, "chat template cannot write this chat (one turn only)"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",

@@ -108,9 +108,11 @@ def find_shape(model: str | int | float) -> tuple[str, ModelShape]:
     if key.lower() in MODEL_SHAPES:
         return key.lower(), MODEL_SHAPES[key.lower()]
     if (as_path(key) / "config.json").is_file():
+        from canopyq.checkpoint.json_files import read_json
         from canopyq.checkpoint.skeleton import read_model_config
 
-        return key, ModelShape.of(read_model_config(as_path(key), tensors=MANY))
+        folder = as_path(key)
+        return key, ModelShape.of(read_model_config(folder, read_json(folder / "config.json"), MANY))
     if "/" in key or key.startswith((".", "~")):
         raise CanopyError(
             f"{shown(key)} is no folder with a config.json; name one, or a model such as llama-3.1-8b, or 7B"

@@ -14,13 +14,15 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from canopyq.checkpoint.header import DTYPES, MOST_JSON, Header, TensorInfo, parse_json, read_header
+from canopyq.checkpoint.header import DTYPES, Header, TensorInfo, read_header
+from canopyq.checkpoint.json_files import json_room, read_json
 from canopyq.errors import CanopyError, one_line, shown, unknown
 
-__all__ = ["CONFIG", "DTYPES", "INDEX", "SINGLE", "Checkpoint", "Header", "TensorInfo", "as_path", "read_header",
-           "read_json", "refuse_not_empty", "whole_or_absent", "move_into_place", "sync"]  # fmt: skip
+__all__ = ["CONFIG", "DTYPES", "INDEX", "SINGLE", "Checkpoint", "Header", "TensorInfo", "as_path", "raise_not_finite",
+           "read_header", "read_json", "refuse_not_empty", "whole_or_absent", "move_into_place", "sync"]  # fmt: skip
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+LONGEST_NAME = 255  # characters of a tensor's
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -47,9 +49,11 @@ class Checkpoint:
     def __post_init__(self) -> None:
         self.folder = as_path(self.folder)
         files, weight_map = _shards(self.folder)
-        self.config = read_json(self.folder / CONFIG)
+        self.config = read_json(self.folder / CONFIG, self.json_room)
         for file in files:
             for name, info in read_header(file).items():
+                if not name.isprintable() or not 0 < len(name) <= LONGEST_NAME:
+                    raise CanopyError(f"{file}: {shown(name)} is no name of a tensor; do not trust the file")
                 if name in self.tensors:
                     other = self.tensors[name][0].name
                     raise CanopyError(f"{file}: tensor {shown(name)} is in {other} too; download the checkpoint again")
@@ -62,6 +66,11 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """The safetensors files, each once, in the order of their names."""
         return sorted({file for file, _ in self.tensors.values()})
+
+    @property
+    def json_room(self) -> int:
+        """The bytes that a JSON file of it may have."""
+        return _json_room(self.folder)
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +94,16 @@ class Checkpoint:
             ) from None
 
 
+def raise_not_finite(tensor: Tensor, name: str) -> None:
+    """Raise `CanopyError` for NaN or infinity in a tensor of a checkpoint: the model would answer nothing else.
+
+    It takes no memory: the smallest and the largest value tell.
+    """
+    if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel():
+        if not all(bool(x.isfinite()) for x in tensor.aminmax()):
+            raise CanopyError(f"{shown(name)} holds NaN or infinity in {tensor.dtype}; write the file again")
+
+
 def as_path(folder: str | Path) -> Path:
     """What a caller named as a folder; ``~`` is the home.
 
@@ -94,21 +113,13 @@ def as_path(folder: str | Path) -> Path:
     if not isinstance(folder, (str, os.PathLike)) or "\0" in os.fspath(folder):
         raise CanopyError(f"{shown(folder)} ({type(folder).__name__}) names no folder; use a text such as 'out/w4'")
     path = Path(os.path.expanduser(folder))
-    if too_long := [part for part in path.parts if len(os.fsencode(part)) > 255 - len(".partial")]:
+    try:
+        too_long = [part for part in path.parts if len(os.fsencode(part)) > 255 - len(".partial")]
+    except UnicodeEncodeError:
+        raise CanopyError(f"{shown(str(folder))} is no text that names a folder; use one such as 'out/w4'") from None
+    if too_long:
         raise CanopyError(f"{too_long[0][:60]}… has {len(too_long[0])} characters, too many for a folder; shorten it")
     return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint. Raises `CanopyError` if it cannot be read or is none."""
-    try:
-        if path.stat().st_size > MOST_JSON:
-            raise CanopyError(f"{path} has {path.stat().st_size:,} bytes, too many for JSON; download it again")
-        return parse_json(path.read_bytes(), path)
-    except FileNotFoundError:
-        raise CanopyError(f"{path.parent} has no {path.name}; name a folder written by save_pretrained") from None
-    except OSError as error:
-        raise CanopyError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
 
 
 def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
@@ -123,16 +134,25 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
         if pickles := sorted(file for file in folder.iterdir() if file.suffix in PICKLES):
             raise CanopyError(_never_unpickled(pickles[0]))
         raise CanopyError(f"{folder} has neither {SINGLE} nor {INDEX}; name a folder written by save_pretrained")
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX, _json_room(folder)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CanopyError(f"{folder / INDEX} has no weight_map of tensors to files; download it again")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        if (
+            name in ("", ".", "..")
+            or any(c in name for c in "/\\")
+            or not name.isprintable()
+            or len(name.encode()) > 255
+        ):
             raise CanopyError(f"{folder / INDEX} names {shown(name)}, which is no file of its folder; do not trust it")
         if not (folder / name).is_file():
-            raise CanopyError(f"{folder / INDEX} names {name}, which is missing; download the checkpoint again")
+            raise CanopyError(f"{folder / INDEX} names {shown(name)}, which is missing; download the checkpoint again")
     return [folder / name for name in names], weight_map
+
+
+def _json_room(folder: Path) -> int:
+    return json_room(sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file()))
 
 
 def _never_unpickled(file: Path) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from canopyq.errors import CanopyError, one_line, shown, unknown
+from canopyq.checkpoint.json_files import json_room, open_ordinary, parse_json
+from canopyq.errors import CanopyError, shown, unknown
 
-MOST_JSON = 100_000_000  # bytes of JSON in a header or an index: what the safetensors library itself takes at most
 MOST_ELEMENTS = 2**60
 
 _NAMES = {
@@ -57,12 +55,12 @@ def read_header(path: Path | str) -> Header:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_ordinary(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
                 raise CanopyError(f"{path} has {size} bytes, too few for safetensors; copy or download it again")
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > MOST_JSON or 8 + length > size:
+            if length > json_room(size) or 8 + length > size:
                 raise CanopyError(
                     f"{path} announces a header of {length:,} bytes in a file of {size:,}: it is cut short or no "
                     "safetensors file; copy or download it again"
@@ -77,24 +75,6 @@ def read_header(path: Path | str) -> Header:
         header[name] = _tensor_info(name, entry, 8 + length, path)
     _check_layout(header, 8 + length, size, path)
     return header
-
-
-def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object in which no key comes twice. Raises `CanopyError` for anything else."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key comes twice")
-        return found
-
-    try:
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise CanopyError(f"{path} holds no valid JSON ({one_line(error)}); copy or download it again") from None
-    if not isinstance(content, dict):
-        raise CanopyError(f"{path} holds a JSON {type(content).__name__}, not an object; copy or download it again")
-    return content
 
 
 def _metadata(content: object, path: Path) -> dict[str, str]:

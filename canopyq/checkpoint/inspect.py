@@ -9,7 +9,7 @@ from canopyq.checkpoint.config import Group, read_config
 from canopyq.checkpoint.files import Checkpoint, TensorInfo, read_json
 from canopyq.checkpoint.layout import check
 from canopyq.checkpoint.readers import groups_of, notes, readers
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, cut, printable
 from canopyq.memory import human
 from canopyq.utils import Preformatted
 
@@ -64,11 +64,11 @@ class Inspection(Preformatted):
     def __str__(self) -> str:
         total = sum(self.bytes.values())
         files = "1 file" if self.files == 1 else f"{self.files} files"
-        lines = [f"{self.folder}: {self.model}, {self.tensors} tensors in {files}, {human(total)}"]
+        lines = [f"{self.folder}: {printable(self.model)}, {self.tensors} tensors in {files}, {human(total)}"]
         for group in self.groups:
             activations = f", input {group.activations}" if group.activations else ""
             lines.append(
-                f"  {group.name}: {group.layers} layers {group.format}, {group.scheme}{activations}, "
+                f"  {cut(printable(group.name))}: {group.layers} layers {group.format}, {group.scheme}{activations}, "
                 f"{group.bits_per_weight:.3f} bits per weight"
             )
         lines += [f"  {kind:<12} {human(count)}" for kind, count in self.bytes.items() if count]
@@ -108,7 +108,7 @@ def inspect(folder: str | Path) -> Inspection:
             owners[group.name].append(module)
         problem = problem or _problem(module, group, shape, held[module])
     if shapeless:
-        problem = problem or f"no: nothing says what shape {shapeless[0]} has"
+        problem = problem or f"no: nothing says what shape {cut(shapeless[0])} has"
     found = tuple(
         _group(group, [quantized[module] for module in owners[group.name]],
                sum(info.nbytes for module in owners[group.name] for info in held[module].values()))
@@ -117,7 +117,7 @@ def inspect(folder: str | Path) -> Inspection:
     note = checkpoint.folder / "canopyq.json"
     return Inspection(
         checkpoint.folder,
-        str(checkpoint.config.get("model_type", "unknown model")),
+        cut(str(checkpoint.config.get("model_type", "unknown model"))),
         len(checkpoint.files),
         len(checkpoint.tensors),
         sizes,
@@ -125,7 +125,7 @@ def inspect(folder: str | Path) -> Inspection:
         quantization.ignore if quantization else (),
         {"canopyq": problem or "yes", **(readers(quantization, quantized) if quantization else {})},
         notes(quantization) if quantization else (),
-        read_json(note) if note.is_file() else None,
+        read_json(note, finite=True) if note.exists() else None,
     )
 
 
@@ -153,12 +153,12 @@ def _quantized(checkpoint: Checkpoint) -> tuple[dict[str, tuple[int, int]], list
 def _problem(module: str, group: Group | None, shape: tuple[int, int], held: dict[str, TensorInfo]) -> str | None:
     """Why canopyq would refuse a weight, by its headers."""
     if group is None:
-        return f"no: {module} is quantized, and no group of the config names it"
+        return f"no: {cut(module)} is quantized, and no group of the config names it"
     headers = {leaf: (info.torch_dtype, info.shape) for leaf, info in held.items()}
     try:
         check(headers, group.weights, shape, group.format, group.activations if group.static else None)
     except CanopyError as error:
-        return f"no: {module}.{error}"
+        return f"no: {cut(module)}.{error}"
     return None
 
 

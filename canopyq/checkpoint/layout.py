@@ -96,13 +96,13 @@ def input_to_disk(scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype |
     return tensors if zero_point is None else tensors | {"input_zero_point": zero_point}
 
 
-def input_from_disk(tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+def input_from_disk(tensors: Mapping[str, Tensor], scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """The inverse of `input_to_disk`, from the tensors of a layer.
 
     Raises:
         CanopyError: for a scale that is not finite and positive, a zero point outside the codes.
     """
-    _raise_bad_scale(tensors["input_scale"], "input_scale")
+    _raise_bad_scale(tensors["input_scale"], "input_scale", scheme, dtype)
     zero_point = tensors.get("input_zero_point")
     if zero_point is not None:
         _raise_bad_zero_point(zero_point, "input_zero_point", scheme)
@@ -159,7 +159,7 @@ def from_disk(
     format = PACKED if "weight_packed" in tensors else FLOAT if isinstance(scheme.format, FloatFormat) else INT
     check({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, scheme, shape, format)
     bits, scale = scheme.format.bits, tensors["weight_scale"]
-    _raise_bad_scale(scale, "weight_scale")
+    _raise_bad_scale(scale, "weight_scale", scheme, dtype)
     if format == PACKED and tensors["weight_shape"].tolist() != list(shape):
         raise CanopyError(f"weight_shape says {tensors['weight_shape'].tolist()}, the model's config {list(shape)}")
     data = tensors["weight_packed" if format == PACKED else "weight"]
@@ -183,9 +183,14 @@ def _exact(scale: Tensor, dtype: torch.dtype | None) -> Tensor:
     return scale.to(dtype) if torch.equal(scale.to(dtype).to(scale.dtype), scale) else scale
 
 
-def _raise_bad_scale(scale: Tensor, name: str) -> None:
+def _raise_bad_scale(scale: Tensor, name: str, scheme: Scheme, dtype: torch.dtype) -> None:
+    """Refuse scales that are not finite and positive, or give values that ``dtype`` does not hold."""
     if not bool(((scale > 0) & scale.isfinite()).all()):
         raise CanopyError(f"{name} holds values that are not finite and positive; write the file again")
+    fmt = scheme.format
+    largest = fmt.largest if isinstance(fmt, FloatFormat) else 2 ** (fmt.bits - scheme.symmetric)
+    if (most := float(scale.max()) * largest) > torch.finfo(dtype).max:
+        raise CanopyError(f"{name} gives values up to {most:.3g}, more than {_word(dtype)} holds; use another dtype")
 
 
 def _raise_bad_zero_point(zero_point: Tensor, name: str, scheme: Scheme) -> None:
@@ -201,6 +206,7 @@ def check(
     inputs: Scheme | None = None,
 ) -> None:
     """Raise `CanopyError` unless the tensors found, by dtype and shape, are those of `expected`."""
+    scheme.granularity.check(shape)
     wanted = expected(scheme, shape, format, inputs)
     if missing := sorted(wanted.keys() - found.keys()):
         raise CanopyError(f"{missing[0]} is missing; the checkpoint is incomplete")

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from canopyq.checkpoint.config import read_config
-from canopyq.checkpoint.files import Checkpoint
+from canopyq.checkpoint.files import Checkpoint, raise_not_finite, read_json
 from canopyq.checkpoint.layout import check, from_disk, input_from_disk
 from canopyq.checkpoint.names import Names, names_of
 from canopyq.checkpoint.pretrained import teach_save_pretrained
@@ -69,8 +69,10 @@ def load_as(
         raise CanopyError(f"{folder} holds no quantized model (no quantization_config); use transformers to load it")
     quantization = read_config(given)
     place = _device(device)
-    config = read_model_config(checkpoint.folder, len(checkpoint.tensors))
-    model = build(config, _dtype(dtype, place, config), attention, most=4 * checkpoint.nbytes)  # 2-bit codes at least
+    tensors = len(checkpoint.tensors)
+    config = read_model_config(checkpoint.folder, checkpoint.config, tensors)
+    most = 4 * checkpoint.nbytes  # 2-bit codes at least
+    model = build(config, _dtype(dtype, place, config), attention, most=most, tensors=tensors)
     files = names_of(model)
     layers = quantized(model, files, quantization)
     rest = plain(model, files, layers, checkpoint)
@@ -148,6 +150,8 @@ def _fill(
     read = _Reader(checkpoint)
     for name, wanted in rest.items():
         parts = [_own(read(file), place, wanted.dtype) for file in files.of(name)]
+        for file, part in zip(files.of(name), parts, strict=True):
+            raise_not_finite(part, file)
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts).reshape(wanted.shape)
         if isinstance(wanted, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=wanted.requires_grad)
@@ -182,7 +186,7 @@ def _layer(layer: Wanted, file: str, tensors: Mapping[str, Tensor]) -> Quantized
     """What takes the place of a layer, from its tensors in the files."""
     group, dtype = layer.group, next(layer.module.parameters()).dtype
     with prefixed(f"{file}: "):
-        fixed = input_from_disk(tensors, group.activations) if group.static else (None, None)
+        fixed = input_from_disk(tensors, group.activations, dtype) if group.static else (None, None)
         own = {leaf: tensor for leaf, tensor in tensors.items() if leaf.startswith("weight")}
         weight = from_disk(own, group.weights, layer.shape, dtype)
     if layer.kind == "embedding":
@@ -250,8 +254,9 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
 def _generation(model: PreTrainedModel, folder: Path) -> None:
     from transformers import GenerationConfig
 
-    if not (folder / "generation_config.json").is_file():
+    if not (folder / "generation_config.json").exists():
         return
+    read_json(folder / "generation_config.json")  # that it is one
     try:
         with quiet():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

@@ -17,8 +17,9 @@ from canopyq.checkpoint.header import TensorInfo
 from canopyq.checkpoint.layout import disk_format, expected
 from canopyq.checkpoint.names import Names, names_of
 from canopyq.checkpoint.readers import readers
+from canopyq.checkpoint.skeleton import on_meta, read_model_config
 from canopyq.checkpoint.wanted import part_shape
-from canopyq.errors import CanopyError, and_more, by_reason, one_line, prefixed, shown
+from canopyq.errors import CanopyError, and_more, by_reason, prefixed, shown
 from canopyq.memory import human
 from canopyq.scheme import Recipe
 from canopyq.targets import find_targets
@@ -184,20 +185,17 @@ def meta_model(source: Checkpoint) -> nn.Module:
         CanopyError: if transformers cannot build it without running code from the folder.
     """
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+    from transformers import AutoModelForCausalLM, PreTrainedModel
 
-    try:
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-        named = getattr(transformers, str((config.architectures or [""])[0]), None)
-        with torch.device("meta"):
-            if isinstance(named, type) and issubclass(named, PreTrainedModel):
-                return named(config)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:
-        raise CanopyError(
-            f"transformers cannot build the model of {source.folder}/config.json ({one_line(error)}); check the "
-            "file, or the version of transformers"
-        ) from None
+    config = read_model_config(source.folder, source.config, len(source.tensors))
+    named = getattr(transformers, str((config.architectures or [""])[0]), None)
+
+    def make() -> nn.Module:
+        if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is type(config):
+            return named(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+    return on_meta(make, most=source.nbytes, tensors=len(source.tensors))
 
 
 def _shared(embedding: nn.Module, model: nn.Module) -> bool:

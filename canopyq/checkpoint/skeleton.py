@@ -6,42 +6,48 @@ meta device would lose them, and every architecture has its own way to make them
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from canopyq.errors import CanopyError, one_line
+from canopyq.errors import CanopyError, one_line, shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-COMPUTED = 2**24  # values that a buffer may have though no file holds them: rotary frequencies, causal masks
+COMPUTED = 2**24  # values that buffers may have though no file holds them: rotary frequencies, causal masks
+COUNTS = re.compile(r"(?:^|_)(?:layer|depth|block|expert|head|label|stage|codebook)s?$")  # keys: so many of something
+MANY = 10_000  # more of anything than a model has, unless its files say so
+SPARE = 1000  # parameters that a model may register beside the tensors that the files hold for it
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def read_model_config(folder: Path, tensors: int) -> PretrainedConfig:
+def read_model_config(folder: Path, content: Mapping[str, Any], tensors: int) -> PretrainedConfig:
     """The config of the model in a folder, without its ``quantization_config``.
 
     Args:
-        tensors: how many tensors the checkpoint has. A config with more layers than that is refused before any of
-            them is built.
+        content: of its config.json.
+        tensors: how many tensors the checkpoint has. A config with more layers than that, or more of anything than a
+            model has, is refused before anything is made of it: some configs make a list of their layers or labels.
 
     Raises:
         CanopyError: for a config that transformers does not understand, or foreign code.
     """
     from transformers import AutoConfig
 
+    _check_counts(content, max(tensors, MANY))
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         layers = getattr(config, "num_hidden_layers", 0)
         if type(layers) is not int or not 0 <= layers <= tensors:
-            raise CanopyError(f"config.json says {str(layers)[:40]} layers, and the files hold {tensors} tensors")
+            raise CanopyError(f"config.json says {shown(layers)} layers, and the files hold {tensors} tensors")
     except CanopyError:
         raise
     except Exception as error:  # whatever the configuration classes raise
@@ -52,14 +58,32 @@ def read_model_config(folder: Path, tensors: int) -> PretrainedConfig:
     return config
 
 
+def _check_counts(content: object, most: int, key: str = "") -> None:
+    """Raise `CanopyError` for a number of layers, heads and the like, at any depth, that is more than ``most``."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            _check_counts(value, most, name)
+    elif isinstance(content, list):
+        for value in content:
+            _check_counts(value, most, key)
+    elif isinstance(content, (int, float)) and COUNTS.search(key) and not content <= most:
+        raise CanopyError(f"config.json says {key}: {shown(content)}, more than the files hold; download both again")
+
+
 def build(
-    config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None, *, most: int | None = None
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    *,
+    most: int | None = None,
+    tensors: int | None = None,
 ) -> PreTrainedModel:
     """The causal language model of a config, its parameters on the meta device.
 
     Args:
-        most: values that the checkpoint can hold. A config whose model has a larger tensor is refused before memory is
-            taken for it.
+        most: values that the checkpoint can hold. A config whose model has more is refused before memory is taken for
+            it.
+        tensors: that the checkpoint holds. A config whose model has more parameters is refused while it is built.
 
     Raises:
         CanopyError: if transformers has no such model, or the config's numbers make no model.
@@ -71,12 +95,24 @@ def build(
     def make() -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options).eval()
 
+    if most is not None and tensors is not None:
+        on_meta(make, most, tensors)
+    with _understood(), quiet(), _parameters_on_meta():
+        return make()
+
+
+def on_meta(make: Callable[[], nn.Module], most: int, tensors: int) -> nn.Module:
+    """What ``make`` makes, whole on the meta device, if it is not larger than its checkpoint; see `build`."""
+    with _understood(), quiet(), _few_parameters(tensors), torch.device("meta"):
+        model = make()
+    _refuse_larger(model, most)
+    return model
+
+
+@contextmanager
+def _understood() -> Iterator[None]:
     try:
-        if most is not None:
-            with quiet(), torch.device("meta"):
-                _refuse_larger(make(), most)
-        with quiet(), _parameters_on_meta():
-            return make()
+        yield
     except CanopyError:
         raise
     except Exception as error:  # whatever the model classes raise
@@ -84,13 +120,37 @@ def build(
 
 
 def _refuse_larger(model: nn.Module, most: int) -> None:
-    held = [(name, tensor, most) for name, tensor in model.named_parameters()]
-    held += [(name, tensor, most + COMPUTED) for name, tensor in model.named_buffers()]
-    for name, tensor, room in held:
-        if tensor.numel() > room:
-            raise CanopyError(
-                f"by config.json {name} has {tensor.numel():,} values, more than the files hold; download both again"
-            )
+    for tensors, room in ((model.named_parameters(), 2 * most), (model.named_buffers(), most + COMPUTED)):
+        values = 0
+        for name, tensor in tensors:
+            values += tensor.numel()
+            if tensor.numel() > most + COMPUTED or values > room:
+                raise CanopyError(
+                    f"by config.json {name} has {tensor.numel():,} values, more than the files hold; mend it"
+                )
+
+
+@contextmanager
+def _few_parameters(tensors: int) -> Iterator[None]:
+    """Stop a model that is built meanwhile at more parameters than the files can hold tensors for.
+
+    A layer has its parameters in several tensors once it is quantized, never the other way round.
+    """
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    builder, registered = threading.get_ident(), 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal registered
+        registered += threading.get_ident() == builder
+        if registered > 2 * tensors + SPARE:
+            raise CanopyError(f"config.json makes more parameters than the {tensors} tensors of the files; mend it")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

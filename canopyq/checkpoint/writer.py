@@ -12,7 +12,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from canopyq.checkpoint.files import sync
+from canopyq.checkpoint.files import raise_not_finite, sync
 from canopyq.checkpoint.header import DTYPES, TensorInfo
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -65,15 +65,21 @@ class Writer:
             write(self.file, memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
 
     def copy(self, name: str, source: Path, info: TensorInfo) -> None:
-        """Copy a tensor as it is from another safetensors file, in small blocks."""
+        """Copy a tensor as it is from another safetensors file, in small blocks.
+
+        Raises:
+            CanopyError: for NaN and infinity.
+            OSError: if that cannot be done.
+        """
         self._seek(name)
         with open(source, "rb", buffering=0) as file:
             file.seek(info.start)
             left = info.nbytes
             while left:
                 block = file.read(min(BLOCK, left))
-                if not block:
+                if len(block) < min(BLOCK, left):
                     raise OSError(5, f"the file ended early while {name} was copied; was it changed meanwhile?", source)
+                raise_not_finite(torch.frombuffer(bytearray(block), dtype=info.torch_dtype), name)
                 write(self.file, memoryview(block))
                 left -= len(block)
 

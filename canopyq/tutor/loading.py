@@ -157,6 +157,8 @@ def _read(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from canopyq.checkpoint.files import raise_not_finite
+
     place = _usable(device or "cpu")
     if dtype is None:
         dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
@@ -176,6 +178,8 @@ def _read(
             raise CanopyError(
                 f"the weights in {source} do not match its config.json ({problem}: {example}); mend the folder"
             )
+    for name, parameter in model.named_parameters():
+        raise_not_finite(parameter, name)
     return model.to(place).eval(), tokenizer
 
 
