@@ -30,7 +30,7 @@ import canopyq as cq
 from canopyq.machine import describe
 from canopyq.stats import Share
 from canopyq.tutor.chat import prompt_ids
-from canopyq.tutor.questions import Question
+from canopyq.tutor.exam import Question
 from canopyq.utils import track
 
 Maker = Callable[[object], cq.QuantizedCache]

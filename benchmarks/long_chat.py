@@ -31,7 +31,7 @@ from canopyq.machine import describe
 from canopyq.memory import MODEL_SHAPES, cache_bytes, model_bytes
 from canopyq.scheme import Recipe
 from canopyq.stats import Share, bootstrap
-from canopyq.tutor.questions import questions as draw
+from canopyq.tutor.exam import questions as draw
 from canopyq.utils import track
 
 RESULT = Path(__file__).parent / "results" / "long_chat.json"

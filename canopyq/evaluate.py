@@ -28,7 +28,7 @@ from canopyq.mode import eval_mode
 from canopyq.offload import input_device
 from canopyq.stats import Share, mcnemar
 from canopyq.tutor.chat import encode
-from canopyq.tutor.questions import Question
+from canopyq.tutor.exam import Question
 from canopyq.utils import Preformatted, track
 
 CacheMaker = Callable[[Any], Any]  # from a model's config to a transformers cache

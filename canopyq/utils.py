@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import html
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from tqdm import tqdm
 
 T = TypeVar("T")
+EVERY = 10.0  # seconds between two lines of a log
 
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Iterate over ``items``; after two seconds a bar with an estimate of what is left appears.
 
-    It goes to stderr, but in a notebook to stdout: there stderr has a red ground, which would stay after the bar.
+    It goes to stderr, but in a notebook to stdout: there stderr has a red ground, which would stay after the bar. Where
+    stderr is no terminal but a log, a line is written every `EVERY` seconds.
     """
-    notebook = type(sys.stderr).__module__.startswith("ipykernel")
-    file = sys.stdout if notebook else sys.stderr
+    if type(sys.stderr).__module__.startswith("ipykernel"):
+        file = sys.stdout
+    elif sys.stderr is None or not sys.stderr.isatty():
+        yield from _logged(items, what, total)
+        return
+    else:
+        file = sys.stderr
     yield from tqdm(items, desc=what, total=total, delay=2, leave=False, dynamic_ncols=True, file=file)
+
+
+def _logged(items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
+    total = len(items) if total is None and isinstance(items, Sized) else total
+    start = last = time.monotonic()
+    for count, item in enumerate(items):
+        now = time.monotonic()
+        if now - last >= EVERY and sys.stderr is not None:
+            last = now
+            of = "" if total is None else f" of {total}"
+            print(f"{what}: {count}{of} done, {now - start:.0f} s", file=sys.stderr, flush=True)
+        yield item
 
 
 class Preformatted:

@@ -30,7 +30,7 @@ from canopyq.formats import FORMATS
 from canopyq.machine import Check
 from canopyq.memory import MODEL_SHAPES
 from canopyq.tutor import SKILLS, loading
-from canopyq.tutor.questions import up_to
+from canopyq.tutor.exam import up_to
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ["doctor", "size", "eval", "chat", "quantize", "explain", "inspect", "advise"]
@@ -343,11 +343,16 @@ def test_eval_asks_other_questions_with_another_seed(canopyq) -> None:
 
 
 def test_progress_goes_to_stderr(canopyq, monkeypatch) -> None:
-    from tqdm import tqdm
-
-    monkeypatch.setattr("canopyq.utils.tqdm", lambda items, **options: tqdm(items, **(options | {"delay": 0})))
+    monkeypatch.setattr("canopyq.utils.EVERY", 0.0)
     done = canopyq("eval", "--questions", "3", "--json")
-    assert reading(done.out)["questions"] == 3 and "evaluating" in done.err
+    assert reading(done.out)["questions"] == 3
+    lines = done.err.splitlines()
+    assert lines and all(line.startswith("evaluating: ") and "\r" not in line for line in lines)
+
+
+def test_a_log_gets_a_line_now_and_then(canopyq) -> None:
+    """Not one a step: what stands in a log stays there."""
+    assert canopyq("eval", "--questions", "34", "--json").err.count("\n") <= 2
 
 
 @pytest.mark.parametrize(

@@ -208,3 +208,15 @@ def test_public_names_are_what_they_say_whatever_was_imported_before() -> None:
             assert getattr(canopyq, alias.name) is getattr(import_module(statement.module), alias.name)
     named = [alias.name for statement in checked.body for alias in statement.names]
     assert sorted(named) == sorted(canopyq.__all__) == sorted(set(dir(canopyq)) - {"__version__"})
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+def test_no_function_stands_in_the_place_of_its_module() -> None:
+    """`import canopyq.x as m` binds what the package calls ``x``. The lessons call what notebooks use as they like."""
+    files = [file for file in FILES if not file.startswith("lessons/") and file.split("/")[-1] not in ROOF]
+    names = ["canopyq." + file.removesuffix(".py").replace("/", ".") for file in files]
+    test = "\n".join(["import sys", *(f"import {name} as m\nassert m is sys.modules[{name!r}]" for name in names)])
+    done = subprocess.run([sys.executable, "-c", test], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from canopyq.tutor import skills
 from canopyq.tutor.chat import encode
-from canopyq.tutor.questions import up_to
+from canopyq.tutor.exam import up_to
 from training.tokenizer import PAD
 
 if TYPE_CHECKING:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
 
 from canopyq import __version__
+from canopyq.cli import quantize
 from canopyq.cli.examine import chat, evaluate, explain
 from canopyq.cli.facts import advise, bench, doctor, inspect, size
-from canopyq.cli.quantize import quantize
 from canopyq.errors import CanopyError, printable
 
 app = typer.Typer(
@@ -24,7 +25,7 @@ app.command()(size)
 app.command("eval")(evaluate)
 app.command()(chat)
 app.command()(explain)
-app.command()(quantize)
+app.command()(quantize.quantize)
 app.command()(inspect)
 app.command()(bench)
 app.command()(advise)
@@ -50,6 +51,7 @@ def main() -> None:
     for stream in (sys.stdin, sys.stdout):
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # "?" for what the terminal cannot show, or nobody can read
+    warnings.showwarning = _show_warning
     try:
         app()
     except (CanopyError, OSError) as error:
@@ -58,3 +60,9 @@ def main() -> None:
         if isinstance(error, OSError):
             sys.stdout = None  # Python would try once more to write what is left in it
         sys.exit(2)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning is a line too: without the file and the line of code that Python adds."""
+    if sys.stderr is not None:
+        print(f"canopyq: {printable(str(message))}", file=sys.stderr)

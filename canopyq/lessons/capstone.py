@@ -170,8 +170,8 @@ def _not_mine(place: Path, started: float) -> Finding | None:
 def _answers(place: Path, size: int, spec: Capstone) -> Finding:
     from canopyq.checkpoint.load import load
     from canopyq.evaluate import compare
+    from canopyq.tutor.exam import questions
     from canopyq.tutor.loading import load_folder, path
-    from canopyq.tutor.questions import questions
 
     original, tokenizer = load_folder(path())
     try:

@@ -37,7 +37,7 @@ def sensitivity(model: nn.Module, recipe: str | Recipe, data: Any, tokenizer=Non
     Raises:
         CanopyError: as `quantize_`, before anything is changed.
     """
-    recipe = Recipe.parse(recipe)
+    recipe = Recipe.of_weights(recipe)
     batches = read_batches(data, model, tokenizer)
     targets, _ = find_targets(model, recipe)
     return _costs(model, targets, batches)
@@ -60,7 +60,7 @@ def mixed_precision(
         CanopyError: for a budget below the cheapest choice, fewer than two choices, choices with activations, and as
             `sensitivity`.
     """
-    recipes = [Recipe.parse(choice) for choice in choices]
+    recipes = [Recipe.of_weights(choice) for choice in choices]
     if len(recipes) < 2 or any(recipe.activations is not None or recipe.exceptions for recipe in recipes):
         raise CanopyError(f"mixed precision chooses among two or more recipes for weights alone, got {list(choices)}")
     by_choice = [find_targets(model, recipe)[0] for recipe in recipes]

@@ -6,8 +6,8 @@ questions(200)
 """
 
 from canopyq.tutor.chat import ask, encode
+from canopyq.tutor.exam import Question, questions
 from canopyq.tutor.loading import load, path
-from canopyq.tutor.questions import Question, questions
 from canopyq.tutor.skills import SKILLS, Skill
 from canopyq.tutor.stream import calibration
 

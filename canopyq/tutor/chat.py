@@ -14,7 +14,7 @@ from canopyq.errors import CanopyError, one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from canopyq.tutor.questions import Question
+    from canopyq.tutor.exam import Question
 
 Turn = tuple[str, str]  # what the student says, what the tutor answers
 

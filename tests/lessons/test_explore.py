@@ -18,7 +18,7 @@ from canopyq.lessons.explore.rounding import Rounding
 from canopyq.lessons.explore.static import Static
 from canopyq.lessons.explore.words import Words
 from canopyq.tensor import quantize
-from canopyq.tutor.questions import Question
+from canopyq.tutor.exam import Question
 
 X = torch.randn(1500, generator=torch.Generator().manual_seed(0))
 TOKENS = X.reshape(30, 50) * torch.logspace(0, 2, 30)[:, None]  # from small to large

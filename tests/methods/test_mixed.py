@@ -36,6 +36,13 @@ def test_sensitivity_is_what_each_layer_alone_costs(make, ids) -> None:
     assert kl(model, alone, ids[0]) == pytest.approx(costs[worst], rel=1e-3)
 
 
+def test_a_cache_is_no_recipe_of_weights(make, ids) -> None:
+    for call in (lambda: cq.sensitivity(make("llama"), "kv4", ids),
+                 lambda: cq.mixed_precision(make("llama"), 4.5, ids, choices=("w4a16-g32", "kv4"))):  # fmt: skip
+        with pytest.raises(CanopyError, match="kv4 leaves the weights as they are"):
+            call()
+
+
 def test_the_budget_is_kept_and_spent_where_it_helps(make, ids, tmp_path: Path) -> None:
     original, mixed, even = make("llama"), make("llama"), make("llama")
     recipe = cq.mixed_precision(mixed, 4.5, ids[:1], choices=CHOICES)

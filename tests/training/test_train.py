@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from canopyq.tutor import loading
 from canopyq.tutor.chat import ask, encode
-from canopyq.tutor.questions import questions
+from canopyq.tutor.exam import questions
 from training import card, scoring, train
 from training.model import Shape, build
 from training.trainer import Plan

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from canopyq.tutor import chat, loading
-from canopyq.tutor.questions import questions
+from canopyq.tutor.exam import questions
 
 TURNS = (("What is 1 + 2?", "3."), ("Spell key.", "k-e-y."))
 

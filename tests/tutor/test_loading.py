@@ -13,7 +13,7 @@ import torch
 from canopyq.errors import CanopyError
 from canopyq.tutor import loading
 from canopyq.tutor.chat import ask
-from canopyq.tutor.questions import questions
+from canopyq.tutor.exam import questions
 from training import files
 
 

@@ -10,7 +10,7 @@ from matplotlib.ticker import NullLocator, PercentFormatter
 
 from canopyq.evaluate import Comparison
 from canopyq.memory import human
-from canopyq.tutor.questions import Question
+from canopyq.tutor.exam import Question
 
 from ..canvas import BLUE, INK, SKY, new_figure, styled
 from ..html import box, html_table

@@ -13,7 +13,7 @@ from canopyq.errors import CanopyError
 from canopyq.tutor import knowledge, letters, numbers, recall, skills, stream
 from canopyq.tutor.dates import AHEAD, BACK
 from canopyq.tutor.draws import FEWEST_PHRASINGS, SPLITS, split_of_phrasing
-from canopyq.tutor.questions import Question, questions, up_to
+from canopyq.tutor.exam import Question, questions, up_to
 from canopyq.tutor.world import COURSES, DAYS, GLOSSARY, MONTHS, WORDS
 
 
