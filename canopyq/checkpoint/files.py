@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import shutil
 import uuid
@@ -181,20 +183,48 @@ def whole_or_absent(folder: Path | str) -> Iterator[Path]:
     """A new hidden folder beside ``folder``, to write into. It takes that name at the end, or is removed on failure.
 
     Everything is on the disk before the name is given, so that after a power cut, too, ``folder`` is whole or absent.
+    What earlier runs left that were killed is removed first; what another process is still writing stays.
 
     Raises:
         CanopyError: if ``folder`` exists and is not empty.
     """
     refuse_not_empty(folder)
     folder = Path(os.path.realpath(as_path(folder)))
-    work = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
-    work.mkdir(parents=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.{'[0-9a-f]' * 8}.part"):
+        if (held := _hold(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(held)
+    held = work = None
+    while work is None or not work.exists():  # another process may take it for a leftover before it is locked
+        work = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
+        work.mkdir(parents=True)
+        held = _hold(work)
     try:
         yield work
         move_into_place(work, folder)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _hold(folder: Path) -> int | None:
+    """Lock a folder for this process; the system lets the lock go when the process ends, however it does. None if
+    another process has it, if it is no folder, or if its disk has no locks."""
+    try:
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(held), os.stat(folder)):
+            return held
+    except OSError:  # held by another process, or gone
+        pass
+    os.close(held)
+    return None
 
 
 def move_into_place(work: Path, folder: Path) -> None:

@@ -30,7 +30,7 @@ from canopyq.utils import track
 COPIED = ("generation_config.json", "tokenizer*.json", "tokenizer.model*", "*tokens*.json", "vocab.*", "merges.txt",
           "*.tiktoken", "spiece.model", "*.spm", "chat_template*", "*processor_config.json", "LICENSE*",
           "NOTICE*")  # fmt: skip
-SMALL = 20_000_000  # bytes of room for headers, config and tokenizer
+SMALL = 20_000_000  # bytes of room for headers and config
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def prepare(
     }
     work = Work(out, terms)
     left = sum(step.nbytes for file, own in plan.shards.items() if file not in work.finished for step in own)
-    work.check_space(left + SMALL)
+    work.check_space(left + SMALL + sum(file.stat().st_size for file in _copied(checkpoint.folder)))
     say(str(plan))
     if work.changed:
         say(f"  starting over: {work.folder} is of no use, {' and '.join(work.changed)}")
@@ -145,9 +145,26 @@ def _write_rest(plan: Plan, folder: Path) -> None:
         weight_map = {name: file for file, own in plan.shards.items() for step in own for name in step.outputs}
         index = {"metadata": {"total_size": plan.bytes_after}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(folder / INDEX, index)
-    for file in sorted(plan.source.folder.iterdir()):
-        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in COPIED):
-            shutil.copyfile(file, folder / file.name)
+    for file in _copied(plan.source.folder):
+        shutil.copyfile(file, folder / file.name)
+
+
+def _copied(folder: Path) -> list[Path]:
+    """The files beside the weights that go into the result.
+
+    Raises:
+        CanopyError: for a link that leads out of the folder, to what may be nobody else's business: only links within
+            it are followed, and those of the hub's cache, which lead from ``models--NAME/snapshots`` to its ``blobs``.
+    """
+    inside = [folder.resolve()]
+    if inside[0].parent.name == "snapshots" and inside[0].parent.parent.name.startswith("models--"):
+        inside.append(inside[0].parent.parent / "blobs")
+    found = [file for file in sorted(folder.iterdir()) if any(fnmatch(file.name, pattern) for pattern in COPIED)]
+    found = [file for file in found if file.is_file()]
+    for file in found:
+        if not any(file.resolve().is_relative_to(place) for place in inside):
+            raise CanopyError(f"{file} is a link that leads out of its folder, and is not copied; put the file there")
+    return found
 
 
 def _write_json(file: Path, content: object) -> None:

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import canopyq as cq
-from canopyq.checkpoint.files import CONFIG, SINGLE
+from canopyq.checkpoint.files import CONFIG, SINGLE, whole_or_absent
 from canopyq.checkpoint.json_files import DEEPEST, FEW, read_json
 from canopyq.checkpoint.stream import quantize_checkpoint
 from canopyq.errors import CanopyError
@@ -237,3 +239,67 @@ def test_advice_on_a_config_alone(tmp_path: Path) -> None:
 def test_a_whole_checkpoint_takes_no_more_than_before(quantized: Path) -> None:
     """The bounds are far from what models have."""
     assert torch.isfinite(cq.load(quantized)(torch.arange(3, 9)[None]).logits).all()
+
+
+# Links, and what a killed process leaves ------------------------------------------------------------------------------
+
+
+def test_links_that_lead_out_of_the_folder_are_not_copied(source: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    for target in (secret, Path("../secret"), Path("/etc/passwd"), Path("../../../../../../../../../etc/passwd")):
+        (source / "tokenizer.json").unlink(missing_ok=True)
+        (source / "tokenizer.json").symlink_to(target)
+        refused(lambda: quantize_checkpoint(source, RECIPE, tmp_path / "out"), "tokenizer.json")
+        assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+def test_links_within_the_folder_and_to_the_hubs_blobs_are_followed(source: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    shutil.copytree(source, snapshot)
+    for file in list(snapshot.iterdir()):
+        file.rename(blobs / file.name)
+        file.symlink_to(Path("../../blobs") / file.name)
+    (blobs / "t").write_text('{"a": 1}')
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/t")
+    (snapshot / "vocab.json").symlink_to("tokenizer.json")
+    quantize_checkpoint(snapshot, RECIPE, tmp_path / "out")
+    for name in ("tokenizer.json", "vocab.json"):
+        assert (tmp_path / "out" / name).read_text() == '{"a": 1}' and not (tmp_path / "out" / name).is_symlink()
+    (snapshot / "tokenizer.json").unlink()
+    (snapshot / "tokenizer.json").symlink_to("../../other")  # beside the blobs
+    (blobs.parent / "other").write_text("{}")
+    refused(lambda: quantize_checkpoint(snapshot, RECIPE, tmp_path / "second"), "tokenizer.json")
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    writing = (
+        "import sys\nfrom canopyq.checkpoint.files import whole_or_absent\nwith whole_or_absent(sys.argv[1]) as work:\n"
+    )
+    writing += "    (work / 'half').write_bytes(bytes(1000)); print(work, flush=True); sys.stdin.read()\n"
+
+    def writer(name: str) -> tuple[subprocess.Popen, Path]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", writing, str(tmp_path / name)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return process, Path(process.stdout.readline().strip())
+
+    killed, living, other = writer("out"), writer("out"), writer("outer")
+    (tmp_path / ".out.0123abcd.part").symlink_to(source := tmp_path / "elsewhere")
+    source.mkdir()
+    (source / "file").write_text("x")
+    for process, _ in (killed, other):
+        process.kill()
+        process.wait()
+    assert killed[1].exists() and living[1].exists()
+    with whole_or_absent(tmp_path / "out") as work:
+        (work / "file").write_text("x")
+        assert not killed[1].exists() and (living[1] / "half").exists() and other[1].exists()
+    assert (source / "file").exists() and (tmp_path / "out" / "file").exists()
+    living[0].communicate()
+    assert living[0].returncode != 0 and not living[1].exists(), "the name was taken meanwhile"
