@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from canopyq.formats import FORMATS, get_format
     from canopyq.fused_attention import fuse_attention
     from canopyq.generate import fast_generate
+    from canopyq.gguf.export import export_gguf
     from canopyq.granularity import Granularity
     from canopyq.kv_cache import QuantizedCache
     from canopyq.kv_static import StaticQuantizedCache
@@ -44,6 +45,7 @@ _WHERE = {
     ".formats": ("FORMATS", "get_format"),
     ".fused_attention": ("fuse_attention",),
     ".generate": ("fast_generate",),
+    ".gguf.export": ("export_gguf",),
     ".granularity": ("Granularity",),
     ".kv_cache": ("QuantizedCache",),
     ".kv_static": ("StaticQuantizedCache",),
@@ -59,8 +61,8 @@ _MODULES = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = [
     "FORMATS", "RECIPES", "Calibration", "CanopyError", "Granularity", "Plan", "QuantizedCache", "QuantizedLinear",
     "QuantizedTensor", "Recipe", "Report", "Scheme", "StaticQuantizedCache", "advise", "advisor", "calibrate",
-    "compare", "examine", "explain", "fast_generate", "fuse_attention", "get_format", "inspect", "lessons", "load",
-    "mixed_precision", "plan", "quantize", "quantize_", "save", "sensitivity", "tutor",
+    "compare", "examine", "explain", "export_gguf", "fast_generate", "fuse_attention", "get_format", "inspect",
+    "lessons", "load", "mixed_precision", "plan", "quantize", "quantize_", "save", "sensitivity", "tutor",
 ]  # fmt: skip
 
 

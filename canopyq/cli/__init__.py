@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from canopyq import __version__
-from canopyq.cli import quantize
+from canopyq.cli import export, quantize
 from canopyq.cli.examine import chat, evaluate, explain
 from canopyq.cli.facts import advise, bench, doctor, inspect, size
 from canopyq.errors import CanopyError, printable
@@ -26,6 +26,7 @@ app.command("eval")(evaluate)
 app.command()(chat)
 app.command()(explain)
 app.command()(quantize.quantize)
+app.command()(export.export)
 app.command()(inspect)
 app.command()(bench)
 app.command()(advise)

@@ -88,7 +88,9 @@ def describe(writer: gguf.GGUFWriter, config: PretrainedConfig, architecture: Ar
     elif kind == "llama3":
         return {"rope_freqs.weight": _llama3_factors(config, head_dim, float(rope["rope_theta"]))}
     elif kind != "default":
-        raise CanopyError(f"rotary embeddings of type {kind!r} are not described here; use base= with a GGUF of the model")
+        raise CanopyError(
+            f"rotary embeddings of type {kind!r} are not described here; use base= with a GGUF of the model"
+        )
     return {}
 
 

@@ -1,8 +1,8 @@
 """A quantized weight as the blocks of a GGUF tensor type. Pure functions on arrays.
 
-A row of K values is cut into blocks of 32 (NVFP4: 64), each with its own scale beside its codes, so a scale that a longer
-group or the whole row shares is written once a block. Layouts are those of ggml's ``ggml-common.h``; two 4-bit codes
-share a byte, value ``j`` of a half block in the low half and value ``j + 16`` (NVFP4: ``j + 8``) in the high one.
+A row of K values is cut into blocks of 32 (NVFP4: 64), each with its own scale beside its codes, so a scale that a
+longer group or the whole row shares is written once a block. Layouts are those of ggml's ``ggml-common.h``; two
+4-bit codes share a byte, value ``j`` of a half block in the low half and value ``j + 16`` (NVFP4: ``j + 8``) in the high one.
 
 | type | holds | a block of 32 | bits a weight |
 |---|---|---|---|
@@ -69,7 +69,9 @@ def type_of(scheme: Scheme, k: int) -> str:
     if size is not None and size % unit:
         raise CanopyError(f"groups of {size} do not fill GGUF's blocks of {unit}; use g32, g64 or g128")
     if k % BLOCK[kind] or (size is not None and k % size):
-        raise CanopyError(f"{k} in_features do not fill {kind}'s blocks of {BLOCK[kind]}; keep this layer by the ignore list")
+        raise CanopyError(
+            f"{k} in_features do not fill {kind}'s blocks of {BLOCK[kind]}; keep this layer by the ignore list"
+        )
     return kind
 
 

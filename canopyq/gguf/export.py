@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from canopyq.errors import CanopyError, prefixed, unknown
+from canopyq.errors import CanopyError, one_line, prefixed, shown, unknown
 from canopyq.experts import QuantizedExperts, is_experts
 from canopyq.gguf.architectures import ARCHITECTURES, Architecture, context_of, describe
 from canopyq.gguf.blocks import Blocks, to_blocks
@@ -48,7 +48,9 @@ class Exported(Preformatted):
 
     def __str__(self) -> str:
         types = ", ".join(f"{count} {name}" for name, count in self.types.items())
-        return "\n".join([f"{self.path}: {human(self.bytes)}; matrices: {types}", *(f"  note: {n}" for n in self.notes)])
+        return "\n".join(
+            [f"{self.path}: {human(self.bytes)}; matrices: {types}", *(f"  note: {n}" for n in self.notes)]
+        )
 
 
 @dataclass
@@ -133,6 +135,8 @@ def export_gguf(
             reader = read(base)
             name = reader.fields["general.architecture"].contents()
             architecture = ARCHITECTURES.get(kind, Architecture(name, interleaved=name == "llama"))
+            if architecture.name != name:
+                raise CanopyError(f"the base is a {shown(name)}, and {type(model).__name__} a {architecture.name!r}")
             writer = gguf.GGUFWriter(part, name)
             _copy_fields(reader, writer, gguf)
             matrices = _over(reader, list(_matrices(model, architecture, gguf, name)), kind in ARCHITECTURES)
@@ -147,7 +151,13 @@ def export_gguf(
         raise CanopyError(f"{path} exists; name a file that does not, or remove it first") from None
     finally:
         part.unlink(missing_ok=True)
-    return Exported(path, path.stat().st_size, dict(tally.types), tuple(tally.requantized), tuple(_notes(model, tally, base is None)))
+    return Exported(
+        path,
+        path.stat().st_size,
+        dict(tally.types),
+        tuple(tally.requantized),
+        tuple(_notes(model, tally, base is None)),
+    )
 
 
 def _library() -> Any:
@@ -181,8 +191,7 @@ def read(path: str | Path) -> gguf.GGUFReader:
             raise ValueError("it names no architecture")
         return reader
     except Exception as error:  # whatever the library raises on damaged files
-        reason = " ".join(str(error).split())[:100]
-        raise CanopyError(f"{path} is no whole GGUF file ({reason}); copy or download it again") from None
+        raise CanopyError(f"{path} is no whole GGUF file ({one_line(error)}); copy or download it again") from None
 
 
 def _matrices(
@@ -208,7 +217,9 @@ def _matrices(
             seen.add(id(source))
             found = names.get_name(full, try_suffixes=(".weight", ".bias"))
             if found is None:
-                raise CanopyError(f"llama.cpp has no tensor for {full} of {type(model).__name__}; it cannot be exported")
+                raise CanopyError(
+                    f"llama.cpp has no tensor for {full} of {type(model).__name__}; it cannot be exported"
+                )
             heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
             count = heads.get(found.split(".")[-2]) if architecture.interleaved else None
             n = module.out_features if isinstance(source, QuantizedLinear) else source.shape[0]
@@ -232,21 +243,29 @@ def _over(reader: gguf.GGUFReader, matrices: list[_Matrix], known: bool) -> list
             shape = tuple(reversed(tensor.shape.tolist()))
             own = _shape(matrix.source)
             if shape != own:
-                raise CanopyError(f"{name} is {shape} in the base and {own} in the model; give a GGUF of the same model")
-            if isinstance(matrix.source, Tensor) and not known:
-                if not _same(matrix, tensor):
-                    raise CanopyError(f"the method changed {name}, and how this family writes it is not known; use rtn, gptq or hqq")
-                matrix = _Matrix(name, matrix.source, base=tensor)
+                raise CanopyError(
+                    f"{name} is {shape} in the base and {own} in the model; give a GGUF of the same model"
+                )
+            if isinstance(matrix.source, Tensor):
+                if _same(matrix, tensor, exact=known):
+                    matrix = _Matrix(name, matrix.source, base=tensor)
+                elif not known:
+                    raise CanopyError(
+                        f"the method changed {name}, and how this family writes it is not known; use rtn, gptq or hqq"
+                    )
         found.append(matrix)
     return found + list(ours.values())
 
 
-def _same(matrix: _Matrix, tensor: Any) -> bool:
-    """Whether a base's tensor holds what the model does, as it is or plus 1, up to the rounding of its type."""
+def _same(matrix: _Matrix, tensor: Any, *, exact: bool) -> bool:
+    """Whether a base's tensor holds what the model does: exactly, or as it is or plus 1, up to the rounding of its
+    type, where it is not known how the family writes it."""
     import gguf
 
     own = _dense(matrix)
     theirs = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(own.shape)
+    if exact:
+        return np.array_equal(own, theirs)
     limit = 0.2 * np.abs(theirs).max() if tensor.tensor_type.name not in ("F32", "F16", "BF16") else 0.0
     return any(bool(np.all(np.abs(own + shift - theirs) <= limit + np.abs(theirs) / 128)) for shift in (0.0, 1.0))
 
@@ -278,7 +297,9 @@ def _write(matrix: _Matrix, writer: gguf.GGUFWriter, requantize: str | None, tal
                 raise
             values = weight.dequantize(torch.float32).cpu().numpy()
             kind = kinds[requantize.upper()]
-            blocks = Blocks(gguf.quants.quantize(values if matrix.rows is None else values[matrix.rows], kind), kind.name)
+            blocks = Blocks(
+                gguf.quants.quantize(values if matrix.rows is None else values[matrix.rows], kind), kind.name
+            )
             tally.requantized.append(matrix.name)
         writer.add_tensor(matrix.name, blocks.data, raw_dtype=kinds[blocks.type])
         if blocks.tensor_scale is not None:

@@ -25,7 +25,7 @@ CUTS = {
 PROBE = (
     "Hello, world! It's 12345.67 o'clock; they'LL say \"no\" -- (maybe)...\n\n  Two spaces,\ttabs \r\n and\n   more.  ",
     "Ünïcödé, 漢字かな交じり文, Привет, мир! नमस्ते, 한국어, العربية १२३ ½ ² 3,14 €5 🙂🙂",
-    "def f(x: int) -> dict[str, float]:\n    return {'a_b': x**2 // 3, \"C\": 0x1F, 'e': 1e-5}  # camelCase HTTPServer\n",
+    "def f(x: int) -> dict[str, float]:\n    return {'a_b': x**2 // 3, \"C\": 0x1F, 'e': 1e-5}  # camelCase HTTP\n",
 )
 
 
@@ -52,9 +52,13 @@ def add_tokenizer(
     words = {index: word for word, index in model["vocab"].items()} if isinstance(model.get("vocab"), dict) else {}
     words |= {index: token["content"] for index, token in added.items()}
     if model["type"] != "BPE" or not words:
-        raise CanopyError(f"a tokenizer of type {model['type']} is not written here; use base= with a GGUF of the model")
+        raise CanopyError(
+            f"a tokenizer of type {model['type']} is not written here; use base= with a GGUF of the model"
+        )
     if max(words) >= vocab_size:
-        raise CanopyError(f"the tokenizer has token {max(words)}, and the model {vocab_size} rows; load the one it came with")
+        raise CanopyError(
+            f"the tokenizer has token {max(words)}, and the model {vocab_size} rows; load the one it came with"
+        )
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     kinds = [_kind(index, words, added, bool(model.get("byte_fallback"))) for index in range(vocab_size)]
     if model.get("byte_fallback"):
@@ -95,8 +99,8 @@ def cut_of(tokenizer: PreTrainedTokenizerBase, probe: Iterable[str] | None = Non
         if all(twin.encode(text, add_special_tokens=False).ids == ids for text, ids in zip(texts, wanted, strict=True)):
             return name
     raise CanopyError(
-        f"llama.cpp's ways to cut text ({', '.join(CUTS)}) give other tokens than {type(tokenizer).__name__}; use base= "
-        "with a GGUF of the model, or probe= with texts such as it will see"
+        f"llama.cpp's ways to cut text ({', '.join(CUTS)}) give other tokens than {type(tokenizer).__name__}; use "
+        "base= with a GGUF of the model, or probe= with texts such as it will see"
     )
 
 

@@ -1,0 +1,79 @@
+"""`canopyq export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from canopyq.cli.output import JsonFlag, print_json, print_plain
+from canopyq.errors import CanopyError, one_line, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A folder that canopyq or transformers wrote, or 'tutor'.")],
+    gguf: Annotated[Path, typer.Option("--gguf", help="The GGUF file to write; it must not exist.")],
+    base: Annotated[
+        Path | None, typer.Option(help="A GGUF of the model it was made from: only its tensors are replaced.")
+    ] = None,
+    requantize: Annotated[
+        str | None, typer.Option(help="Round weights whose codes no GGUF type holds anew, to q8_0, q5_1, q4_0 …")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a model as one GGUF file for llama.cpp and Ollama, its codes exactly as they are."""
+    from canopyq.gguf.export import export_gguf
+
+    gguf = gguf.expanduser()
+    if gguf.exists():  # said before the model is loaded
+        raise CanopyError(f"{shown(str(gguf))} exists; name a file that does not, or remove it first")
+    loaded, tokenizer = _load(model, with_tokenizer=base is None)
+    probe = None if tokenizer is None else _probe(tokenizer)
+    done = export_gguf(loaded, gguf, tokenizer, base=base, requantize=requantize, probe=probe)
+    if as_json:
+        print_json(
+            {"path": str(done.path), "bytes": done.bytes, "types": done.types, "requantized": list(done.requantized),
+             "notes": list(done.notes)}
+        )  # fmt: skip
+    else:
+        print_plain(done)
+
+
+def _load(model: str, *, with_tokenizer: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    import canopyq as cq
+    from canopyq.checkpoint.files import Checkpoint
+    from canopyq.tutor.loading import TUTOR
+
+    if model == TUTOR:
+        return cq.tutor.load()
+    source = Checkpoint(model)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        if source.config.get("quantization_config"):
+            loaded = cq.load(source.folder)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        if not with_tokenizer:
+            return loaded, None
+        return loaded, AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    except CanopyError:
+        raise
+    except Exception as error:  # whatever transformers raises
+        raise CanopyError(f"{shown(model)} cannot be loaded ({one_line(error)}); check its files") from None
+
+
+def _probe(tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
+    """The tutor knows plain English words alone; texts of other alphabets would say nothing of it."""
+    from transformers import AutoTokenizer
+
+    import canopyq as cq
+    from canopyq.tutor.loading import path
+
+    if tokenizer.get_vocab() != AutoTokenizer.from_pretrained(path(), local_files_only=True).get_vocab():
+        return None
+    return [text for question in cq.tutor.questions(200) for turn in question.turns for text in turn]
