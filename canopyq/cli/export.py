@@ -32,8 +32,7 @@ def export(
     if gguf.exists():  # said before the model is loaded
         raise CanopyError(f"{shown(str(gguf))} exists; name a file that does not, or remove it first")
     loaded, tokenizer = _load(model, with_tokenizer=base is None)
-    probe = None if tokenizer is None else _probe(tokenizer)
-    done = export_gguf(loaded, gguf, tokenizer, base=base, requantize=requantize, probe=probe)
+    done = export_gguf(loaded, gguf, tokenizer, base=base, requantize=requantize)
     if as_json:
         print_json(
             {"path": str(done.path), "bytes": done.bytes, "types": done.types, "requantized": list(done.requantized),
@@ -65,15 +64,3 @@ def _load(model: str, *, with_tokenizer: bool) -> tuple[PreTrainedModel, PreTrai
         raise
     except Exception as error:  # whatever transformers raises
         raise CanopyError(f"{shown(model)} cannot be loaded ({one_line(error)}); check its files") from None
-
-
-def _probe(tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
-    """The tutor knows plain English words alone; texts of other alphabets would say nothing of it."""
-    from transformers import AutoTokenizer
-
-    import canopyq as cq
-    from canopyq.tutor.loading import path
-
-    if tokenizer.get_vocab() != AutoTokenizer.from_pretrained(path(), local_files_only=True).get_vocab():
-        return None
-    return [text for question in cq.tutor.questions(200) for turn in question.turns for text in turn]

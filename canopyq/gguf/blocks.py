@@ -2,7 +2,7 @@
 
 A row of K values is cut into blocks of 32 (NVFP4: 64), each with its own scale beside its codes, so a scale that a
 longer group or the whole row shares is written once a block. Layouts are those of ggml's ``ggml-common.h``; two
-4-bit codes share a byte, value ``j`` of a half block in the low half and value ``j + 16`` (NVFP4: ``j + 8``) in the high one.
+4-bit codes share a byte, value ``j`` of a block in the low half and value ``j + 16`` (NVFP4: ``j + 8``) in the high.
 
 | type | holds | a block of 32 | bits a weight |
 |---|---|---|---|

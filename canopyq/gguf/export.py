@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +79,6 @@ def export_gguf(
     *,
     base: str | Path | None = None,
     requantize: str | None = None,
-    probe: Iterable[str] | None = None,
 ) -> Exported:
     """Write ``model`` as a GGUF file. Needs the ``gguf`` package: ``pip install "canopyq[gguf]"``.
 
@@ -95,7 +94,6 @@ def export_gguf(
             put into a file.
         requantize: the type for weights whose codes no type holds (NF4, FP8, asymmetric INT8): they are dequantized
             and rounded anew, such as ``"q8_0"``. None refuses them.
-        probe: see `canopyq.gguf.tokenizer.add_tokenizer`.
 
     Raises:
         CanopyError: for a family, tokenizer or code that the file cannot hold, a base of another model, a path that
@@ -127,7 +125,7 @@ def export_gguf(
             writer = gguf.GGUFWriter(part, architecture.name)
             writer.add_name(path.stem)
             extra = describe(writer, config, architecture)
-            add_tokenizer(writer, tokenizer, config.vocab_size, probe)
+            add_tokenizer(writer, tokenizer, config.vocab_size)
             matrices = list(_matrices(model, architecture, gguf))
             for name, values in extra.items():
                 writer.add_tensor(name, values)

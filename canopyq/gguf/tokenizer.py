@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from canopyq.errors import CanopyError
@@ -29,15 +28,11 @@ PROBE = (
 )
 
 
-def add_tokenizer(
-    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int, probe: Iterable[str] | None = None
-) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Write a fast tokenizer of transformers.
 
     Args:
         vocab_size: rows of the embedding; those beyond the tokenizer's are written as unused.
-        probe: texts on which llama.cpp's way to cut words must give the tokenizer's own tokens. None takes a few that
-            hold scripts, digits, spaces and code; give texts of your own where a tokenizer knows less than those.
 
     Raises:
         CanopyError: for a tokenizer of a kind that is not known here.
@@ -68,7 +63,7 @@ def add_tokenizer(
         writer.add_add_space_prefix(_prepends_space(spec))
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(cut_of(tokenizer, probe))
+        writer.add_tokenizer_pre(cut_of(tokenizer))
         writer.add_token_merges(merges)
     writer.add_token_list([words.get(i, f"[PAD{i}]") for i in range(vocab_size)])
     writer.add_token_types([gguf.TokenType[kind] for kind in kinds])
@@ -81,8 +76,9 @@ def add_tokenizer(
         writer.add_chat_template(template)
 
 
-def cut_of(tokenizer: PreTrainedTokenizerBase, probe: Iterable[str] | None = None) -> str:
-    """llama.cpp's name for how a byte-level tokenizer cuts text into words, found by trying each on texts.
+def cut_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """llama.cpp's name for how a byte-level tokenizer cuts text into words, found by trying each on
+    texts of several scripts, with digits, spaces and code.
 
     Raises:
         CanopyError: if none gives the tokenizer's own tokens on every text.
@@ -90,17 +86,16 @@ def cut_of(tokenizer: PreTrainedTokenizerBase, probe: Iterable[str] | None = Non
     from tokenizers import Regex, Tokenizer
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-    texts = list(PROBE if probe is None else probe)
-    wanted = [tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    wanted = [tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in PROBE]
     twin = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     for name, patterns in CUTS.items():
         cuts = [Split(Regex(pattern), "isolated") for pattern in patterns]
         twin.pre_tokenizer = Sequence([*cuts, ByteLevel(add_prefix_space=False, use_regex=False)])
-        if all(twin.encode(text, add_special_tokens=False).ids == ids for text, ids in zip(texts, wanted, strict=True)):
+        if all(twin.encode(text, add_special_tokens=False).ids == ids for text, ids in zip(PROBE, wanted, strict=True)):
             return name
     raise CanopyError(
         f"llama.cpp's ways to cut text ({', '.join(CUTS)}) give other tokens than {type(tokenizer).__name__}; use "
-        "base= with a GGUF of the model, or probe= with texts such as it will see"
+        "base= with a GGUF of the model"
     )
 
 

@@ -52,17 +52,14 @@ def tutor():
     return cq.tutor.load()
 
 
-@pytest.fixture(scope="module")
-def texts():
-    return [text for question in cq.tutor.questions(170) for turn in question.turns for text in turn]
-
-
-def llama_cpp(path, prompts, tokens: int = 1):
-    """Per prompt: token ids that llama.cpp continues it with, and its log-probabilities of the first (vocabulary,)."""
+def llama_cpp(path, prompts, tokens: int = 1, probabilities: int = 1280):
+    """Each prompt with the token ids that llama.cpp continues it with, and its log-probabilities of the first
+    (vocabulary,), of which it gives the largest so many. Without prompts after which it says nothing."""
     llama = pytest.importorskip("xllamacpp", reason="llama.cpp's wheel is for Linux alone")
     params = llama.CommonParams()
     params.model.path, params.n_ctx, params.n_gpu_layers, params.verbosity = str(path), 512, 0, -1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cpuparams.poll = params.cpuparams_batch.poll = 0  # do not spin: other tests run beside
     server, found = llama.Server(params), []
     for prompt in prompts:
         answer = server.handle_completions(
@@ -71,15 +68,17 @@ def llama_cpp(path, prompts, tokens: int = 1):
                 "n_predict": tokens,
                 "temperature": 0,
                 "top_k": 1,
-                "n_probs": 1280,
+                "n_probs": probabilities,
                 "cache_prompt": False,
             }
         )
-        content = answer["choices"][0]["logprobs"]["content"]
+        if (chosen := answer["choices"][0])["logprobs"] is None:  # the first token ends the text: it gives none
+            continue
+        content = chosen["logprobs"]["content"]
         logs = torch.full((1280,), -100.0, dtype=torch.float64)
         for token in content[0]["top_logprobs"]:
             logs[token["id"]] = token["logprob"]
-        found.append(([token["id"] for token in content], logs))
+        found.append((prompt, [token["id"] for token in content], logs))
     return found
 
 
@@ -137,44 +136,47 @@ def test_scales_that_float16_does_not_hold_are_refused() -> None:
 
 
 @pytest.mark.parametrize("recipe", [None, "w4a16-g32", "w4a16-g128", "w8a16", "nvfp4", "w4a16-g32-asym"])
-def test_llama_cpp_answers_as_canopyq_does(recipe, tutor, texts, tmp_path) -> None:
+def test_llama_cpp_answers_as_canopyq_does(recipe, tmp_path) -> None:
     model, tokenizer = cq.tutor.load()
     if recipe:
         cq.quantize_(model, recipe)
-    cq.export_gguf(model, tmp_path / "tutor.gguf", tokenizer, probe=texts)
+    cq.export_gguf(model, tmp_path / "tutor.gguf", tokenizer)
     questions = [question.turns[0][0] for question in cq.tutor.questions(170)]
     chats = [[{"role": "user", "content": question}] for question in questions]
     prompts = [tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False) for chat in chats]
-    few = prompts if recipe == "w4a16-g32" else prompts[::10]
-    divergences, other = [], 0
-    for ids, (tokens, logs) in zip(few, llama_cpp(tmp_path / "tutor.gguf", few, 8), strict=True):
+    few = prompts[:: 5 if recipe == "w4a16-g32" else 20]
+    first = llama_cpp(tmp_path / "tutor.gguf", few[:4])
+    divergences = [kl(model, ids, logs) for ids, _, logs in first]
+    assert np.mean(divergences) < 1e-4
+    other = 0
+    for ids, tokens, _ in llama_cpp(tmp_path / "tutor.gguf", few, 8, 1):
         with torch.no_grad():
-            own = model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1].double().log_softmax(-1)
-        divergences.append(float((own[0].exp() * (own[0] - logs)).sum()))
+            own = model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1].double()
         lead = own.max(-1).values - own[range(len(tokens)), tokens]
         other += bool((lead > 0).any())
         assert lead.max() < 0.5, "llama.cpp rounds inputs to 8 bits: it may decide a tie, and nothing else"
     assert other <= 0.02 * len(few)
-    assert np.mean(divergences) < 1e-4
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_family_gives_its_logits(name: str, tutor, texts, tmp_path) -> None:
+def test_each_family_gives_its_logits(name: str, tutor, tmp_path) -> None:
     options = dict(FAMILIES[name])
     model = tiny(options.pop("family", name), **options)
     cq.quantize_(model, "w8a16-g32")
-    cq.export_gguf(model, tmp_path / "tiny.gguf", tutor[1], probe=texts)
-    ids = [1] + np.random.default_rng(0).integers(5, 1280, 60).tolist()  # beyond the sliding windows
-    ((_, logs),) = llama_cpp(tmp_path / "tiny.gguf", [ids])
+    cq.export_gguf(model, tmp_path / "tiny.gguf", tutor[1])
+    draw = np.random.default_rng(0)
+    prompts = [[1] + draw.integers(5, 1280, 60).tolist() for _ in range(3)]  # beyond the sliding windows
+    found = llama_cpp(tmp_path / "tiny.gguf", prompts)
+    assert found
     # llama.cpp rounds each 32 inputs of a product to 8 bits, an error of some 0.4 %; a wrong number in the metadata or
     # a row out of place gives a divergence of 0.1 to 5.
-    assert kl(model, ids, logs) < 3e-3
+    assert all(kl(model, ids, logs) < 3e-3 for ids, _, logs in found)
 
 
-def test_a_window_that_llama_cpp_does_not_know_ends_the_context(tutor, texts, tmp_path) -> None:
+def test_a_window_that_llama_cpp_does_not_know_ends_the_context(tutor, tmp_path) -> None:
     model = tiny("mistral", sliding_window=16)
     cq.quantize_(model, "w4a16-g32")
-    done = cq.export_gguf(model, tmp_path / "m.gguf", tutor[1], probe=texts)
+    done = cq.export_gguf(model, tmp_path / "m.gguf", tutor[1])
     assert read(tmp_path / "m.gguf").fields["llama.context_length"].contents() == 16
     assert any("16" in note for note in done.notes)
 
@@ -194,15 +196,17 @@ def test_a_sentencepiece_tokenizer_cuts_text_in_llama_cpp_as_in_transformers(tmp
     cq.quantize_(model, "w8a16-g32")
     cq.export_gguf(model, tmp_path / "sp.gguf", tokenizer)
     prompts = [*texts[:6], "Grüße, 世界! 7*8"]
-    for prompt, (_, logs) in zip(prompts, llama_cpp(tmp_path / "sp.gguf", prompts), strict=True):
+    found = llama_cpp(tmp_path / "sp.gguf", prompts)
+    assert len(found) > 3
+    for prompt, _, logs in found:
         assert kl(model, tokenizer(prompt)["input_ids"], logs) < 3e-3, prompt
 
 
-def test_a_base_gives_metadata_and_what_did_not_change(tutor, texts, tmp_path) -> None:
+def test_a_base_gives_metadata_and_what_did_not_change(tutor, tmp_path) -> None:
     model, tokenizer = cq.tutor.load()
-    cq.export_gguf(model, tmp_path / "base.gguf", tokenizer, probe=texts)
+    cq.export_gguf(model, tmp_path / "base.gguf", tokenizer)
     cq.quantize_(model, "w4a16-g32")
-    cq.export_gguf(model, tmp_path / "own.gguf", tokenizer, probe=texts)
+    cq.export_gguf(model, tmp_path / "own.gguf", tokenizer)
     cq.export_gguf(model, tmp_path / "over.gguf", base=tmp_path / "base.gguf")
     own, over, base = (read(tmp_path / f"{name}.gguf") for name in ("own", "over", "base"))
     tensors = {tensor.name: tensor for tensor in over.tensors}
@@ -220,13 +224,12 @@ def test_a_base_gives_metadata_and_what_did_not_change(tutor, texts, tmp_path) -
     assert not list(tmp_path.glob("*wrong*"))
 
 
-def test_what_cannot_be_written_leaves_nothing(tutor, texts, tmp_path) -> None:
+def test_what_cannot_be_written_leaves_nothing(tutor, tmp_path) -> None:
     model, tokenizer = tiny(), tutor[1]
     cq.quantize_(model, "nf4")
     path = tmp_path / "out.gguf"
     for call, says in [
-        (lambda: cq.export_gguf(model, path, tokenizer, probe=texts), "nf4"),
-        (lambda: cq.export_gguf(model, path, tokenizer), "PreTrainedTokenizerFast"),  # it knows one alphabet
+        (lambda: cq.export_gguf(model, path, tokenizer), "nf4"),
         (lambda: cq.export_gguf(model, path), "tokenizer"),
         (lambda: cq.export_gguf(model, path, tokenizer, requantize="q3_k"), "q3_k"),
         (lambda: cq.export_gguf(model, tmp_path / "no" / "out.gguf", tokenizer), "no"),
@@ -238,14 +241,14 @@ def test_what_cannot_be_written_leaves_nothing(tutor, texts, tmp_path) -> None:
         with pytest.raises(cq.CanopyError, match=says):
             call()
         assert list(tmp_path.iterdir()) == []
-    done = cq.export_gguf(model, path, tokenizer, probe=texts, requantize="q8_0")
+    done = cq.export_gguf(model, path, tokenizer, requantize="q8_0")
     assert done.types["Q8_0"] == len(done.requantized) == 21
     with pytest.raises(cq.CanopyError, match="exists"):
-        cq.export_gguf(model, path, tokenizer, probe=texts)
+        cq.export_gguf(model, path, tokenizer)
 
 
-def test_damaged_files_are_refused_in_one_line(tutor, texts, tmp_path) -> None:
-    cq.export_gguf(tiny(), tmp_path / "base.gguf", tutor[1], probe=texts)
+def test_damaged_files_are_refused_in_one_line(tutor, tmp_path) -> None:
+    cq.export_gguf(tiny(), tmp_path / "base.gguf", tutor[1])
     whole, draw = (tmp_path / "base.gguf").read_bytes(), random.Random(0)
     for _ in range(40):
         damaged = bytearray(whole[: draw.randrange(len(whole))] if draw.random() < 0.3 else whole)
