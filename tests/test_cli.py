@@ -819,7 +819,54 @@ def test_chat_of_what_cannot_be(arguments: list[str], message: str, say) -> None
     assert message in failure(say(["Hello"], *arguments))
 
 
+@pytest.fixture
+def stranger(tmp_path: Path) -> Path:
+    """A checkpoint of another model: of eight words, with a tokenizer and a chat template of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["[END]", "ask:", "say:", "oak", "elm", "ash", "fir", "yew"])}
+    inner = Tokenizer(models.WordLevel(words, "oak"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="[END]", pad_token="[END]")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'ask: ' if m['role'] == 'user' else 'say: ' }}{{ m['content'] }} {% endfor %}say:"
+    )
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes, eos_token_id=0, pad_token_id=0)).eval()
+    cq.quantize_(model, "w8a16")
+    cq.save(model, tmp_path / "stranger", tokenizer)
+    return tmp_path / "stranger"
+
+
+def test_chat_speaks_to_a_model_with_its_own_tokenizer(stranger: Path, say) -> None:
+    done = say(["elm ash"], str(stranger))
+    assert (done.code, done.err) == (0, "")
+    answer = next(line for line in done.out.splitlines() if line.startswith("model>")).split()[1:]
+    assert answer and set(answer) <= {"ask:", "say:", "oak", "elm", "ash", "fir", "yew"}
+
+
+def test_chat_with_a_model_that_has_no_words(stranger: Path, say) -> None:
+    (stranger / "chat_template.jinja").unlink()
+    assert "no chat template" in failure(say(["elm"], str(stranger)))
+    (stranger / "tokenizer.json").unlink()
+    assert "holds no tokenizer" in failure(say(["elm"], str(stranger)))
+
+
+def test_eval_compares_no_strangers(stranger: Path, canopyq) -> None:
+    message = failure(canopyq("eval", str(stranger), "--questions", "1"))
+    assert "is not made from tutor (another vocab_size)" in message and "CANOPYQ_MODEL=" in message
+
+
 # canopyq quantize --method --------------------------------------------------------------------------------------------
+
+
+def test_quantize_rotated_with_8_bit_inputs(tmp_path: Path, canopyq) -> None:
+    """The file is bfloat16, which rotated weights are not, and a code that flips is seen in every answer."""
+    done = canopyq("quantize", "tutor", "--method", "rotation", "--recipe", "w8a8", "--out", str(tmp_path / "w8"))
+    assert done.code == 0, done.err
+    assert reading((tmp_path / "w8" / "canopyq.json").read_text())["check"]["kl"] < 0.1
 
 
 def test_quantize_by_a_method_that_needs_no_data_and_load_it_in_plain_transformers(tmp_path: Path, canopyq) -> None:

@@ -66,7 +66,7 @@ def tensors_of(model: nn.Module, held: Contents, dtype: torch.dtype | None) -> I
             found |= {f"{files.of_layer(name)}.{leaf}": tensor for leaf, tensor in parts.items()}
         for leaf in [*module._parameters, *module._buffers]:
             if prefix + leaf in plain:
-                found |= _in_files(_cast(plain[prefix + leaf], dtype), files.of(prefix + leaf))
+                found |= _in_files(_cast(prefix + leaf, plain[prefix + leaf], dtype), files.of(prefix + leaf))
         if found:
             yield {file: tensor.detach().cpu().contiguous() for file, tensor in found.items()}
 
@@ -79,8 +79,14 @@ def _in_files(tensor: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
     return {name: part.clone() for name, part in zip(names, parts, strict=True)}
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and bool((cast.isinf() & tensor.isfinite()).any()):
+        most = float(tensor.abs().max())
+        raise CanopyError(f"{name} reaches {most:.3g}, beyond float16; leave dtype out, or use torch.bfloat16")
+    return cast
 
 
 def own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -79,11 +79,11 @@ def save(
             is bfloat16 and which runs in float32), and else leaves every tensor its own. Scales take it where that
             changes none of them.
         max_shard_bytes: above this the tensors are divided among several files with an index.
-        check: read the file back and compare logits. Takes the memory of a second model.
+        check: read the file back and compare all of it, and the answers. Takes the memory of a second model.
 
     Raises:
         CanopyError: for a model that is not quantized, or in a way that the format cannot hold; a folder that is not
-            empty; a disk that is full; a file that gives other logits than the model.
+            empty; a disk that is full; a file that does not hold the model.
     """
     folder = as_path(folder)
     if dtype is not None and dtype not in SCALE_DTYPES:
@@ -103,7 +103,7 @@ def save(
             nbytes = _write_tensors(work, tensors_of(model, held, stored), max_shard_bytes)
             _write_json(work / CONFIG, config)
             _write_others(work, model, tokenizer)
-            found = read_back(model, work) if check else None
+            found = read_back(model, work, held.plain, stored) if check else None
             _write_json(work / NOTE, _note(recipe, found))
     except (OSError, SafetensorError) as error:
         raise CanopyError(f"{folder} could not be written ({one_line(error)}); nothing was left behind") from error

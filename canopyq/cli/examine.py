@@ -14,6 +14,8 @@ from canopyq.cli.output import JsonFlag, cell, check_device, console, print_json
 from canopyq.errors import CanopyError, shown
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from canopyq.conversation import Conversation
 
 MOST_QUESTIONS = 816  # of 17 skills, the one with the fewest held-out questions has 48
@@ -56,6 +58,7 @@ def evaluate(
     asked = cq.tutor.questions(questions, seed=seed)
     original, tokenizer = cq.tutor.load()
     if saved:
+        _require_checkpoint_of(original, tokenizer, as_path(model), source())
         quantized = cq.load(model, original.device, original.dtype)
         result, report = compare(original, quantized, tokenizer, asked, cache=cache), None
     elif parsed is None:
@@ -76,6 +79,25 @@ def evaluate(
     print_plain(result)
 
 
+def _require_checkpoint_of(original, tokenizer, folder: Path, name: str) -> None:
+    """Refuse to compare a checkpoint with a model that it was not made from."""
+    from canopyq.checkpoint.files import Checkpoint
+    from canopyq.checkpoint.skeleton import read_model_config
+    from canopyq.tutor.loading import VARIABLE, has_tokenizer, load_tokenizer
+
+    checkpoint = Checkpoint(folder)
+    config = read_model_config(folder, checkpoint.config, len(checkpoint.tensors))
+    sizes = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+    differ = [size for size in sizes if getattr(config, size, None) != getattr(original.config, size, None)]
+    if not differ and has_tokenizer(folder) and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+        differ = ["tokens"]
+    if differ:
+        raise CanopyError(
+            f"{folder} is not made from {name} (another {differ[0]}); name its original: "
+            f"{VARIABLE}=<folder or hub id> canopyq eval {folder}"
+        )
+
+
 def _eval_json(examined: str, original, asked: list, result, report, cache: str | None) -> dict:
     out = {"examined": examined, "dtype": str(original.dtype).removeprefix("torch."), "questions": len(asked)}
     out |= {"cache": cache}
@@ -94,13 +116,13 @@ def _eval_json(examined: str, original, asked: list, result, report, cache: str 
 
 def chat(
     model: Annotated[
-        str, typer.Argument(help="'tutor', the model that ships with canopyq, or the folder of a checkpoint of it.")
+        str, typer.Argument(help="'tutor', the model that ships with canopyq, or a folder with a quantized chat model.")
     ] = "tutor",
     recipe: Annotated[
         str | None, typer.Option(help="Quantize by this recipe, e.g. w4a16-g128+kv4; for a checkpoint a cache: kv4.")
     ] = None,
 ) -> None:
-    """Chat with the tutor, and see after each turn what its weights and its KV cache take.
+    """Chat with the tutor, or with a quantized model, and see after each turn what weights and KV cache take.
 
     /new starts a new chat; /quit or end of input (Ctrl-D) ends. Questions may come from a pipe, one a line.
     """
@@ -110,7 +132,8 @@ def chat(
     parsed = None if recipe is None else cq.Recipe.parse(recipe)
     talk = Conversation(*_load(model, parsed), parsed and parsed.cache)
     name = f"{model}{'' if parsed is None else f', {parsed.name}'}"
-    print_plain(f"{name}: {human(talk.weight_bytes)} of weights, up to {talk.limit:,} tokens; /new, /quit", "dim")
+    most = "" if talk.limit is None else f", up to {talk.limit:,} tokens"
+    print_plain(f"{name}: {human(talk.weight_bytes)} of weights{most}; /new, /quit", "dim")
     try:
         while (line := _read()) is not None:
             if line == "/quit":
@@ -121,23 +144,29 @@ def chat(
             elif line.startswith("/"):
                 print_plain(f"there is no {line}; /new starts a new chat, /quit ends this one", "red")
             elif line:
-                _turn(talk, line)
+                _turn(talk, line, "tutor" if model == "tutor" else "model")
     except KeyboardInterrupt:
         print_plain("")
 
 
 def _load(model: str, recipe: cq.Recipe | None):
-    """The model, quantized as the recipe says, and its tokenizer."""
+    """The model, quantized as the recipe says, and its own tokenizer."""
     from canopyq.checkpoint.files import as_path
+    from canopyq.tutor.loading import load_tokenizer
 
     if model != "tutor":
         if not as_path(model).is_dir():
             raise CanopyError(
-                f"unknown model {shown(model)}; chat with 'tutor', or with the folder of a checkpoint of it"
+                f"unknown model {shown(model)}; chat with 'tutor', or with the folder of a quantized checkpoint"
             )
         if recipe is not None and recipe.weights is not None:
             raise CanopyError(f"{model} is quantized already; leave --recipe out, or name a cache such as kv4")
-        _, tokenizer = cq.tutor.load()
+        tokenizer = load_tokenizer(as_path(model))
+        if not tokenizer.chat_template:
+            raise CanopyError(
+                f"the tokenizer of {model} has no chat template, so nothing says how a chat with it is written; save "
+                "the checkpoint with the tokenizer of a chat model"
+            )
         return cq.load(model), tokenizer
     loaded, tokenizer = cq.tutor.load()
     if recipe is not None and recipe.weights is not None:
@@ -163,13 +192,13 @@ def _read() -> str | None:
         return None
 
 
-def _turn(talk: Conversation, question: str) -> None:
+def _turn(talk: Conversation, question: str, who: str) -> None:
     try:
         answer = talk.ask(question)
     except CanopyError as error:
         print_plain(f"{error}: type /new", "red")
         return
-    console.print(f"[bold green]tutor>[/] {cell(answer)}", highlight=False, soft_wrap=True)
+    console.print(f"[bold green]{who}>[/] {cell(answer)}", highlight=False, soft_wrap=True)
     console.print(_bars(talk))
 
 
@@ -179,10 +208,11 @@ def _bars(talk: Conversation) -> Table:
 
     weights, cache = talk.weight_bytes, talk.cache_bytes
     kind = getattr(talk.cache, "format", None)
+    tokens = f"{talk.tokens:,}" + ("" if talk.limit is None else f" of {talk.limit:,}")
     table = Table(box=None, show_header=False, padding=(0, 1, 0, 0), style="dim")
     for name, size, note in (
         ("weights", weights, ""),
-        ("cache", cache, f"{kind.name if kind else 'not quantized'}, {talk.tokens:,} of {talk.limit:,} tokens"),
+        ("cache", cache, f"{kind.name if kind else 'not quantized'}, {tokens} tokens"),
     ):
         bar = "█" * max(1, round(BAR * size / max(weights, cache)))
         table.add_row(name, f"[{'yellow' if name == 'cache' else 'blue'}]{bar}[/]", human(size), note)

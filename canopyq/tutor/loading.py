@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "CANOPYQ_MODEL"
 TUTOR = "tutor"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 DTYPES = ("float32", "bfloat16", "float16")
 MANIFEST = "weights.json"
 WEIGHTS = "model.safetensors"
@@ -135,6 +136,28 @@ def verify(folder: Path) -> None:
 def sha256(file: Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the files of a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZERS)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        CanopyError: if there is none, or transformers cannot read it without running code from the folder.
+    """
+    from transformers import AutoTokenizer
+
+    if not has_tokenizer(folder):
+        raise CanopyError(f"{folder} holds no tokenizer; save the model's own there: tokenizer.save_pretrained(folder)")
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise CanopyError(f"the tokenizer in {folder} cannot be loaded ({one_line(error)}); write it again") from error
 
 
 def load_other(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

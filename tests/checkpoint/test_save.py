@@ -24,6 +24,7 @@ import canopyq as cq
 from canopyq.checkpoint import contents
 from canopyq.checkpoint import save as saving
 from canopyq.checkpoint.files import INDEX, SINGLE, Checkpoint
+from canopyq.checkpoint.load import load_as
 from canopyq.errors import CanopyError
 from canopyq.linear import QuantizedLinear
 from canopyq.scheme import Recipe, Scheme
@@ -197,7 +198,7 @@ def test_a_file_that_answers_otherwise_is_removed(
     quantized: nn.Module, llama: Callable, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr("canopyq.checkpoint.read_back.load_as", lambda *a, **k: llama(initializer_range=0.3))
-    with pytest.raises(CanopyError, match="gives other answers than the model .* and was removed"):
+    with pytest.raises(CanopyError, match="q_proj came back .* removed"):
         cq.save(quantized, tmp_path / "out")
     with torch.no_grad():
         quantized.model.norm.weight.fill_(float("nan"))
@@ -205,6 +206,47 @@ def test_a_file_that_answers_otherwise_is_removed(
     with pytest.raises(CanopyError, match="norm.weight.*NaN"):
         cq.save(quantized, tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+def test_code_that_no_file_holds_is_found(quantized: nn.Module, tmp_path: Path) -> None:
+    quantized.model.layers[0].register_forward_hook(lambda module, given, out: out * 2)
+    with pytest.raises(CanopyError, match="gives other answers"):
+        cq.save(quantized, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_changed_tensor_is_found(quantized: nn.Module, tmp_path: Path, monkeypatch) -> None:
+    """However little it changes the answers."""
+
+    def spoiled(change: Callable) -> Callable:
+        def load(*arguments: object, **options: object) -> nn.Module:
+            change(model := load_as(*arguments, **options))
+            return model
+
+        return load
+
+    def gain(model: nn.Module) -> None:
+        model.model.norm.weight.data[0] *= 1.01
+
+    def code(model: nn.Module) -> None:
+        model.model.layers[1].mlp.up_proj.weight_packed[0, 0] ^= 1
+
+    for change, name in ((gain, "model.norm.weight"), (code, "layers.1.mlp.up_proj")):
+        monkeypatch.setattr("canopyq.checkpoint.read_back.load_as", spoiled(change))
+        with pytest.raises(CanopyError, match=f"{name} came back"):
+            cq.save(quantized, tmp_path / "out")
+
+
+def test_a_cast_that_moves_the_answers_is_no_mistake(llama: Callable, tmp_path: Path) -> None:
+    """Rotated weights are no bfloat16 numbers, and an 8-bit code that flips moves the answers of a random model far."""
+    model = llama(torch.float32, initializer_range=0.5)
+    cq.quantize_(model, "w8a8", method="rotation")
+    saved = cq.save(model, tmp_path / "out", dtype=torch.bfloat16)
+    assert saved.check.max_abs_difference > 0 and saved.check.kl > 0
+    model.model.norm.weight.data[3] = 1e5
+    with pytest.raises(CanopyError, match="model.norm.weight reaches 1e.05"):
+        cq.save(model, tmp_path / "half", dtype=torch.float16)
+    assert os.listdir(tmp_path) == ["out"]
 
 
 # Whole or absent ------------------------------------------------------------------------------------------------------
