@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from canopyq import checks
+from canopyq.checks import FLOATS
 from canopyq.errors import CanopyError
 from canopyq.formats import Format, IntFormat, get_format
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # the dtypes that torch computes in
 
 
 def scale_and_zero_point(
@@ -47,6 +47,7 @@ def scale_and_zero_point(
         CanopyError: for what ``check`` refuses, and a zero point for a format that has none.
     """
     fmt = get_format(format)
+    checks.flag("symmetric", symmetric), checks.flag("restricted", restricted), checks.flag("check", check)
     dtype = scale_dtype or (lo.dtype if lo.dtype in FLOATS else torch.float32)
     work = torch.promote_types(lo.dtype, torch.float32)
     lo, hi = lo.to(work).clamp(max=0), hi.to(work).clamp(min=0)
@@ -89,6 +90,7 @@ def quantize(
 ) -> Tensor:
     """Codes of ``x``. Integers come as int8, floats as their torch dtype, 4-bit floats and tables as uint8."""
     fmt = get_format(format)
+    checks.flag("restricted", restricted)
     work = torch.promote_types(x.dtype, torch.float32)
     scaled = x.to(work) / scale.to(work)
     if not isinstance(fmt, IntFormat):
@@ -110,8 +112,7 @@ def dequantize(
 
     Values beyond the end of ``dtype`` saturate: the lowest code of a full range may lie half a step outside.
     """
-    if dtype not in FLOATS:
-        raise CanopyError(f"codes stand for float16, bfloat16, float32 or float64 values, not {dtype}")
+    dtype = checks.dtype("dtype", dtype)
     work, end = torch.promote_types(dtype, torch.float32), torch.finfo(dtype).max
     values = get_format(format).decode(codes).to(work)
     if zero_point is not None:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from canopyq.errors import CanopyError
+from canopyq import checks
+from canopyq.errors import CanopyError, shown
 
 LENGTH = 512  # tokens that are taken of a text
 ROWS = 8  # texts in a batch
+MOST = 10**7  # tokens of a text
 
 
 @dataclass(frozen=True)
@@ -48,24 +50,19 @@ def read_batches(data: Any, model: nn.Module, tokenizer=None, length: int | None
         CanopyError: for no data, an empty text or one shorter than ``length``, ids that the model's vocabulary does
             not have, rows longer than its context, and anything that is none of the three.
     """
+    if getattr(checks.loaded("model", model), "config", None) is None and not _takes_ids(model):
+        raise CanopyError(
+            f"model is {shown(model)} without an embedding, and the data is token ids; give a language model"
+        )
     items = [data] if isinstance(data, (str, Tensor, Mapping)) else list(data) if isinstance(data, Iterable) else [data]
     if not items:
         raise CanopyError("the calibration data is empty; give batches of token ids (B, T), or texts with a tokenizer")
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None) or None
     if all(isinstance(item, str) for item in items):
-        batches = _from_texts(items, tokenizer, length, limit)
+        batches = _from_texts(items, tokenizer, length, checks.context(model))
+        for batch in batches:
+            checks.tokens("the calibration data", batch.ids, model)
     else:
-        batches = [_from_ids(item) for item in items]
-    vocabulary = _vocabulary(model)
-    for batch in batches:
-        low, high = (int(end) for end in batch.ids.aminmax())
-        if low < 0 or (vocabulary is not None and high >= vocabulary):
-            raise CanopyError(
-                f"calibration token {low if low < 0 else high} is not in the model's vocabulary of {vocabulary}; "
-                "encode the data with the model's own tokenizer"
-            )
-        if limit is not None and batch.ids.shape[1] > limit:
-            raise CanopyError(f"calibration rows of {batch.ids.shape[1]} tokens; the model takes {limit}, cut them")
+        batches = [_from_ids(item, model) for item in items]
     if not any(bool(batch.real.any()) for batch in batches):
         raise CanopyError("the calibration data is all padding; give rows with tokens")
     return batches
@@ -74,12 +71,10 @@ def read_batches(data: Any, model: nn.Module, tokenizer=None, length: int | None
 def _from_texts(texts: Sequence[str], tokenizer, length: int | None, limit: int | None) -> list[Batch]:
     """Texts of about the same length together, filled up at the right, where causal attention cannot see it."""
     if tokenizer is None:
-        raise CanopyError("calibration takes batches of token ids (B, T), got str; tokenize the texts first, or pass "
-                          "the tokenizer too")  # fmt: skip
-    if not callable(getattr(tokenizer, "encode", None)) or isinstance(tokenizer, str):
-        raise CanopyError(f"a {type(tokenizer).__name__} is no tokenizer; load the model's own with AutoTokenizer")
-    if length is not None and (length < 1 or (limit is not None and length > limit)):
-        raise CanopyError(f"calibration texts of {length} tokens do not fit the model's context of {limit}")
+        raise CanopyError("the calibration data is texts, str, and there is no tokenizer; pass the model's own too")
+    checks.tokenizer(tokenizer)
+    if length is not None:
+        checks.count("length", length, 1, limit or MOST)
     most = length or min(LENGTH, limit or LENGTH)
     rows = [torch.tensor(tokenizer.encode(text)[:most], dtype=torch.int64) for text in texts]
     for number, row in enumerate(rows):
@@ -100,27 +95,19 @@ def _pad(rows: list[Tensor]) -> Batch:
     return Batch(ids, torch.arange(ids.shape[1]) < lengths)
 
 
-def _from_ids(item: object) -> Batch:
+def _from_ids(item: object, model: nn.Module) -> Batch:
     if isinstance(item, Batch):
         return item
     mask = None
     if isinstance(item, Mapping):
         item, mask = item.get("input_ids"), item.get("attention_mask")
-    if not isinstance(item, Tensor) or item.dim() != 2 or item.is_floating_point() or not item.numel():
-        what = tuple(item.shape) if isinstance(item, Tensor) else type(item).__name__
-        raise CanopyError(f"calibration takes batches of token ids (B, T), got {what}; tokenize the texts first")
+    ids = checks.tokens("the calibration data", item, model).long()
     if mask is None:
-        return Batch(item.long(), torch.ones_like(item, dtype=torch.bool))
-    if not isinstance(mask, Tensor) or mask.shape != item.shape:
-        what = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise CanopyError(f"an attention_mask has the shape of its ids {tuple(item.shape)}, got {what}")
-    return Batch(item.long(), mask != 0)
+        return Batch(ids, torch.ones_like(ids, dtype=torch.bool))
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        raise CanopyError(f"attention_mask is {shown(mask)}; give it the shape of its ids {tuple(ids.shape)}")
+    return Batch(ids, checks.with_values("attention_mask", mask) != 0)
 
 
-def _vocabulary(model: nn.Module) -> int | None:
-    """How many token ids the model knows; None if it does not say."""
-    find = getattr(model, "get_input_embeddings", None)
-    weight = getattr(find() if find else None, "weight", None)
-    if isinstance(weight, Tensor) and weight.dim() == 2:
-        return weight.shape[0]
-    return getattr(getattr(model, "config", None), "vocab_size", None)
+def _takes_ids(model: nn.Module) -> bool:
+    return any(isinstance(part, nn.Embedding) for part in model.modules())

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from canopyq import checks
 from canopyq.errors import CanopyError, shown
 from canopyq.linear import QuantizedLinear
 from canopyq.ops import select
@@ -67,16 +68,17 @@ def bench(
         CanopyError: for an unknown recipe, one with static activations, a device that torch does not have, or a kernel
             whose result is wrong.
     """
-    kind = torch.device(device).type
-    if kind not in SHAPES or (kind == "cuda" and not torch.cuda.is_available()):
-        raise CanopyError(f"device {shown(device)} cannot be used here; use 'cpu'")
-    parsed = [Recipe.of_weights(recipe) for recipe in recipes]
+    kind = checks.choice("device", checks.device(device).type, SHAPES)
+    parsed = [Recipe.of_weights(recipe) for recipe in checks.sequence("recipes", recipes)]
+    rows = [checks.count("rows", m, 1) for m in checks.sequence("rows", ROWS[kind] if rows is None else rows)]
+    shapes = checks.sequence("shapes", SHAPES[kind] if shapes is None else shapes)
+    for shape in shapes:
+        if len([checks.count("shapes", size, 1) for size in checks.sequence("shapes", shape)]) != 2:
+            raise CanopyError(f"shapes has {shown(shape)}; give pairs of in_features and out_features")
     if static := [recipe.name for recipe in parsed if recipe.static]:
         raise CanopyError(f"{static[0]} needs ranges calibrated on a model; time the dynamic recipe")
-    layers = [(recipe, *shape) for shape in (shapes or SHAPES[kind]) for recipe in parsed]
-    return [
-        timed for layer in track(layers, "timing", len(layers)) for timed in _layer(*layer, device, rows or ROWS[kind])
-    ]
+    layers = [(recipe, *shape) for shape in shapes for recipe in parsed]
+    return [timed for layer in track(layers, "timing", len(layers)) for timed in _layer(*layer, device, rows)]
 
 
 def _layer(recipe: Recipe, k: int, n: int, device: str, rows: Sequence[int]) -> Iterator[Timed]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from canopyq import checks
 from canopyq.batches import Batch, read_batches
 from canopyq.blocks import Blocks, call, find_blocks
 from canopyq.errors import CanopyError, by_reason, unknown
@@ -123,6 +124,13 @@ def calibrate(
         CanopyError: for data that does not fit the model (see `read_batches`), NaN or infinite activations (the message
             names the layer), or nothing to watch. The model is then as it was, but for what ``visit`` did.
     """
+    checks.flag("hessian", hessian), checks.flag("histograms", histograms), checks.count("examples", examples)
+    if cap is not None:
+        checks.number("cap", cap, 1)
+    if visit is not None:
+        checks.function("visit", visit)
+    if layers is not None:
+        layers = checks.sequence("layers", layers)
     data = read_batches(batches, model, tokenizer, length)
     watched = _layers(model, layers)
     if not watched:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from canopyq.errors import CanopyError
+from canopyq import checks
 from canopyq.memory import bytes_held
 from canopyq.offload import input_device
 from canopyq.tutor.chat import prompt_ids
@@ -31,7 +31,7 @@ class Conversation:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: str | None = None, **options: Any
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer = checks.language_model("model", model), checks.tokenizer(tokenizer)
         self._new_cache = lambda: _make(model.config, cache, options)
         self.restart()
 
@@ -49,7 +49,7 @@ class Conversation:
     @property
     def limit(self) -> int | None:
         """How many tokens the model takes."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return checks.context(self.model)
 
     @property
     def cache_bytes(self) -> int:
@@ -72,17 +72,8 @@ class Conversation:
         """
         import torch
 
-        new = self._with(question)
-        vocabulary = getattr(self.model.config, "vocab_size", None)
-        if vocabulary is not None and max(new) >= vocabulary:
-            raise CanopyError(
-                f"the tokenizer gives token {max(new)}, the model's vocabulary has {vocabulary}; use the model's own"
-            )
-        room = max_new_tokens if self.limit is None else min(max_new_tokens, self.limit - len(new))
-        if room < 1:
-            raise CanopyError(
-                f"with this question the chat has {len(new)} tokens, and the model takes {self.limit}; start a new chat"
-            )
+        new = self._with(checks.text("question", question))
+        room = checks.answer_length(max_new_tokens, new, self.model)
         ids = torch.tensor([new], device=input_device(self.model))
         pad = self.tokenizer.pad_token_id
         try:

@@ -48,6 +48,8 @@ def shown(value: object) -> str:
         text = repr(value)
     elif isinstance(value, type):
         text = value.__name__
+    elif type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device"):
+        text = str(value)
     elif hasattr(value, "dtype") and hasattr(value, "shape"):
         text = f"a {value.dtype} tensor {tuple(value.shape)}"
     elif isinstance(value, (list, tuple, set, dict)):

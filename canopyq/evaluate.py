@@ -13,7 +13,7 @@ use, where a prompt is read in one pass and only the answer goes through the cac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from canopyq import checks
 from canopyq.errors import CanopyError
-from canopyq.kv_codes import BLOCK
+from canopyq.kv_codes import BLOCK, get_cache_format
 from canopyq.memory import bytes_held, human
 from canopyq.mode import eval_mode
 from canopyq.offload import input_device
@@ -167,6 +168,7 @@ def examine(
     With ``keep`` the result holds the model's predictions (4 bytes a token and vocabulary entry), so that it can stand
     for the model as the reference of many comparisons.
     """
+    checks.flag("keep", keep)
     [(evaluation, *_)] = _Examiner(tokenizer, questions).run([(model, cache)], keep=keep)
     return evaluation
 
@@ -206,13 +208,12 @@ class _Examiner:
     """The questions as padded batches of similar length."""
 
     def __init__(self, tokenizer, questions: Sequence[Question]) -> None:
-        self.questions = tuple(questions) if isinstance(questions, Iterable) else (questions,)
-        if not all(isinstance(question, Question) for question in self.questions):
-            raise CanopyError("questions are a list of Question; use e.g. cq.tutor.questions(200)")
-        if not callable(getattr(tokenizer, "encode", None)) or isinstance(tokenizer, str):
-            raise CanopyError(f"a {type(tokenizer).__name__} is no tokenizer; pass the model's own")
-        if not self.questions:
-            raise CanopyError("no questions to evaluate on; use e.g. cq.tutor.questions(200)")
+        self.questions = tuple(checks.sequence("questions", questions, 1))
+        for question in self.questions:
+            checks.instance(
+                "questions", question, Question, "give a list of Question; use e.g. cq.tutor.questions(200)"
+            )
+        checks.tokenizer(tokenizer)
         self.encoded = [encode(tokenizer, question.turns) for question in self.questions]
         most = min(BATCH_TOKENS, BATCH_LOGITS // len(tokenizer))
         self.batches: list[list[int]] = [[]]
@@ -235,8 +236,8 @@ class _Examiner:
         """The evaluation of each model with its cache, and its KL divergence from the kept predictions or else from
         the first one's: of all tokens, and of each question's."""
         models = [model for model, _ in examined]
-        if wrong := [type(model).__name__ for model in models if not isinstance(model, nn.Module)]:
-            raise CanopyError(f"a {wrong[0]} is no model; load it first, by cq.load or transformers")
+        for name, model in zip(("reference", "model")[-len(models) :], models, strict=True):
+            checks.language_model(name, model)
         self._check(models, kept)
         tallies = [_Tally(model, _maker(cache), len(self.questions)) for model, cache in examined]
         with eval_mode(*models):
@@ -255,18 +256,9 @@ class _Examiner:
         return [(tally.evaluation(self.questions), tally.kl / tally.tokens, tuple(tally.kls)) for tally in tallies]
 
     def _check(self, models: Sequence[nn.Module], kept: Evaluation | None) -> None:
-        longest = self.batches[-1][-1]
-        length, skill = len(self.encoded[longest][0]), self.questions[longest].skill
-        highest = max(max(ids) for ids, _ in self.encoded)
-        for config in (getattr(model, "config", None) for model in models):
-            limit = getattr(config, "max_position_embeddings", None)
-            if limit is not None and length > limit:
-                raise CanopyError(f"a {skill} question has {length} tokens, the model takes {limit}; leave it out")
-            vocabulary = getattr(config, "vocab_size", None)
-            if vocabulary is not None and highest >= vocabulary:
-                raise CanopyError(
-                    f"the tokenizer gives token {highest}, the model's vocabulary has {vocabulary}; use the model's own"
-                )
+        for model in models:
+            for i in (i for batch in reversed(self.batches) for i in reversed(batch)):  # the longest first
+                checks.tokens(f"a {self.questions[i].skill} question", torch.tensor([self.encoded[i][0]]), model)
         if kept and kept.questions != self.questions:
             raise CanopyError("the reference was examined on other questions; examine it on these, with keep=True")
         if kept and not kept.log_probs:
@@ -329,11 +321,12 @@ class _Tally:
 
 
 def _maker(cache: str | CacheMaker | None) -> CacheMaker | None:
-    if cache is None or callable(cache):
+    if cache is None or (callable(cache) and not isinstance(cache, (type, nn.Module))):
         return cache
     from canopyq.kv_cache import QuantizedCache
 
-    return lambda config: QuantizedCache(config, cache)
+    format = get_cache_format(cache)
+    return lambda config: QuantizedCache(config, format)
 
 
 def _log_probs(model: nn.Module, ids: Tensor, cache: Any = None) -> Tensor:

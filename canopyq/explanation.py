@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from canopyq import checks
 from canopyq.errors import CanopyError, and_more
 from canopyq.linear import QuantizedLinear, quantized_layers
 from canopyq.memory import human
@@ -82,8 +83,7 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         CanopyError: if there is none.
     """
-    if not isinstance(model, nn.Module):
-        raise CanopyError(f"explain needs a torch module, got {type(model).__name__}; load the model first")
+    checks.module("model", model)
     layers = [
         LayerExplained(
             name,

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from canopyq import checks
 from canopyq.errors import CanopyError
 from canopyq.kv_codes import GROUP, CacheFormat, get_cache_format
 from canopyq.kv_states import ATTENTION, CachedStates
@@ -29,7 +30,7 @@ def fuse_attention(model: nn.Module, format: str | CacheFormat = "kv8") -> nn.Mo
     Raises:
         CanopyError: if the kernel cannot run here, or not with this model, with the reason.
     """
-    config = model.config.get_text_config(decoder=True)
+    config = checks.language_model("model", model).config.get_text_config(decoder=True)
     if reason := refuse(model, format):
         raise CanopyError(f"attention on codes cannot run in this {config.model_type}: {reason}")
     AttentionInterface.register(ATTENTION, attend_cached)

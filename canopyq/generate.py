@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from canopyq import checks
 from canopyq.errors import CanopyError, shown
 from canopyq.joined import Separate, join
 from canopyq.kv_codes import GROUP, get_cache_format
@@ -53,13 +54,10 @@ def fast_generate(
         CanopyError: for another architecture, padded or empty prompts, more tokens than the model's context, or a cache
             that the attention kernel does not read here.
     """
-    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
-        raise CanopyError("fast_generate takes token ids (B, T) of at least one token; use tokenizer(…).input_ids")
-    if max_new_tokens < 1:
-        raise CanopyError(f"max_new_tokens={max_new_tokens} leaves nothing to generate; use 1 or more")
+    _check(model), _check_request(model, input_ids, max_new_tokens, eos_token_id)
     batch, length = input_ids.shape
     decoder = Decoder(model, batch, length + max_new_tokens, cache)
-    return decoder.generate(input_ids, max_new_tokens, eos_token_id=eos_token_id)
+    return decoder._generate(input_ids, max_new_tokens, eos_token_id)
 
 
 class Decoder:
@@ -80,7 +78,11 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module, batch: int, length: int, cache: str | None = None) -> None:
-        _check(model, length)
+        _check(model)
+        checks.count("batch", batch, 1)
+        limit = checks.context(model) or length
+        if checks.count("length", length, 1) > limit:
+            raise CanopyError(f"{length} tokens are more than the model's context of {limit}; make length smaller")
         self.model, self.config, self.batch, self.length = model, model.config, batch, length
         inner = model.model
         device, dtype = inner.norm.weight.device, inner.norm.weight.dtype
@@ -104,16 +106,18 @@ class Decoder:
     @torch.no_grad()
     def generate(self, input_ids: Tensor, max_new_tokens: int, *, eos_token_id: int | None = None) -> Tensor:
         """As `fast_generate`, for prompts (batch, T) that fit."""
+        _check_request(self.model, input_ids, max_new_tokens, eos_token_id)
         batch, start = input_ids.shape
         if batch != self.batch or start + max_new_tokens > self.length:
             raise CanopyError(
                 f"this decoder holds {self.batch} sequences of {self.length} tokens; {batch} of "
                 f"{start} + {max_new_tokens} do not fit"
             )
-        lowest, highest = int(input_ids.min()), int(input_ids.max())
-        if lowest < 0 or highest >= (words := self.model.config.vocab_size):
-            wrong = lowest if lowest < 0 else highest
-            raise CanopyError(f"token id {wrong} is not one of this model's {words}; use its own tokenizer")
+        return self._generate(input_ids, max_new_tokens, eos_token_id)
+
+    @torch.no_grad()
+    def _generate(self, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | None) -> Tensor:
+        start = input_ids.shape[1]
         ends, pad = self._ends(eos_token_id)
         self._read(input_ids)
         if self.graph is None and self.ids.is_cuda and max_new_tokens > 1:
@@ -289,8 +293,14 @@ def _quantized_cache(
     return StaticQuantizedCache(model.config, name, batch=batch, length=length, dtype=dtype, device=device)
 
 
-def _check(model: nn.Module, length: int) -> None:
-    config = getattr(model, "config", None)
+def _check_request(model: nn.Module, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | None) -> None:
+    checks.tokens("input_ids", input_ids, model), checks.count("max_new_tokens", max_new_tokens, 1)
+    if eos_token_id is not None:
+        checks.count("eos_token_id", eos_token_id)
+
+
+def _check(model: nn.Module) -> None:
+    config = checks.language_model("model", model).config
     family = getattr(config, "model_type", type(model).__name__)
     if family not in FAMILIES:
         raise CanopyError(f"fast_generate knows {', '.join(FAMILIES)}, not {family}; use model.generate")
@@ -306,5 +316,3 @@ def _check(model: nn.Module, length: int) -> None:
         raise CanopyError(
             "fast_generate attends to all tokens, and this model has a sliding window; use model.generate"
         )
-    if length > config.max_position_embeddings:
-        raise CanopyError(f"{length} tokens are more than the model's context of {config.max_position_embeddings}")

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from canopyq import checks
 from canopyq.errors import CanopyError, unknown
 
+MOST_DIMENSIONS = 64  # that a tensor has
 KINDS = ("tensor", "channel", "token", "group")
 
 
@@ -32,15 +34,14 @@ class Granularity:
     axis: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise unknown("kind of granularity", self.kind, KINDS)
-        if self.kind == "group" and not (isinstance(self.group_size, int) and self.group_size >= 1):
-            raise CanopyError(f"a group of {self.group_size} values cannot share a scale; use g32, g64 or g128")
+        checks.choice("kind of granularity", self.kind, KINDS)
+        if self.kind == "group":
+            checks.count("group_size", self.group_size, 1)
         if self.kind != "group" and self.group_size is not None:
             raise CanopyError(
                 f"a scale per {self.kind} takes no group size, got {self.group_size}; use g{self.group_size}"
             )
-        if not isinstance(self.axis, int) or (self.axis != 0 and self.kind != "channel"):
+        if checks.count("axis", self.axis, -MOST_DIMENSIONS, MOST_DIMENSIONS) and self.kind != "channel":
             raise CanopyError(f"a scale per {self.kind} has no axis {self.axis}; only 'channel' has one, an integer")
 
     @classmethod
@@ -48,8 +49,8 @@ class Granularity:
         """``"tensor"``, ``"channel"``, ``"token"`` or ``"g128"``. Raises `CanopyError` for anything else."""
         if isinstance(spec, Granularity):
             return spec
-        text = str(spec).lower()
-        if match := re.fullmatch(r"g([0-9]{1,9})", text):
+        text = spec.lower() if isinstance(spec, str) else ""
+        if match := re.fullmatch(r"g([1-9][0-9]{0,8})", text):
             return cls("group", int(match.group(1)))
         if text in ("tensor", "channel", "token"):
             return cls(text)

@@ -21,7 +21,7 @@ def hadamard(x: Tensor, size: int) -> Tensor:
         CanopyError: for another size.
     """
     if size < 1 or size & (size - 1) or x.shape[-1] % size:
-        raise CanopyError(f"a Hadamard transform takes a power of two that divides {x.shape[-1]}, got {size}")
+        raise CanopyError(f"a Hadamard transform takes a power of two that divides {x.shape[-1]}, got size={size}")
     y, width = x.reshape(-1, size), 1
     while width < size:
         pairs = y.reshape(-1, size // (2 * width), 2, width)

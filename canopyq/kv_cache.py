@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from canopyq.errors import CanopyError, shown, unknown
+from canopyq import checks
+from canopyq.errors import CanopyError
 from canopyq.kv_codes import BLOCK, GROUP, WINDOW, CacheFormat, get_cache_format
 from canopyq.kv_layer import QuantizedLayer
 from canopyq.kv_shapes import heads_of, sliding_windows
@@ -52,20 +53,15 @@ class QuantizedCache(Cache):
         window: int = WINDOW,
         group: int | None = None,
     ) -> None:
-        if not hasattr(config, "get_text_config"):
-            raise CanopyError(f"a cache is made from a model's config, got {type(config).__name__}; use model.config")
-        self.config = config = config.get_text_config(decoder=True)
+        self.config = config = checks.config(config)
         self.format = get_cache_format(format)
-        if keys not in ("channel", "token"):
-            raise unknown("way to quantize keys", keys, ("channel", "token"))
-        if not isinstance(window, int) or window < 0:
-            raise CanopyError(f"a window of {shown(window)} tokens cannot be kept in full precision; use 0 or more")
+        checks.choice("way to quantize keys", keys, ("channel", "token")), checks.count("window", window)
         self.limit = getattr(config, "max_position_embeddings", None)
         windows, layers = sliding_windows(config), []
         self.shapes = [heads_of(each) for each in config.per_layer_config]
         for (_, head_dim), sliding in zip(self.shapes, windows, strict=True):
-            size = min(GROUP, head_dim) if group is None else group
-            if not isinstance(size, int) or size < 1 or head_dim % size:
+            size = min(GROUP, head_dim) if group is None else checks.count("group", group, 1)
+            if head_dim % size:
                 raise CanopyError(
                     f"groups of {size} channels do not divide heads of {head_dim}; use one that does, such as group="
                     f"{next(g for g in range(min(GROUP, head_dim), 0, -1) if head_dim % g == 0)}"

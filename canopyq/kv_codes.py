@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from canopyq.errors import CanopyError, unknown
+from canopyq import checks
+from canopyq.errors import CanopyError
 from canopyq.formats import e4m3_to_float, get_format
 from canopyq.packing import pack_bytes, unpack_bytes
 
@@ -42,9 +43,7 @@ def get_cache_format(name: str | CacheFormat) -> CacheFormat:
     """The format called ``name``: kv8, kv4, kv2 or kv-fp8. Raises `CanopyError` for one that does not exist."""
     if isinstance(name, CacheFormat):
         return name
-    if str(name).lower() not in CACHE_FORMATS:
-        raise unknown("KV cache", name, CACHE_FORMATS)
-    return CACHE_FORMATS[str(name).lower()]
+    return CACHE_FORMATS[checks.choice("KV cache", name.lower() if isinstance(name, str) else name, CACHE_FORMATS)]
 
 
 @dataclass(frozen=True)

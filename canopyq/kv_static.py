@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
+from canopyq import checks
 from canopyq.errors import CanopyError
 from canopyq.kv_codes import BLOCK, GROUP, WINDOW, CacheFormat, QuantizedStates, get_cache_format
 from canopyq.kv_shapes import heads_of
@@ -161,12 +162,11 @@ class StaticQuantizedCache(Cache):
         device: torch.device | str = "cuda",
         window: int = WINDOW,
     ) -> None:
-        config = config.get_text_config(decoder=True)
+        config, device, dtype = checks.config(config), checks.device(device), checks.dtype("dtype", dtype)
+        checks.count("batch", batch, 1), checks.count("length", length, 1), checks.count("window", window)
         types, _ = get_layer_types_and_kwargs(config)
         if other := [kind for kind in types if kind != "full_attention"]:
             raise CanopyError(f"a cache of fixed size is for full attention, not for {other[0]}; use QuantizedCache")
-        if batch < 1 or length < 1 or window < 0:
-            raise CanopyError(f"no cache holds {batch} sequences of {length} tokens with a window of {window}")
         self.format, self.window, self.room = get_cache_format(format), window, -(-length // BLOCK) * BLOCK
         # Tokens held, and what that was when the pass began that is under way.
         self.count, self.before = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from canopyq import affine
-from canopyq.errors import CanopyError
+from canopyq import affine, checks
+from canopyq.errors import CanopyError, shown
 from canopyq.ops import operator, reference, select
 from canopyq.ops.cuda import eight_bits
 from canopyq.ops.kernel import Layout, Problem
@@ -50,8 +50,18 @@ class QuantizedLinear(nn.Module):
         input_zero_point: Tensor | None = None,
     ) -> None:
         super().__init__()
+        checks.instance("weight", weight, QuantizedTensor, "give one, such as cq.quantize(x, 'int8', 'channel')")
         if len(weight.shape) != 2:
-            raise CanopyError(f"a linear layer's weight is (out_features, in_features), got {tuple(weight.shape)}")
+            raise CanopyError(f"weight has shape {tuple(weight.shape)}; give one of (out_features, in_features)")
+        if activations is not None:
+            checks.instance("activations", activations, Scheme, "use a Scheme, such as Scheme('int8', 'token')")
+        for name, given, size in (
+            ("bias", bias, weight.shape[0]), ("input_scale", input_scale, 1), ("input_zero_point", input_zero_point, 1),
+        ):  # fmt: skip
+            whole = name == "input_zero_point"
+            fits = isinstance(given, Tensor) and tuple(given.shape) == (size,) and whole != given.is_floating_point()
+            if given is not None and not fits:
+                raise CanopyError(f"{name} is {shown(given)}; give {'int8' if whole else 'floats'} of shape ({size},)")
         self.out_features, self.in_features = weight.shape
         self.scheme, self.activations, self.weight_dtype = weight.scheme, activations, weight.dtype
         self.register_buffer("input_scale", input_scale)
@@ -65,6 +75,8 @@ class QuantizedLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear, scheme: Scheme, activations: Scheme | None = None) -> QuantizedLinear:
         """Quantize a layer's weight by round-to-nearest; the bias stays as it is."""
+        checks.instance("linear", linear, nn.Linear, "give an nn.Linear; quantize_ takes whole models")
+        checks.instance("scheme", scheme, Scheme, "use a Scheme, such as Scheme('int8', 'channel')")
         return cls(quantize(linear.weight, scheme), linear.bias, activations)
 
     @property
@@ -112,8 +124,8 @@ class QuantizedLinear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features:
-            raise CanopyError(f"the layer takes {self.in_features} features, got an input of shape {tuple(x.shape)}")
+        if not isinstance(x, Tensor) or x.shape[-1:] != (self.in_features,):
+            raise CanopyError(f"the layer takes {self.in_features} features, and its input is {shown(x)}")
         if x.dtype not in affine.FLOATS:
             raise CanopyError(f"the layer takes floating-point input, not {x.dtype}")
         out = self._multiply(x.reshape(-1, self.in_features).contiguous())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from canopyq import checks
 from canopyq.errors import CanopyError, shown, unknown
 from canopyq.formats import BlockFormat, Format, IntFormat, TableFormat, get_format
 from canopyq.kv_codes import BLOCK, GROUP, WINDOW, get_cache_format
@@ -111,7 +112,7 @@ def parameter_count(text: str | int | float) -> int:
     Raises:
         CanopyError: for anything else, with the nearest model names.
     """
-    key = str(text).lower().replace("_", "")
+    key = (text if isinstance(text, str) else shown(text)).lower().replace("_", "")
     if key in MODEL_SHAPES:
         return MODEL_SHAPES[key].parameters
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d{1,2})?)([kmbt]?)", key)
@@ -119,7 +120,7 @@ def parameter_count(text: str | int | float) -> int:
         raise unknown("model size", text, MODEL_SHAPES, more=", or a count such as 7B or 350M")
     count = float(match.group(1)) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[match.group(2)]
     if not 1 <= count <= 1e15:
-        raise CanopyError(f"a model of {text} parameters is not one to size; use a count such as 7B or 350M")
+        raise CanopyError(f"a model of {shown(text)} parameters is not one to size; use a count such as 7B or 350M")
     return round(count)
 
 
@@ -154,10 +155,10 @@ def weight_bytes(
         CanopyError: for an unknown format, or a group size that the format does not take.
     """
     fmt = get_format(format)
-    if isinstance(parameters, str) or not parameters > 0:
-        raise CanopyError(
-            f"weight_bytes needs a number of parameters, got {shown(parameters)}; use parameter_count('7B')"
-        )
+    checks.number("parameters", parameters, 1, 1e15), checks.flag("symmetric", symmetric)
+    checks.count("scale_bits", scale_bits, 1, 64)
+    if group_size is not None:
+        checks.count("group_size", group_size, 1)
     if not symmetric and not isinstance(fmt, IntFormat):
         raise CanopyError(f"{fmt.name} has no zero point; leave asymmetric out")
     codes = parameters * fmt.bits / 8
@@ -171,8 +172,6 @@ def weight_bytes(
         return WeightBytes(codes)
     if fmt.bits >= 16:
         raise CanopyError(f"{fmt.name} is a plain cast without scales; leave the group size out")
-    if group_size < 1:
-        raise CanopyError(f"group size {group_size} holds no value; use 32, 64 or 128")
     groups = parameters / group_size
     return WeightBytes(codes, groups * scale_bits / 8, 0.0 if symmetric else groups * fmt.bits / 8)
 
@@ -191,7 +190,6 @@ class ModelBytes:
         return self.codes + self.scales + self.zero_points + self.plain
 
 
-@cache
 def model_bytes(shape: ModelShape, recipe: Recipe | None = None) -> ModelBytes:
     """What a bfloat16 model of this shape holds once it is quantized by a recipe; None leaves it as it is, and so
     does a recipe of the cache alone.
@@ -201,6 +199,14 @@ def model_bytes(shape: ModelShape, recipe: Recipe | None = None) -> ModelBytes:
     Raises:
         CanopyError: if the recipe's groups do not fit a layer.
     """
+    checks.instance("shape", shape, ModelShape, "use MODEL_SHAPES or ModelShape.of(config)")
+    if recipe is not None:
+        checks.instance("recipe", recipe, Recipe, "use Recipe.parse(name)")
+    return _model_bytes(shape, recipe)
+
+
+@cache
+def _model_bytes(shape: ModelShape, recipe: Recipe | None) -> ModelBytes:
     matrices = list(shape.linears())
     table = (shape.vocab, shape.hidden)
     plain = 2 * (shape.parameters - shape.linear_parameters)
@@ -235,6 +241,8 @@ def cache_bytes(shape: ModelShape, tokens: int, batch: int = 1, format: str | No
     Raises:
         CanopyError: for a format that does not exist.
     """
+    checks.instance("shape", shape, ModelShape, "use MODEL_SHAPES or ModelShape.of(config)")
+    checks.count("tokens", tokens), checks.count("batch", batch, 1)
     heads, dim = shape.layers * shape.kv_heads * batch, shape.head_dim
     if format is None:
         return heads * 2 * tokens * dim * 2
@@ -253,7 +261,7 @@ def tensors_held(model: nn.Module) -> dict[str, Tensor]:
     """
     seen: set[int] = set()
     held = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in [*checks.module("model", model).named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             continue
         if tensor.numel() and (key := tensor.untyped_storage().data_ptr()) not in seen:
@@ -291,6 +299,7 @@ def meta_ties(model: nn.Module) -> dict[int, int]:
 
 def human(count: float) -> str:
     """A number of bytes in decimal units, as disk and model sizes are given: 1 GB = 10^9 bytes."""
+    checks.number("count", count)
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(count) >= 0.9995 * size:  # three digits of anything less stay below 1000 of the next unit
             return f"{count / size:.3g} {unit}" if abs(count) < 999.5 * size else f"{count / size:.0f} {unit}"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from canopyq import checks
 from canopyq.batches import read_batches
 from canopyq.calibration import Calibration, calibrate
 from canopyq.embedding import QuantizedEmbedding
@@ -97,6 +98,7 @@ def quantize_(
             layer.
     """
     recipe, how = _parse(model, recipe), Method.parse(method)
+    checks.flag("strict", strict)
     how.check(recipe)
     targets, kept = find_targets(model, recipe)
     seen = calibration if isinstance(calibration, Calibration) else None
@@ -149,8 +151,7 @@ def _require_at_hand(how: Method, targets: list[Target]) -> None:
 
 def _parse(model: nn.Module, recipe: str | Recipe) -> Recipe:
     recipe = Recipe.of_weights(recipe)
-    if not isinstance(model, nn.Module):
-        raise CanopyError(f"quantize_ needs a torch module, got {type(model).__name__}; load the model first")
+    checks.module("model", model)
     return recipe
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from canopyq.errors import CanopyError
+from canopyq import checks
+from canopyq.errors import CanopyError, shown
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 _WORD = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # one that holds so many bytes
@@ -57,11 +58,9 @@ def unpack(words: Tensor, bits: int, n: int, *, signed: bool = True) -> Tensor:
     Raises:
         CanopyError: for another width, if ``words`` is not int32, or not as long as ``n`` codes are.
     """
-    _check_bits(bits)
+    checks.count("bits", bits, 1, 8), checks.count("n", n, 1), checks.flag("signed", signed)
     if not isinstance(words, Tensor) or words.dtype != torch.int32 or words.dim() == 0:
-        raise CanopyError(f"packed words are an int32 tensor of at least one dimension, got {_what(words)}")
-    if not isinstance(n, int) or n < 1:
-        raise CanopyError(f"unpack needs the number of codes in a row, at least 1, got {n}")
+        raise CanopyError(f"words is {shown(words)}; unpack takes int32 (…, words)")
     if words.shape[-1] != -(-n * bits // 32):
         raise CanopyError(f"{n} codes of {bits} bits take {-(-n * bits // 32)} words, got {words.shape[-1]}")
     if 8 % bits == 0:
@@ -110,22 +109,14 @@ def unpack_bytes(data: Tensor, bits: int) -> Tensor:
 
 
 def _check(codes: Tensor, bits: int, signed: bool) -> None:
-    _check_bits(bits)
-    if not isinstance(codes, Tensor) or codes.dtype not in INTEGERS or codes.numel() == 0 or codes.dim() == 0:
-        raise CanopyError(f"pack needs a non-empty tensor of integers of at least one dimension, got {_what(codes)}")
+    checks.count("bits", bits, 1, 8), checks.flag("signed", signed)
+    if not isinstance(codes, Tensor) or codes.dtype not in INTEGERS or codes.dim() == 0:
+        raise CanopyError(f"codes is {shown(codes)}; pack takes integers (…, n)")
+    checks.with_values("codes", codes)
     lo, hi = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     least, most = (int(v) for v in codes.aminmax())
     if least < lo or most > hi:
         raise CanopyError(f"codes {least}…{most} do not fit in {bits} bits ({lo}…{hi}); clamp before packing")
-
-
-def _check_bits(bits: int) -> None:
-    if not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise CanopyError(f"codes of {bits} bits cannot be packed; use 1 to 8")
-
-
-def _what(x: object) -> str:
-    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def _pack_stream(blocks: Tensor, bits: int) -> Tensor:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from canopyq.errors import CanopyError, unknown
+from canopyq import checks
+from canopyq.errors import CanopyError, shown, unknown
 from canopyq.formats import BlockFormat, FloatFormat, Format, IntFormat, TableFormat, get_format
 from canopyq.granularity import Granularity
 from canopyq.kv_codes import CACHE_FORMATS
 from canopyq.observers import check_observer
+
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,13 @@ class Scheme:
             )
         object.__setattr__(self, "format", fmt)
         object.__setattr__(self, "granularity", Granularity.parse(granularity))
+        if self.scale_dtype is not None:
+            object.__setattr__(self, "scale_dtype", checks.dtype("scale_dtype", self.scale_dtype, SCALE_DTYPES))
         self._check()
 
     def _check(self) -> None:
         fmt = self.format
+        checks.flag("symmetric", self.symmetric), checks.flag("restricted", self.restricted)
         check_observer(self.observer)
         if self.restricted and not (isinstance(fmt, IntFormat) and self.symmetric):
             raise CanopyError(f"restricted range is a choice of symmetric integers; {self} has none to make")
@@ -64,8 +70,6 @@ class Scheme:
             raise CanopyError(f"{fmt.name} needs no scale: it is a plain cast; leave granularity and observer out")
         if self.scale_dtype is not None and (self.is_plain_cast or isinstance(fmt, BlockFormat)):
             raise CanopyError(f"{fmt.name} leaves no choice of scales; leave scale_dtype out")
-        if self.scale_dtype is not None and self.scale_dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise CanopyError(f"scales are kept in float32, float16 or bfloat16, not {self.scale_dtype}")
 
     @property
     def is_plain_cast(self) -> bool:
@@ -118,15 +122,26 @@ class Recipe:
     exceptions: tuple[tuple[str, Scheme], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.cache is not None and self.cache not in CACHE_FORMATS:
-            raise unknown("KV cache", self.cache, CACHE_FORMATS)
-        if not isinstance(self.weights, Scheme) and (self.weights is not None or self.cache is None):
-            raise CanopyError(f"a recipe's weights are a Scheme, got {self.weights!r}; use Scheme({self.weights!r})")
+        checks.text("name", self.name), checks.flag("embeddings", self.embeddings), checks.flag("static", self.static)
+        if self.cache is not None:
+            checks.choice("KV cache", self.cache, CACHE_FORMATS)
+        if self.weights is not None or self.cache is None:
+            checks.instance(
+                "weights", self.weights, Scheme, "a recipe's weights are a Scheme, such as Scheme('int4', 'g128')"
+            )
+        if self.activations is not None:
+            checks.instance("activations", self.activations, Scheme, "use a Scheme, such as Scheme('int8', 'token')")
         if self.static and (self.activations is None or str(self.activations.granularity) != "tensor"):
             raise CanopyError(
                 f"static activations have one scale for all tokens; {self.activations or 'no activations'} have not"
             )
-        object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
+        ignore = [self.ignore] if isinstance(self.ignore, str) else checks.sequence("ignore", self.ignore)
+        object.__setattr__(self, "ignore", tuple(checks.text("ignore", part) for part in ignore))
+        exceptions = tuple(checks.sequence("exceptions", self.exceptions))
+        for pair in exceptions:
+            if not isinstance(pair, tuple) or [type(part) for part in pair] != [str, Scheme]:
+                raise CanopyError(f"exceptions has {shown(pair)}; give pairs of a module's name and a Scheme")
+        object.__setattr__(self, "exceptions", exceptions)
 
     def ignores(self, *names: str) -> bool:
         """Whether a module stays as it is; a shared one has several names."""
@@ -164,15 +179,15 @@ class Recipe:
         """
         if isinstance(spec, Recipe):
             return spec
-        text, *extras = str(spec).lower().split("+")
+        text, *extras = (spec.lower() if isinstance(spec, str) else "").split("+")
         activations = None
-        if match := re.fullmatch(r"w([2-8])a16(?:-(tensor|channel|g[0-9]{1,9}))?(-asym)?", text):
+        if match := re.fullmatch(r"w([2-8])a16(?:-(tensor|channel|g[1-9][0-9]{0,8}))?(-asym)?", text):
             bits, granularity, asym = match.groups()
             granularity = granularity or ("channel" if bits == "8" else "g128")
             scheme = Scheme(f"int{bits}", granularity, symmetric=not asym, scale_dtype=torch.bfloat16)
         elif text in ("nf4", "mxfp4", "nvfp4"):
             scheme = Scheme(text, scale_dtype=torch.bfloat16 if text == "nf4" else None)
-        elif match := re.fullmatch(r"w([2-8])a([2-8])(?:-(tensor|channel|g[0-9]{1,9}))?(-static)?(-asym)?", text):
+        elif match := re.fullmatch(r"w([2-8])a([2-8])(?:-(tensor|channel|g[1-9][0-9]{0,8}))?(-static)?(-asym)?", text):
             bits, input_bits, granularity, static, asym = match.groups()
             granularity = granularity or ("channel" if bits == "8" else "g128")
             scheme = Scheme(f"int{bits}", granularity, scale_dtype=torch.bfloat16)

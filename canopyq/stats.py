@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from canopyq.errors import CanopyError
+from canopyq import checks
+
+MOST = 100_000  # answers that can be counted exactly, and samples that can be drawn, in a moment
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Share:
 
 def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """The Wilson score interval of a share of ``right`` among ``n``."""
-    _check(right, n)
+    _check(right, n), checks.number("z", z, 0)
     p, z2 = right / n, z * z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
@@ -49,24 +51,23 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 def mcnemar(lost: int, gained: int) -> float:
     """Exact two-sided p that ``lost`` and ``gained`` answers differ this much if both changes were equally likely."""
-    if min(lost, gained) < 0:
-        raise CanopyError(f"{lost} lost and {gained} gained cannot be counts of answers; neither can be negative")
-    n = lost + gained
-    tail = sum(math.comb(n, k) for k in range(min(lost, gained) + 1)) / 2**n
-    return min(1.0, 2 * tail)
+    n = checks.count("lost", lost, 0, MOST) + checks.count("gained", gained, 0, MOST)
+    tail, ways = 0, 1  # of n changes, how many ways to lose k
+    for k in range(min(lost, gained) + 1):
+        tail, ways = tail + ways, ways * (n - k) // (k + 1)
+    return min(1.0, 2 * (tail / 2**n))
 
 
 def bootstrap(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """The 95 % interval of a mean, by the percentile bootstrap (Efron 1979): draw as many values again, with repeats,
     and see between which bounds 95 % of the means fall. It assumes no form of distribution. Of two models on the same
     questions give the differences, question by question."""
-    if len(values) < 2 or not all(math.isfinite(v) for v in values):
-        raise CanopyError(f"{len(values)} values have no interval; give two or more, all of them finite")
+    values = [checks.number("values", value) for value in checks.sequence("values", values, 2)]
+    checks.count("resamples", resamples, 1, MOST), checks.count("seed", seed)
     random, n = Random(seed), len(values)
     means = sorted(sum(random.choices(values, k=n)) / n for _ in range(resamples))
     return means[round(0.025 * (resamples - 1))], means[round(0.975 * (resamples - 1))]
 
 
 def _check(right: int, n: int) -> None:
-    if not 0 <= right <= n or n == 0:
-        raise CanopyError(f"{right} right of {n} is not a share; n must be positive and right between 0 and n")
+    checks.count("right", right, 0, checks.count("n", n, 1))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from canopyq import affine, packing
+from canopyq import affine, checks, packing
 from canopyq.errors import CanopyError
 from canopyq.formats import BlockFormat, Format, IntFormat
 from canopyq.granularity import Granularity
@@ -81,7 +81,7 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The real values that the codes stand for, in ``dtype`` (default: the original one)."""
-        dtype = dtype or self.dtype
+        dtype = self.dtype if dtype is None else dtype
         if self.scale is None:
             return affine.dequantize(
                 self.data, torch.ones((), device=self.data.device), None, self.scheme.format, dtype
@@ -145,7 +145,7 @@ def quantize(
         raise CanopyError(
             f"the scheme '{format}' decides everything; leave the other arguments out, or change the scheme"
         )
-    _check_input(x)
+    checks.tensor("x", x)
     with torch.no_grad():
         source = x.detach().reshape(1) if x.dim() == 0 else x.detach()
         if scheme.is_plain_cast:
@@ -189,23 +189,6 @@ def part_bytes(shape: torch.Size, scheme: Scheme, dtype: torch.dtype) -> dict[st
     narrow = dtype in (torch.float16, torch.bfloat16)
     kept = scheme.scale_dtype or (dtype if narrow else torch.float32)
     return parts | {"scale": scales * kept.itemsize} | ({} if scheme.symmetric else {"zero_point": scales})
-
-
-def _check_input(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise CanopyError(f"quantize needs a torch tensor, got {type(x).__name__}; use torch.as_tensor(x)")
-    if x.dtype not in affine.FLOATS:
-        raise CanopyError(
-            f"quantize needs float16, bfloat16, float32 or float64 values, got {x.dtype}; use x.float() if that fits"
-        )
-    if x.layout != torch.strided or x.is_nested:
-        raise CanopyError(
-            f"quantize needs a dense tensor, got layout {x.layout}; use x.to_dense(), or its parts one by one"
-        )
-    if x.numel() == 0:
-        raise CanopyError(f"quantize needs at least one value, got an empty tensor of shape {tuple(x.shape)}")
-    if x.is_meta:
-        raise CanopyError(f"quantize needs data, got a meta tensor of shape {tuple(x.shape)}; load its values first")
 
 
 def _check_fit(shape: torch.Size, scheme: Scheme) -> None:

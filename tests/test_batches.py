@@ -56,23 +56,16 @@ def test_texts_are_cut_and_padded_at_the_right() -> None:
     [
         ([], {}, "calibration data is empty"),
         (iter(()), {}, "calibration data is empty"),
-        ([torch.zeros(2, 3)], {}, r"got \(2, 3\)"),
-        ([torch.zeros(3, dtype=torch.long)], {}, r"got \(3,\)"),
-        ([torch.zeros(2, 0, dtype=torch.long)], {}, r"got \(2, 0\)"),
-        ([3], {}, "got int; tokenize"),
-        (7, {}, "got int"),
-        (["text", IDS], {"tokenizer": Words()}, "got str"),
-        (["text"], {}, "got str; tokenize the texts first, or pass the tokenizer"),
+        (["text", IDS], {"tokenizer": Words()}, "is 'text'"),
+        (["text"], {}, "texts.* no tokenizer"),
         (["a", " "], {"tokenizer": Words()}, "calibration text 1 is empty"),
         (["a a a", "a a"], {"tokenizer": Words(), "length": 3}, "text 1 has 2 tokens, fewer than 3"),
-        (["a a a"], {"tokenizer": Words(), "length": 9}, "9 tokens do not fit the model's context of 8"),
-        ([IDS + 15], {}, "token 20 is not in the model's vocabulary of 20; encode the data with the model's own"),
-        ([IDS - 1], {}, "token -1 is not in"),
-        (["a" * 30], {"tokenizer": Words()}, "token 30 is not in the model's vocabulary of 20"),
-        ([IDS.repeat(1, 3)], {}, "rows of 9 tokens; the model takes 8"),
-        ([{"input_ids": IDS, "attention_mask": torch.ones(2, 2)}], {}, r"shape of its ids \(2, 3\), got \(2, 2\)"),
+        (["a a a"], {"tokenizer": Words(), "length": 9}, "length=9 .* to 8"),
+        ([IDS + 15], {}, "token 20.*vocabulary of 20"),
+        ([IDS - 1], {}, "token -1"),
+        (["a" * 30], {"tokenizer": Words()}, "token 30.*vocabulary of 20"),
+        ([IDS.repeat(1, 3)], {}, "9 tokens.*the model takes 8"),
         ([{"input_ids": IDS, "attention_mask": torch.zeros(2, 3)}], {}, "all padding"),
-        ([{"ids": IDS}], {}, "got NoneType"),
     ],
 )
 def test_data_that_does_not_fit(data: object, options: dict, message: str) -> None:
@@ -81,7 +74,7 @@ def test_data_that_does_not_fit(data: object, options: dict, message: str) -> No
 
 
 def test_a_model_that_says_nothing_of_itself_takes_any_ids() -> None:
-    assert int(read_batches([IDS + 1000], nn.Linear(2, 2))[0].ids.max()) == 1005
+    assert int(read_batches([IDS + 1000], nn.Sequential(nn.Embedding(1, 1)))[0].ids.max()) == 1005
 
 
 def test_texts_go_through_quantize() -> None:

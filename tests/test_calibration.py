@@ -183,7 +183,7 @@ def test_nan_activations_name_the_layer(model: nn.Module, bad: float) -> None:
     ("options", "message"),
     [
         ({"batches": []}, "calibration data is empty"),
-        ({"batches": [TOKENS + 50]}, "not in the model's vocabulary of 96"),
+        ({"batches": [TOKENS + 50]}, "vocabulary of 96"),
         ({"layers": ["model.layers.0.mlp.down"]}, "unknown linear layer 'model.layers.0.mlp.down'; did you mean"),
         ({"layers": []}, "no linear layer to calibrate"),
     ],
@@ -201,8 +201,6 @@ def test_the_tutor_has_data_of_its_own() -> None:
     assert not torch.equal(data[0], cq.tutor.calibration(tokenizer, 2, 64, seed=1)[0])
     found = calibrate(model, data)
     assert len(found) == 56 and found.tokens == 320
-    with pytest.raises(CanopyError, match="cannot draw 0 chats"):
-        cq.tutor.calibration(tokenizer, 0)
 
 
 def test_calibration_chats_ask_no_question_that_is_scored() -> None:

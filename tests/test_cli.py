@@ -252,14 +252,15 @@ def test_size_puts_grouped_formats_beside_one_that_takes_no_groups(format: str, 
         ([""], ["unknown model size ''"]),
         (["7B", "--format", "int44"], ["unknown format 'int44'", "did you mean 'int4'"]),
         (["7B", "--format", ""], ["unknown format ''"]),
-        (["7B", "--group-size", "0"], ["group size 0 holds no value; use 32, 64 or 128"]),
-        (["7B", "--group-size", "-5"], ["group size -5 holds no value; use 32, 64 or 128"]),
+        (["7B", "--group-size", "0"], ["group_size=0"]),
+        (["7B", "--group-size", "1" + "0" * 23], ["group_size=100000"]),
+        (["7B", "--group-size", "-5"], ["group_size=-5"]),
         (["7B", "--format", "fp16", "--group-size", "128"], ["fp16 is a plain cast", "leave the group size out"]),
         (["7B", "--format", "mxfp4", "--group-size", "128"], ["mxfp4 fixes its blocks at 32"]),
         (["7B", "--format", "nvfp4", "--group-size", "32"], ["nvfp4 fixes its blocks at 16"]),
         (["7B", "--format", "nf4", "--asymmetric"], ["nf4 has no zero point; leave asymmetric out"]),
         (["7B", "--format", "fp8", "--asymmetric"], ["has no zero point; leave asymmetric out"]),
-        (["7B", "--format", "nf4", "--group-size", "0"], ["group size 0 holds no value"]),
+        (["7B", "--format", "nf4", "--group-size", "0"], ["group_size=0"]),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
@@ -367,7 +368,7 @@ def test_a_log_gets_a_line_now_and_then(canopyq) -> None:
         (["--recipe", "w44a16"], ["unknown recipe 'w44a16'", "did you mean", "w4a16-g128"]),
         (["--recipe", "int4"], ["unknown recipe 'int4'"]),
         (["--recipe", ""], ["unknown recipe ''"]),
-        (["--recipe", "w4a16-g0"], ["a group of 0 values"]),
+        (["--recipe", "w4a16-g0"], ["w4a16-g0"]),
         (["--recipe", "w4a16+kv44"], ["unknown addition to w4a16 '+kv44'; did you mean '+kv4'"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -569,7 +570,7 @@ def test_eval_of_a_folder_that_is_no_model(damage, part: str, folder: Path, tmp_
 
 @pytest.mark.parametrize(
     ("config", "part"),
-    [({"max_position_embeddings": 40}, "the model takes 40"), ({"vocab_size": 90}, "the model's vocabulary has 90")],
+    [({"max_position_embeddings": 40}, "the model takes 40"), ({"vocab_size": 90}, "the model's vocabulary of 90")],
     ids=["short context", "small vocabulary"],
 )
 def test_eval_of_a_model_that_the_questions_do_not_fit(config: dict, part: str, tmp_path, canopyq, monkeypatch) -> None:
@@ -980,3 +981,22 @@ def test_quantize_without_good_calibration(arguments: tuple[str, ...], message: 
     given = [argument.format(**places) for argument in arguments]
     assert message in failure(canopyq("quantize", *given, "--out", str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [None, b"\xff\xfe2+2\n/quit\n"], ids=["closed", "no text"])
+def test_chat_with_an_input_that_is_none(given: bytes | None, canopyq, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None if given is None else io.TextIOWrapper(io.BytesIO(given), "utf-8"))
+    code, out, err = canopyq("chat")
+    assert code == 0 and "of weights" in out and ("tutor>" in out) == (given is not None)
+
+
+def test_a_device_without_values(canopyq) -> None:
+    code, out, err = canopyq("explain", "--device", "meta")
+    assert code == 2 and out == "" and "device 'meta' cannot be used here" in err and err.count("\n") == 1
+
+
+def test_mistakes_with_nowhere_to_say_them(canopyq, monkeypatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", None)
+        code, out, _ = canopyq("inspect", "nowhere")
+    assert code == 2 and out == ""

@@ -290,15 +290,6 @@ def test_bytes_do_not_grow() -> None:
     assert cache.nbytes < 0.6 * full and cache.nbytes == sum(x.nbytes for layer in cache.layers for x in layer.tensors)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [({"batch": 0}, "0 sequences"), ({"length": 0}, "of 0 tokens"), ({"window": -1}, "window of -1")],
-)
-def test_sizes_without_sense_are_refused(change: dict, words: str) -> None:
-    with pytest.raises(cq.CanopyError, match=words):
-        make(tiny(), "kv8", **change)
-
-
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -304,11 +304,7 @@ def test_all_layers_go_back_or_none() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "kv3"}, "unknown KV cache 'kv3'"),
-        ({"keys": "row"}, "unknown way to quantize keys 'row'"),
-        ({"window": -1}, "window of -1"),
         ({"group": 24}, "groups of 24 channels do not divide heads of 16; use one that does, such as group=16"),
-        ({"group": 0}, "groups of 0"),
     ],
 )
 def test_bad_options_are_named(options: dict, message: str) -> None:

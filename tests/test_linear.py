@@ -194,7 +194,7 @@ def test_odd_shapes_are_right_for_any_number_of_rows(name: str, k: int, n: int) 
 
 
 def test_only_matrices_make_a_layer() -> None:
-    with pytest.raises(CanopyError, match=r"\(out_features, in_features\), got \(2, 3, 4\)"):
+    with pytest.raises(CanopyError, match=r"\(2, 3, 4\).*\(out_features, in_features\)"):
         QuantizedLinear(quantize(torch.randn(2, 3, 4), "int8"))
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from canopyq.calibration import Calibration, calibrate
 from canopyq.errors import CanopyError
@@ -336,7 +335,7 @@ def test_a_bad_value_in_the_last_layer_leaves_all_as_it_was(recipe: str, bad: fl
     [
         (nn.Linear(100, 8), "w4a16-g128", "^2: group size 128 does not fit.*use g100"),
         (nn.Linear(16, 8), "mxfp4", "^2: mxfp4 takes blocks of 32"),
-        (nn.Linear(128, 8, device="meta"), "w4a16-g128", "^2: .*meta tensor.*load its values"),
+        (nn.Linear(128, 8, device="meta"), "w4a16-g128", "^2: .*meta tensor.*load"),
         (nn.Linear(128, 8, dtype=torch.complex64), "w8a16", "^2: .*complex64"),
         (nn.LazyLinear(8), "w8a16", "^2 has no weights yet; call the model once"),
     ],
@@ -367,10 +366,8 @@ def test_a_second_time_is_refused() -> None:
         (nn.Linear(4, 4), "w8a16", "bare Linear.*use QuantizedLinear.from_linear"),
         (QuantizedLinear.from_linear(nn.Linear(4, 4), Scheme("int8")), "w8a16", "the model is quantized already"),
         (nn.Sequential(nn.Linear(4, 4)), "w4b16", "unknown recipe 'w4b16'; did you mean"),
-        ("llama", "w8a16", "needs a torch module, got str"),
-        (Dataset, "w8a16", "needs a torch module, got type"),
     ],
-    ids=["no linear", "only the head", "bare linear", "bare quantized", "unknown recipe", "a string", "a class"],
+    ids=["no linear", "only the head", "bare linear", "bare quantized", "unknown recipe"],
 )
 def test_what_cannot_be_quantized(model: object, recipe: str, message: str) -> None:
     with pytest.raises(CanopyError, match=message):
@@ -447,10 +444,10 @@ def nan_norm(model: nn.Module) -> None:
     [
         ("w8a8-static", None, None, "w8a8-static fixes the range of activations beforehand and needs calibration data"),
         ("w8a8-static", [], None, "calibration data is empty"),
-        ("fp8-static", [TOKENS + 80], None, "token 103 is not in the model's vocabulary of 96"),
+        ("fp8-static", [TOKENS + 80], None, "token 103.*vocabulary of 96"),
         ("w8a8-static", [TOKENS], nan_norm, r"layers\.1\.self_attn\.q_proj: its inputs hold \d+ NaN"),
         ("w8a8-static", Calibration(1, 1, True), None, "q_proj has no input range: it was not calibrated; give more"),
-        ("w8a8-static", ["text"], None, "tokenize the texts first, or pass the tokenizer"),
+        ("w8a8-static", ["text"], None, "texts.*no tokenizer"),
     ],
     ids=["no data", "empty", "another tokenizer", "NaN", "another model's", "no tokenizer"],
 )
@@ -481,3 +478,17 @@ def test_a_layer_that_no_token_reaches_has_no_static_range() -> None:
     with pytest.raises(CanopyError, match="spare has no input range: the model never called it"):
         quantize_(model, "w8a8-static", calibration=[TOKENS])
     assert_untouched(model, before)
+
+
+def test_hooks_stay_on_their_layer_and_can_be_taken_off() -> None:
+    model, seen = llama(), []
+    layer = model.model.layers[0].mlp.up_proj
+    handles = [layer.register_forward_hook(lambda *given: seen.append("after")),
+               layer.register_forward_pre_hook(lambda *given: seen.append("before"))]  # fmt: skip
+    quantize_(model, "w8a16")
+    model(TOKENS)
+    assert seen == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+    model(TOKENS)
+    assert seen == ["before", "after"] and len(dict(quantized_layers(model))) == 14

@@ -123,37 +123,14 @@ def test_codes_just_outside_are_refused(bits: int) -> None:
                 pack(torch.tensor([0, code]), bits, signed=signed)
 
 
-@pytest.mark.parametrize("bits", [0, 9, -1, 4.0, "4", None], ids=repr)
-def test_other_widths_are_refused(bits: object) -> None:
-    with pytest.raises(CanopyError, match="cannot be packed; use 1 to 8"):
-        pack(torch.zeros(8, dtype=torch.int8), bits)  # type: ignore[arg-type]
-    with pytest.raises(CanopyError, match="cannot be packed; use 1 to 8"):
-        unpack(torch.zeros(1, dtype=torch.int32), bits, 8)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    "codes",
-    [torch.zeros(4), torch.zeros(0, dtype=torch.int8), torch.tensor(1), torch.zeros(4, dtype=torch.complex64), [1, 2],
-     torch.zeros(4, dtype=torch.bool), torch.zeros(4, dtype=torch.uint16)],
-    ids=["float", "empty", "0-d", "complex", "list", "bool", "uint16"],
-)  # fmt: skip
-def test_what_is_no_tensor_of_codes_is_refused(codes: object) -> None:
-    with pytest.raises(CanopyError, match="pack needs a non-empty tensor of integers"):
-        pack(codes, 4)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
     ("words", "n", "message"),
     [
-        (torch.zeros(1, dtype=torch.int64), 8, "int32 tensor.*got torch.int64"),
-        (torch.tensor(0, dtype=torch.int32), 8, "at least one dimension"),
-        ([0], 8, "got list"),
+        (torch.zeros(1, dtype=torch.int64), 8, "torch.int64"),
         (torch.zeros(1, dtype=torch.int32), 9, "9 codes of 4 bits take 2 words, got 1"),
         (torch.zeros(3, dtype=torch.int32), 9, "9 codes of 4 bits take 2 words, got 3"),
-        (torch.zeros(1, dtype=torch.int32), 0, "at least 1, got 0"),
-        (torch.zeros(1, dtype=torch.int32), -8, "at least 1, got -8"),
     ],
-    ids=["int64", "0-d", "list", "too short", "too long", "none", "negative"],
+    ids=["int64", "too short", "too long"],
 )
 def test_words_that_do_not_hold_the_codes(words: object, n: int, message: str) -> None:
     with pytest.raises(CanopyError, match=message):

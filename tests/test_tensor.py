@@ -268,33 +268,9 @@ def test_not_finite_is_refused_by_every_format(name: str, bad: float) -> None:
         quantize(x, name)
 
 
-@pytest.mark.parametrize(
-    ("x", "message"),
-    [
-        pytest.param([1.0, 2.0], "got list; use torch.as_tensor", id="list"),
-        pytest.param(np.ones((4, 4)), "got ndarray; use torch.as_tensor", id="numpy"),
-        pytest.param(None, "got NoneType", id="None"),
-        pytest.param(torch.arange(8), "got torch.int64; use x.float", id="int"),
-        pytest.param(torch.ones(4, 4, dtype=torch.bool), "got torch.bool", id="bool"),
-        pytest.param(torch.ones(4, 4, dtype=torch.complex64), "got torch.complex64", id="complex"),
-        pytest.param(torch.ones(4, 4).to(torch.float8_e4m3fn), "got torch.float8_e4m3fn; use x.float", id="e4m3"),
-        pytest.param(torch.ones(4, 4).to(torch.float8_e5m2), "got torch.float8_e5m2; use x.float", id="e5m2"),
-        pytest.param(torch.empty(0, 4), r"empty tensor of shape \(0, 4\)", id="no rows"),
-        pytest.param(torch.empty(4, 0), r"empty tensor of shape \(4, 0\)", id="no columns"),
-        pytest.param(torch.empty(4, 4, device="meta"), "meta tensor .* load its values", id="meta"),
-        pytest.param(torch.eye(4).to_sparse(), "dense tensor.*use x.to_dense", id="sparse"),
-    ],
-)
-@pytest.mark.parametrize("name", ["int8", "fp8", "mxfp4", "bf16"])
-def test_what_cannot_be_quantized_is_refused_in_one_line(x: object, message: str, name: str) -> None:
-    with pytest.raises(CanopyError, match=message) as caught:
-        quantize(x, name)  # type: ignore[arg-type]
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_nested_tensors_are_refused() -> None:
-    with pytest.raises(CanopyError, match="dense tensor"):
+    with pytest.raises(CanopyError, match="to_dense"):
         quantize(torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]), "int8")
 
 
@@ -349,13 +325,6 @@ def test_a_scale_that_overflows_is_refused() -> None:
 def test_a_scheme_and_further_arguments_contradict(extra: dict) -> None:
     with pytest.raises(CanopyError, match="the scheme 'int4 tensor symmetric' decides everything"):
         quantize(sample(4, 64), Scheme("int4"), **extra)
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64, "float16"], ids=str)
-@pytest.mark.parametrize("name", ["int4", "bf16"])
-def test_dequantize_refuses_dtypes_that_hold_no_weights(name: str, dtype: torch.dtype) -> None:
-    with pytest.raises(CanopyError, match="codes stand for float16, bfloat16, float32 or float64"):
-        quantize(sample(4, 8), name).dequantize(dtype)
 
 
 def test_a_plain_cast_has_no_step() -> None:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 
+from canopyq import checks
 from canopyq.advisor.measured import ORIGINAL, Measurement, recorded
 from canopyq.advisor.needs import FLOOR, GPUS, PRIORITIES, Needs, refuse, speed_remarks
 from canopyq.errors import CanopyError
@@ -177,8 +178,6 @@ def advise(
     words = {"memory": memory, "context": context, "batch": batch, "accuracy": accuracy, "gpu": gpu}
     needs = model if isinstance(model, Needs) else Needs.parse(model, **words, priority=priority)
     known = list(recorded() if measurements is None else _measurements(measurements))
-    if not known:
-        raise CanopyError("there is nothing to choose from; measure some recipes with cq.compare")
     if not needs.context:  # no chat was named: whatever cache there will be is not part of the question
         known = [measured for measured in known if measured.parts[1] is None] or known
     options = _options(known, needs)
@@ -193,11 +192,9 @@ def advise(
 
 
 def _measurements(given: object) -> list[Measurement]:
-    if isinstance(given, Iterable):
-        found = list(given)
-        if all(isinstance(measured, Measurement) for measured in found):
-            return found
-    raise CanopyError("measurements are a list of Measurement; read them by cq.advisor.read(file)")
+    cure = "give a list of Measurement, such as cq.advisor.read(file)"
+    found = checks.sequence("measurements", given, 1)
+    return [checks.instance("measurements", each, Measurement, cure) for each in found]
 
 
 def _options(known: list[Measurement], needs: Needs) -> list[Option]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from canopyq import checks
 from canopyq.checkpoint.files import as_path
 from canopyq.errors import CanopyError, shown, unknown
 from canopyq.formats import FloatFormat, IntFormat
@@ -77,16 +78,14 @@ class Needs:
         Raises:
             CanopyError: for anything that cannot be read, with what can.
         """
-        if priority not in PRIORITIES:
-            raise unknown("priority", priority, PRIORITIES)
-        if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= 10**6:
-            raise CanopyError(f"a batch of {shown(batch)} sequences cannot be served; use 1 or more")
-        if not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
-            raise CanopyError(f"an accuracy floor of {shown(accuracy)} is no share of right answers; use e.g. 0.98")
+        checks.choice("priority", priority, PRIORITIES), checks.count("batch", batch, 1, 10**6)
+        checks.number("accuracy", accuracy, 0, 1)
         name, shape = find_shape(model)
         limit = None if memory is None else byte_count(memory)
         capability = None if gpu is None else find_capability(gpu)
-        return cls(name, str(model), shape, limit, token_count(context), batch, float(accuracy), capability, priority)
+        return cls(
+            name, _words(model), shape, limit, token_count(context), batch, float(accuracy), capability, priority
+        )
 
     def __str__(self) -> str:
         words = [f"priority {self.priority}", f"at least {100 * self.accuracy:.4g} % right"]
@@ -98,13 +97,18 @@ class Needs:
         return ", ".join(words)
 
 
+def _words(given: object) -> str:
+    """What was given as text; numbers as Python writes them."""
+    return given.strip() if isinstance(given, str) else shown(given)
+
+
 def find_shape(model: str | int | float) -> tuple[str, ModelShape]:
     """Name and shape of a model: by its name, by the number of its parameters, or by a folder with its config.
 
     Raises:
         CanopyError: if no known shape is near.
     """
-    key = str(model).strip()
+    key = _words(model)
     if key.lower() in MODEL_SHAPES:
         return key.lower(), MODEL_SHAPES[key.lower()]
     if (as_path(key) / "config.json").is_file():
@@ -134,7 +138,7 @@ def byte_count(text: str | int | float) -> int:
     Raises:
         CanopyError: for anything else, and for less than a byte.
     """
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?(?:e\d{1,2})?)\s*([kmgt]?)(i?)b?\s*", str(text).lower())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?(?:e\d{1,2})?)\s*([kmgt]?)(i?)b?\s*", _words(text).lower())
     if not match:
         raise CanopyError(f"{shown(text)} is no amount of memory; write it as 8GB, 6.5GiB or 500MB")
     number, unit, binary = match.groups()
@@ -152,7 +156,7 @@ def token_count(text: str | int) -> int:
     Raises:
         CanopyError: for anything else, and for a fraction of a token.
     """
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([km]?)\s*", str(text).lower().replace("_", ""))
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([km]?)\s*", _words(text).lower().replace("_", ""))
     count = float(match.group(1)) * {"": 1, "k": 1024, "m": 1024**2}[match.group(2)] if match else 0.5
     if count != int(count) or count > 10**9:
         raise CanopyError(f"{shown(text)} is no context length; write it as 32k or 32768")

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from canopyq import checks
 from canopyq.checkpoint.config import Group
 from canopyq.checkpoint.groups import grouped, ignored, layers_of
 from canopyq.checkpoint.layout import disk_format, input_to_disk, to_disk
 from canopyq.checkpoint.names import Names, names_of
 from canopyq.checkpoint.skeleton import build
 from canopyq.checkpoint.wanted import tied
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, shown
 from canopyq.linear import QuantizedLinear
 
 
@@ -101,8 +102,8 @@ def own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _original(model: nn.Module) -> nn.Module:
     """The architecture without its weights, as it was before it was quantized."""
-    if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "to_json_string"):
-        raise CanopyError(f"save needs a transformers model, got {type(model).__name__}")
+    if not hasattr(getattr(checks.loaded("model", model), "config", None), "to_json_string"):
+        raise CanopyError(f"model is {shown(model)}; save needs a transformers model")
     return build(bare_config(model), torch.float32)
 
 

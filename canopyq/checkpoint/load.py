@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from canopyq import checks
 from canopyq.checkpoint.config import read_config
 from canopyq.checkpoint.files import Checkpoint, raise_not_finite, read_json
 from canopyq.checkpoint.layout import check, from_disk, input_from_disk
@@ -19,15 +20,14 @@ from canopyq.checkpoint.pretrained import teach_save_pretrained
 from canopyq.checkpoint.skeleton import build, quiet, read_model_config
 from canopyq.checkpoint.wanted import Wanted, part_shape, plain, quantized, tied
 from canopyq.embedding import QuantizedEmbedding
-from canopyq.errors import CanopyError, and_more, one_line, prefixed, shown, unknown
+from canopyq.errors import CanopyError, and_more, one_line, prefixed, shown
 from canopyq.experts import QuantizedExperts
 from canopyq.linear import QuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FLOATS = tuple(DTYPES.values())
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def load(
@@ -63,12 +63,14 @@ def load_as(
     attention: str | None = None,
 ) -> PreTrainedModel:
     """`load` with a choice of transformers' attention implementation."""
+    checks.flag("strict", strict)
+    place = checks.device(device)
+    dtype = None if dtype is None else checks.dtype("dtype", dtype, FLOATS)
     checkpoint = Checkpoint(folder)
     given = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
     if given is None:
         raise CanopyError(f"{folder} holds no quantized model (no quantization_config); use transformers to load it")
     quantization = read_config(given)
-    place = _device(device)
     tensors = len(checkpoint.tensors)
     config = read_model_config(checkpoint.folder, checkpoint.config, tensors)
     most = 4 * checkpoint.nbytes  # 2-bit codes at least
@@ -80,24 +82,9 @@ def load_as(
     return _fill(model, files, layers, rest, checkpoint, place)
 
 
-def _device(device: torch.device | str) -> torch.device:
-    try:
-        place = torch.device(device)
-        torch.empty(1, device=place).tolist()  # the meta device, too, refuses to give values
-    except Exception as error:
-        raise CanopyError(f"device {shown(str(device))} cannot be used here ({one_line(error)}); use 'cpu'") from error
-    return place
-
-
-def _dtype(dtype: torch.dtype | str | None, place: torch.device, config) -> torch.dtype:
-    if dtype is None:
-        own = config.dtype if config.dtype in FLOATS else torch.bfloat16
-        return torch.float32 if place.type == "cpu" else own
-    if isinstance(dtype, str) and dtype in DTYPES:
-        return DTYPES[dtype]
-    if dtype not in FLOATS:
-        raise unknown("dtype", str(dtype).removeprefix("torch."), DTYPES)
-    return dtype
+def _dtype(dtype: torch.dtype | None, place: torch.device, config) -> torch.dtype:
+    own = config.dtype if config.dtype in FLOATS else torch.bfloat16
+    return dtype or (torch.float32 if place.type == "cpu" else own)
 
 
 def _check(

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from canopyq import checks
 from canopyq.checkpoint.config import Quantization, write_config
 from canopyq.checkpoint.contents import Contents, bare_config, contents, own_memory, tensors_of, widest
 from canopyq.checkpoint.files import CONFIG, INDEX, SINGLE, as_path, refuse_not_empty, whole_or_absent
@@ -86,12 +87,10 @@ def save(
             empty; a disk that is full; a file that does not hold the model.
     """
     folder = as_path(folder)
-    if dtype is not None and dtype not in SCALE_DTYPES:
-        raise CanopyError(f"weights are saved in bfloat16, float16 or float32, not {dtype}")
-    if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
-        raise CanopyError(f"a file of at most {max_shard_bytes} bytes holds nothing; use 5_000_000_000")
-    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
-        raise CanopyError(f"a {type(tokenizer).__name__} is no tokenizer; pass the model's own, or leave it out")
+    checks.flag("check", check), checks.count("max_shard_bytes", max_shard_bytes, 1, 10**15)
+    dtype = None if dtype is None else checks.dtype("dtype", dtype, SCALE_DTYPES)
+    if tokenizer is not None:
+        checks.tokenizer(tokenizer)
     refuse_not_empty(folder)
     held = contents(model)
     plain = held.plain.values()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from canopyq import checks
 from canopyq.checkpoint.files import CONFIG, INDEX, Checkpoint, refuse_not_empty
 from canopyq.checkpoint.layout import disk_format, to_disk
 from canopyq.checkpoint.plan import SHARD_BYTES, Plan, Step, make_plan
@@ -100,6 +101,7 @@ def prepare(
     from canopyq import __version__
 
     recipe = Recipe.of_weights(recipe)
+    checks.count("shard_bytes", shard_bytes, 1, 10**15), checks.function("say", say)
     refuse_not_empty(out)
     checkpoint = Checkpoint(source)
     plan = make_plan(checkpoint, recipe, shard_bytes)

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 import canopyq as cq
-from canopyq.cli.output import JsonFlag, cell, check_device, console, print_json, print_plain
+from canopyq.cli.output import JsonFlag, cell, console, print_json, print_plain
 from canopyq.errors import CanopyError, shown
 
 if TYPE_CHECKING:
@@ -226,9 +226,10 @@ def explain(
     as_json: JsonFlag = False,
 ) -> None:
     """Say which kernel runs each quantized layer on this machine, and why each other one does not."""
+    from canopyq import checks
     from canopyq.cli.calibrated import quantize_tutor
 
-    check_device(device)
+    checks.device(device)
     if model == "tutor":
         parsed = cq.Recipe.of_weights(recipe)
         loaded, tokenizer = cq.tutor.load()

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 import canopyq as cq
-from canopyq.cli.output import JsonFlag, cell, check_device, console, print_json, print_plain
+from canopyq.cli.output import JsonFlag, cell, console, print_json, print_plain
 
 
 def doctor(as_json: JsonFlag = False) -> None:
@@ -132,7 +132,6 @@ def bench(
     from canopyq.machine import describe
 
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    check_device(place)
     timed = run(tuple(recipe or ("w4a16-g128", "w8a16")), place)
     if as_json:
         results = [vars(x) | {"speedup": x.speedup} for x in timed]

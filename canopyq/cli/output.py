@@ -9,25 +9,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from canopyq.errors import CanopyError, cut, one_line, printable, shown
+from canopyq.errors import printable
 
 console = Console()
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-
-def check_device(device: str) -> str:
-    """The device if torch can use it.
-
-    Raises:
-        CanopyError: if not, or if torch knows no such device.
-    """
-    import torch
-
-    try:
-        torch.empty(1, device=device).tolist()  # the meta device, too, refuses to give values
-    except (RuntimeError, AssertionError) as error:
-        raise CanopyError(f"device {shown(device)} cannot be used here: {cut(one_line(error))}; use cpu") from None
-    return device
 
 
 def print_json(content: Any) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 from ipywidgets import HTML, Layout, ToggleButtons, VBox, Widget
 
+from canopyq import checks
+
 from .text import inline, plain
 
 KINDS = {  # background, ink, edge
@@ -155,7 +157,8 @@ class StaticCard(Card):
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> StaticCard:
     """A table of anything with a ``str``; columns of numbers are flush right."""
-    lines = [[str(cell) for cell in row] for row in rows]
+    head = checks.sequence("head", head)
+    lines = [[str(cell) for cell in checks.sequence("rows", row)] for row in checks.sequence("rows", rows)]
     shown = [[plain(cell) for cell in line] for line in [list(head), *lines]]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     right = numeric_columns(lines, len(head))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from canopyq import checks
 from canopyq.errors import CanopyError
 from canopyq.linear import QuantizedLinear
 from canopyq.methods.structure import KNOWN, Site, sites
@@ -31,8 +32,7 @@ def salient(magnitude: Tensor, share: float = 0.01) -> Tensor:
     Raises:
         CanopyError: for a share that is none.
     """
-    if not 0 < share <= 1:
-        raise CanopyError(f"{share} is no share of the features; use e.g. 0.01")
+    checks.number("share", share, 1e-9, 1)
     return magnitude.topk(max(1, round(share * len(magnitude)))).indices
 
 
@@ -53,13 +53,12 @@ def exaggerate_(model: nn.Module, channels: Sequence[int], factor: float = 64.0)
         CanopyError: for a factor that is no power of two, a channel that does not exist, and any other model. Nothing
             is changed then.
     """
-    if not factor > 0 or math.frexp(factor)[0] != 0.5:
+    if math.frexp(checks.number("factor", factor, 2.0**-100, 2.0**100))[0] != 0.5:
         raise CanopyError(f"a factor of {factor} would be rounded; use a power of two, such as 64")
     found = norm_sites(model)
-    index = torch.as_tensor(channels, dtype=torch.long)
     size = found[0].maker.weight.numel()
-    if not index.numel() or int(index.min()) < 0 or int(index.max()) >= size:
-        raise CanopyError(f"channels {list(channels)} do not all exist; the model has 0 to {size - 1}")
+    channels = checks.sequence("channels", channels, 1)
+    index = torch.tensor([checks.count("channels", channel, 0, size - 1) for channel in channels])
     for site in found:
         site.maker.weight[index] *= factor
         for reader in site.readers.values():

@@ -8,7 +8,8 @@ from functools import cached_property
 
 from ipywidgets import HTML, Button, HBox, Layout, Text, VBox
 
-from canopyq.errors import CanopyError
+from canopyq import checks
+from canopyq.errors import CanopyError, shown
 
 from .html import Card, box, details, frame, heading, section
 from .store import store
@@ -19,7 +20,8 @@ class Predict(Card):
     """A question with a number to guess. The guess is kept with the reader's progress."""
 
     def __init__(self, name: str, question: str, unit: str = "") -> None:
-        self.id, self.question, self.unit = name, question, unit
+        self.id, self.question = checks.text("name", name), checks.text("question", question)
+        self.unit = checks.text("unit", unit)
 
     @property
     def guess(self) -> float | None:
@@ -28,9 +30,7 @@ class Predict(Card):
 
     def say(self, number: float) -> Predict:
         """Guess without the widget: ``guess.say(0.3)``."""
-        guess = _number(number)
-        if not math.isfinite(guess):
-            raise CanopyError(f"{number!r} cannot be measured; guess a number such as 0.3")
+        guess = checks.number("number", _number(number))
         store().record("predictions", self.id, guess=guess)
         if "_live" in self.__dict__:
             self._entry.value = f"{guess:g}"
@@ -38,7 +38,7 @@ class Predict(Card):
 
     def reveal(self, value: float, fmt: str = ".3g") -> Reveal:
         """Hold the guess against the measured ``value``, written with the format ``fmt``."""
-        return Reveal(self, _number(value), fmt)
+        return Reveal(self, _number(value), checks.text("fmt", fmt))
 
     def widget(self) -> VBox:
         return self._live
@@ -120,9 +120,9 @@ def predict(name: str, question: str, unit: str = "") -> Predict:
 
 def _number(value: object) -> float:
     try:
-        return float(value)
+        return float("" if isinstance(value, bool) else value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise CanopyError(f"{str(value)[:60]!r} is no number; give one such as 0.3") from None
+        raise CanopyError(f"{shown(value)} is no number; give one such as 0.3") from None
 
 
 def parse(text: str) -> float | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from canopyq.errors import CanopyError, unknown
+from canopyq import checks
+from canopyq.errors import CanopyError
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
@@ -18,7 +19,5 @@ def recorded(name: str) -> dict:
     """
     if not FOLDER.is_dir():
         raise CanopyError(f"{FOLDER} is not there: open the course from a clone of the project, with make lab")
-    file = FOLDER / f"{name}.json"
-    if not file.is_file():
-        raise unknown("recorded result", name, sorted(path.stem for path in FOLDER.glob("*.json")))
-    return json.loads(file.read_text(encoding="utf-8"))
+    name = checks.choice("recorded result", name, sorted(path.stem for path in FOLDER.glob("*.json")))
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))

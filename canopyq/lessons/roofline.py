@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from canopyq.errors import CanopyError
+from canopyq import checks
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ def linear_work(rows: int, inputs: int, outputs: int, bits: float = 16) -> Work:
     Raises:
         CanopyError: for a size below 1, or weights of no bits.
     """
-    if min(rows, inputs, outputs) < 1 or bits <= 0:
-        raise CanopyError(f"a layer of {inputs} inputs and {outputs} outputs on {rows} rows at {bits} bits is no work")
+    for name, value in {"rows": rows, "inputs": inputs, "outputs": outputs}.items():
+        checks.count(name, value, 1)
+    checks.number("bits", bits, 0.1, 64)
     return Work(outputs * inputs * bits / 8 + 2 * rows * (inputs + outputs), 2 * rows * inputs * outputs)
 
 

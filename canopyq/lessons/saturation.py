@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from canopyq import affine
+from canopyq import affine, checks
 from canopyq.errors import CanopyError
 from canopyq.formats import Format, IntFormat, get_format
 
@@ -25,8 +25,7 @@ def wrap(codes: Tensor, bits: int = 8) -> Tensor:
     Raises:
         CanopyError: for more than 8 bits or fewer than 2.
     """
-    if not 2 <= bits <= 8:
-        raise CanopyError(f"codes of {bits} bits are not stored in int8; use 2 to 8")
+    checks.count("bits", bits, 2, 8)
     half = 2 ** (bits - 1)
     return (torch.remainder(codes.to(torch.int64) + half, 2 * half) - half).to(torch.int8)
 

@@ -36,7 +36,7 @@ class Method:
         Raises:
             CanopyError: for a part that does not exist, one that stands twice, and more than one rounding.
         """
-        parts = str(name).lower().split("+")
+        parts = (name.lower() if isinstance(name, str) else shown(name)).split("+")
         for part in parts:
             if part not in TRANSFORMS + ROUNDINGS:
                 raise unknown("method", part, TRANSFORMS + ROUNDINGS, more=", and several joined by +")
@@ -47,7 +47,7 @@ class Method:
             )
         transforms = tuple(part for part in TRANSFORMS if part in parts)
         default = "clip" if "awq" in parts else "rtn"
-        return cls(str(name).lower(), transforms, roundings[0] if roundings else default)
+        return cls("+".join(parts), transforms, roundings[0] if roundings else default)
 
     @property
     def smoothing(self) -> str | None:

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from canopyq import checks
 from canopyq.batches import Batch, read_batches
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, shown
 from canopyq.mode import eval_mode
 from canopyq.scheme import Recipe
 from canopyq.targets import Target, find_targets
@@ -38,6 +39,7 @@ def sensitivity(model: nn.Module, recipe: str | Recipe, data: Any, tokenizer=Non
         CanopyError: as `quantize_`, before anything is changed.
     """
     recipe = Recipe.of_weights(recipe)
+    checks.language_model("model", model)
     batches = read_batches(data, model, tokenizer)
     targets, _ = find_targets(model, recipe)
     return _costs(model, targets, batches)
@@ -60,9 +62,10 @@ def mixed_precision(
         CanopyError: for a budget below the cheapest choice, fewer than two choices, choices with activations, and as
             `sensitivity`.
     """
-    recipes = [Recipe.of_weights(choice) for choice in choices]
+    checks.language_model("model", model), checks.number("budget", budget, 0.1, 64)
+    recipes = [Recipe.of_weights(choice) for choice in checks.sequence("choices", choices)]
     if len(recipes) < 2 or any(recipe.activations is not None or recipe.exceptions for recipe in recipes):
-        raise CanopyError(f"mixed precision chooses among two or more recipes for weights alone, got {list(choices)}")
+        raise CanopyError(f"choices={shown(choices)} are not two or more recipes for weights alone; give such")
     by_choice = [find_targets(model, recipe)[0] for recipe in recipes]
     names = [target.name for target in by_choice[0]]
     bits = [

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from canopyq.errors import CanopyError, one_line
+from canopyq import checks
+from canopyq.errors import CanopyError, one_line, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +26,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> tuple[l
     Predicting ``ids[i]`` from ``ids[:i]`` for every ``i`` from that start on is answering the question right. Plain
     text has no token that ends a turn, so there only the answer itself is graded.
     """
-    *history, (question, answer) = turns
+    checks.tokenizer(tokenizer)
+    *history, (question, answer) = _pairs("turns", turns, 1)
     before, inside = _prompt(tokenizer, history, question), answer
     if tokenizer.chat_template:
         whole = _render(tokenizer, [*_messages(history), *_messages([(question, answer)])])
@@ -54,16 +56,19 @@ def ask(
 
     from canopyq.offload import input_device
 
-    if not isinstance(question, str):
+    checks.language_model("model", model), checks.tokenizer(tokenizer)
+    if hasattr(question, "turns"):
         history, question = [*history, *question.turns[:-1]], question.prompt
-    ids = torch.tensor([prompt_ids(tokenizer, history, question)], device=input_device(model))
+    prompt = prompt_ids(tokenizer, _pairs("history", history), checks.text("question", question))
+    room = checks.answer_length(max_new_tokens, prompt, model)
+    ids = torch.tensor([prompt], device=input_device(model))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.inference_mode():
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=room,
             pad_token_id=pad,
         )
     text = str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
@@ -73,6 +78,14 @@ def ask(
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, history: Sequence[Turn], question: str) -> list[int]:
     """Token ids of a chat up to where the answer to ``question`` begins."""
     return _ids(tokenizer, _prompt(tokenizer, history, question))
+
+
+def _pairs(name: str, turns: object, least: int = 0) -> list[Turn]:
+    turns = checks.sequence(name, turns, least)
+    for turn in turns:
+        if not isinstance(turn, (tuple, list)) or [type(part) for part in turn] != [str, str]:
+            raise CanopyError(f"{name} has {shown(turn)}; give pairs of what is said and answered, both str")
+    return turns
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 
-from canopyq.errors import CanopyError, shown, unknown
+from canopyq import checks
+from canopyq.errors import CanopyError, shown
 from canopyq.tutor import recall, skills
 from canopyq.tutor.draws import SPLITS, between
 
@@ -41,8 +42,9 @@ def questions(
     there are only some twenty easy sums in the test split, and once they are used up harder ones fill their place.
     ``fillers`` sets how many turns lie between telling and asking; it goes with ``skill="recall"``.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        raise CanopyError(f"cannot draw {shown(n)} questions; ask for a number, 0 or more")
+    checks.count("n", n), checks.count("seed", seed), checks.choice("split", split, SPLITS)
+    if fillers is not None:
+        checks.count("fillers", fillers, 0, 50)
     if skill is not None:
         return _exactly(n, skill, split, seed, fillers)
     if fillers is not None:
@@ -68,12 +70,8 @@ def _exactly(n: int, name: str, split: str, seed: int, fillers: int | None = Non
 def up_to(n: int, name: str, split: str = "test", seed: int = 0, *, fillers: int | None = None) -> list[Question]:
     """``n`` different questions of one skill, or as many as its split has."""
     skill = skills.find(name)
-    if split not in SPLITS:
-        raise unknown("split", split, SPLITS)
-    if fillers is not None and (name != "recall" or not 0 <= fillers <= 50):
-        raise CanopyError(
-            f"fillers={fillers} needs skill='recall' and a number from 0 to 50; the skill is {shown(name)}"
-        )
+    if fillers is not None and name != "recall":
+        raise CanopyError(f"fillers={fillers} goes with skill='recall', and the skill is {name!r}; leave one out")
     levels = range(skill.levels) if fillers is None else [_level_of(fillers)]
     seen: set[tuple] = set()
     streams = [

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from canopyq.errors import CanopyError, one_line, shown, unknown
+from canopyq import checks
+from canopyq.errors import CanopyError, one_line, shown
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 VARIABLE = "CANOPYQ_MODEL"
 TUTOR = "tutor"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-DTYPES = ("float32", "bfloat16", "float16")
 MANIFEST = "weights.json"
 WEIGHTS = "model.safetensors"
 CHECKED = (WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -182,13 +182,11 @@ def _read(
 
     from canopyq.checkpoint.files import raise_not_finite
 
-    place = _usable(device or "cpu")
+    place = torch.device("cpu") if device is None else checks.device(device)
     if dtype is None:
         dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
-    elif isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
-        dtype = getattr(torch, dtype)
+    else:
+        dtype = checks.dtype("dtype", dtype)
     with _quiet():
         options = {"local_files_only": offline, "trust_remote_code": False}  # never ask whether to run foreign code
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -204,17 +202,6 @@ def _read(
     for name, parameter in model.named_parameters():
         raise_not_finite(parameter, name)
     return model.to(place).eval(), tokenizer
-
-
-def _usable(device: torch.device | str) -> torch.device:
-    import torch
-
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except Exception as error:
-        raise CanopyError(f"device {shown(str(device))} cannot be used here ({one_line(error)}); use 'cpu'") from error
-    return place
 
 
 @contextmanager

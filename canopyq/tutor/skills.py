@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from random import Random
 
-from canopyq.errors import unknown
+from canopyq import checks
 from canopyq.tutor import dates, knowledge, letters, numbers, reading
 from canopyq.tutor.draws import Draft
 
@@ -72,9 +72,7 @@ _CUMULATIVE = tuple(accumulate(SKILLS[name].weight for name in SINGLE_TURN))
 
 def find(name: str) -> Skill:
     """The skill of that name."""
-    if name not in SKILLS:
-        raise unknown("skill", name, SKILLS)
-    return SKILLS[name]
+    return SKILLS[checks.choice("skill", name, SKILLS)]
 
 
 def draw_skill(rng: Random) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from random import Random
 from typing import TYPE_CHECKING
 
-from canopyq.errors import CanopyError
+from canopyq import checks
 from canopyq.tutor import recall, skills
 from canopyq.tutor.chat import Turn, encode
 from canopyq.tutor.draws import pick
@@ -87,10 +87,9 @@ def calibration(
     """
     import torch
 
-    if not all(type(count) is int and 1 <= count <= MOST for count in (n, length, rows)):
-        raise CanopyError(
-            f"cannot draw {n} chats of {length} tokens, {rows} a batch; each is a number from 1 to {MOST:,}"
-        )
+    checks.tokenizer(tokenizer), checks.count("seed", seed)
+    for name, value in {"n": n, "length": length, "rows": rows}.items():
+        checks.count(name, value, 1, MOST)
     chats = [_chat(tokenizer, length, Random(f"{seed}/calibration/{number}")) for number in range(n)]
     return list(torch.tensor(chats).split(rows))
 

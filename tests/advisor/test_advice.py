@@ -218,7 +218,7 @@ def test_the_better_of_two_methods_is_taken() -> None:
      ('{"source": "me", "rows": [{"recipe": "w8a16"}]}', "does not hold"),
      ('{"source": "me", "rows": [{"recipe": "w9a16", "kl": 0, "right": 1, "n": 1}]}', "unknown recipe 'w9a16'"),
      ('{"source": "me", "rows": [{"recipe": "w8a16", "kl": -1, "right": 1, "n": 1}]}', "no divergence"),
-     ('{"source": "me", "rows": [{"recipe": "w8a16", "kl": 0, "right": 2, "n": 1}]}', "is not a share")],
+     ('{"source": "me", "rows": [{"recipe": "w8a16", "kl": 0, "right": 2, "n": 1}]}', "right=2")],
 )  # fmt: skip
 def test_a_damaged_file_of_measurements(tmp_path, content: str, message: str) -> None:
     (tmp_path / "m.json").write_text(content)
@@ -228,9 +228,7 @@ def test_a_damaged_file_of_measurements(tmp_path, content: str, message: str) ->
         advisor.read(tmp_path / "none.json")
 
 
-def test_nothing_to_choose_from() -> None:
-    with pytest.raises(CanopyError, match="nothing to choose from"):
-        advise("7B", measurements=[])
+def test_two_caches_are_refused() -> None:
     with pytest.raises(CanopyError, match="names 2 caches"):
         split("w8a16+kv8+kv4")
 
@@ -241,3 +239,11 @@ def test_advice_reads_well() -> None:
     assert "the nearest that is known to 7B" in text and "32,768 tokens" in text and found.recipe in text
     assert json.loads(json.dumps(found.to_dict()))["bytes"]["total"] == found.best.total
     assert "<pre>" in found._repr_html_()
+
+
+def test_recipes_whose_groups_do_not_fit_are_left_out(tmp_path) -> None:
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 1}
+    LlamaConfig(**sizes, vocab_size=96).save_pretrained(tmp_path)
+    assert advise(str(tmp_path)).recipe in ("w4a16-g32", "w4a16-channel", "nf4", "mxfp4", "nvfp4", "w8a16")

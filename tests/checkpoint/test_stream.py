@@ -207,7 +207,7 @@ NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
         (lambda f: rewrite(f, lambda x: x.pop(NORM)), "lacks 'model.norm.weight'"),
         (lambda f: rewrite(f, lambda x: x.pop(DOWN)), "lacks 'model.layers.1.mlp.down_proj.weight'"),
         (lambda f: rewrite(f, lambda x: x.update({NORM: torch.ones(5)})), r"has to be \(128,\)"),
-        (lambda f: rewrite(f, lambda x: x.update({DOWN: x[DOWN].int()})), "quantize needs float"),
+        (lambda f: rewrite(f, lambda x: x.update({DOWN: x[DOWN].int()})), "torch.int32"),
         (lambda f: reconfigure(f, quantization_config={}), "is quantized already"),
         (lambda f: reconfigure(f, model_type="lama"), "lama"),
         (lambda f: reconfigure(f, hidden_size=-3), "-3"),

@@ -78,6 +78,6 @@ def test_distance_in_words() -> None:
 @pytest.mark.parametrize("given", [None, "much", [1], 1 + 2j, float("inf"), 10**400])
 def test_what_cannot_be_guessed(given: object) -> None:
     guess = lessons.predict("02-error", QUESTION)
-    with pytest.raises(CanopyError, match="a number such as 0.3|one such as 0.3"):
+    with pytest.raises(CanopyError, match="is no (finite )?number"):
         guess.say(given)
     assert guess.guess is None

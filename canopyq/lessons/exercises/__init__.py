@@ -6,7 +6,7 @@ from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 
-from canopyq.errors import unknown
+from canopyq import checks
 
 from .base import Exercise, Mistake
 
@@ -25,6 +25,4 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Exercise:
-    if name not in _all():
-        raise unknown("exercise", name, names())
-    return _all()[name]
+    return _all()[checks.choice("exercise", name, names())]

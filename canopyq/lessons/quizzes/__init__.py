@@ -6,7 +6,7 @@ from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 
-from canopyq.errors import unknown
+from canopyq import checks
 
 from .base import Choice, Question
 
@@ -26,6 +26,4 @@ def names() -> list[str]:
 
 def load(name: str) -> Question:
     """The quiz of that id."""
-    if name not in _all():
-        raise unknown("quiz", name, names())
-    return _all()[name]
+    return _all()[checks.choice("quiz", name, names())]
