@@ -18,9 +18,9 @@ def test_every_question_is_another_one_behind_a_chat() -> None:
 @pytest.mark.slow
 def test_kv8_writes_the_same_text() -> None:
     model, tokenizer = cq.tutor.load()
-    asked = [q for q in questions(60) if len(q.turns) < 30][:30]
+    asked = [q for q in questions(60) if len(q.turns) < 30][:12]
     rows = measure(model, tokenizer, asked, {"kv8": CACHES["kv8"]}, [])
     found = summary(rows, ["kv8"])["kv8"]
     assert found["codes_least"] >= 192  # most of each chat is read as codes
-    assert found["all"]["right"] == found["all"]["n"] == 30
-    assert sum(row["right"] for row in rows) >= 28
+    assert found["all"]["right"] == found["all"]["n"] == 12
+    assert sum(row["right"] for row in rows) >= 11

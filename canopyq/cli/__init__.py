@@ -34,7 +34,7 @@ app.command()(advise)
 
 def show_version(asked: bool) -> None:
     if asked:
-        print(f"canopyq {__version__}")
+        print(f"canopyq {__version__}", flush=True)  # so that output that cannot be written is an error of ours
         raise typer.Exit
 
 

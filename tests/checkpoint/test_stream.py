@@ -415,11 +415,11 @@ def test_a_source_that_changes_meanwhile(own: Path, tmp_path: Path, monkeypatch)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much of a process was resident at most")
 def test_memory_is_that_of_one_layer() -> None:
-    sizes = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 2, "vocab_size": 16000}
+    sizes = {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 3, "vocab_size": 24000}
     found = measure(files=1, **sizes, num_attention_heads=16, num_key_value_heads=16, tie_word_embeddings=False)
-    largest = 2 * 16000 * 2048
+    largest = 2 * 24000 * 1024
     added = found["peak_bytes"] - found["import_bytes"]
-    assert found["source_bytes"] > 300e6 and largest == 65_536_000
+    assert found["source_bytes"] > 3 * largest
     assert added < 2 * largest and added < found["expected_bytes"], found
 
 

@@ -34,9 +34,8 @@ def verdict(folder: object, started: float = 0.0) -> tuple[str, str]:
     return finding.kind, finding.title
 
 
-@pytest.mark.parametrize("recipe", ["w4a16-g256", "w4a16-channel"])
-def test_more_than_one_solution_passes(made: dict[str, Path], recipe: str) -> None:
-    finding = examine_folder(str(made[recipe]), SPEC, 0.0)
+def test_another_recipe_than_that_of_the_solution_passes(made: dict[str, Path]) -> None:
+    finding = examine_folder(str(made["w4a16-channel"]), SPEC, 0.0)
     assert finding.kind == "passed" and "of 4,700,000 bytes" in finding.message
 
 

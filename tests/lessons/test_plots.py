@@ -43,9 +43,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "panels 4x4": lambda: panels(4, 4),
     "panels 6x6": lambda: panels(6, 6),
     "panels 12x12": lambda: panels(12, 12, format="int8"),
-    "panels 12x3": lambda: panels(12, 3),
     "panels 300x200": lambda: panels(300, 200),
-    "panels 20x100": lambda: panels(20, 100),
     "panels mixed": lambda: plots.four_panels(
         torch.tensor([-1.0, 0.5, 0.2, 127.5]), torch.tensor([-1, 0, 0, 127]), torch.tensor([-1.0, 0.0, 0.0, 127.0])
     ),

@@ -65,7 +65,8 @@ def test_the_decode_kernel_for_every_weight(arch: str) -> None:
         (8, 64, True, FP16),
         (4, 256, True, BF16),
     ]
-    check(compile_all([decode(DecodeTile(columns, 1, 8, 4, 1, 2), arch, *w) for w in weights for columns in (1, 2)]))
+    columns = (1, 2) if arch == "sm_90a" else (2,)
+    check(compile_all([decode(DecodeTile(n, 1, 8, 4, 1, 2), arch, *w) for w in weights for n in columns]))
 
 
 @pytest.mark.parametrize("tokens", [16, 64, 128])
