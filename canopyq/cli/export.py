@@ -26,10 +26,10 @@ def export(
     as_json: JsonFlag = False,
 ) -> None:
     """Write a model as one GGUF file for llama.cpp and Ollama, its codes exactly as they are."""
+    from canopyq.checkpoint.files import as_path
     from canopyq.gguf.export import export_gguf
 
-    gguf = gguf.expanduser()
-    if gguf.exists():  # said before the model is loaded
+    if as_path(gguf).exists():  # said before the model is loaded
         raise CanopyError(f"{shown(str(gguf))} exists; name a file that does not, or remove it first")
     loaded, tokenizer = _load(model, with_tokenizer=base is None)
     done = export_gguf(loaded, gguf, tokenizer, base=base, requantize=requantize)

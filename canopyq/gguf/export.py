@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from canopyq.checkpoint.files import as_path
 from canopyq.errors import CanopyError, one_line, prefixed, shown, unknown
 from canopyq.experts import QuantizedExperts, is_experts
 from canopyq.gguf.architectures import ARCHITECTURES, Architecture, context_of, describe
@@ -100,7 +101,7 @@ def export_gguf(
             exists. Nothing is written then.
     """
     gguf = _library()
-    path = Path(os.path.expanduser(path))
+    path = as_path(path)
     if path.exists():
         raise CanopyError(f"{path} exists; name a file that does not, or remove it first")
     if not path.parent.is_dir():
@@ -180,7 +181,7 @@ def read(path: str | Path) -> gguf.GGUFReader:
                 raise ValueError("it ends too early")
             return super()._get(offset, dtype, count, *order, **options)
 
-    path = Path(os.path.expanduser(path))
+    path = as_path(path)
     if not path.is_file():
         raise CanopyError(f"{path} is no file; name a GGUF file")
     try:
