@@ -44,6 +44,7 @@ SOON = {
     "chat": ["tutor"],
     "explain": ["tutor", "--device", "meta"],
     "quantize": ["nowhere", "--out", "nowhere too"],
+    "export": ["nowhere", "--gguf", "nowhere.gguf"],
     "inspect": ["nowhere"],
     "bench": ["--device", "meta"],
     "advise": ["--model", "7B"],
