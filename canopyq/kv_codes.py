@@ -74,19 +74,24 @@ class QuantizedStates:
             per: ``"channel"``: a scale for each channel of a block; ``"token"``: for each group of a token's channels.
 
         Raises:
-            CanopyError: for NaN, infinity, and what float16 cannot hold.
+            CanopyError: for NaN, infinity, and what float16 scales and offsets, or x's dtype after rounding, cannot
+                hold.
         """
         work, axis = _split(x.float(), per, group)
         lo, hi = torch.aminmax(work, dim=axis, keepdim=True)
         if format.is_float:
             offset, scale = None, _upward(torch.maximum(-lo, hi) / _FP8.largest)
+            low, reach = -scale.float() * _FP8.largest, scale.float() * _FP8.largest
         else:
             offset = _downward(lo)
             scale = _upward((hi - offset.float()) / (2**format.bits - 1))
-        if not bool((scale.isfinite() & lo.isfinite() & hi.isfinite()).all()):
+            low, reach = offset.float(), offset.float() + scale.float() * (2**format.bits - 1)
+        # So put, NaN fails. What codes stand for goes beyond the values, and has to fit into their dtype again.
+        most = torch.finfo(x.dtype).max
+        if not bool(((lo >= low) & (hi <= reach) & (low >= -most) & (reach <= most)).all()):
             raise CanopyError(
                 f"keys or values between {lo.min().item():.3g} and {hi.max().item():.3g} cannot be cached; they must "
-                "be finite, and their scales within float16"
+                f"be finite, scale and offset within float16, and all that a code can stand for within {x.dtype}"
             )
         if format.is_float:
             codes = _FP8.encode(work / scale.float()).reshape(x.shape)

@@ -104,6 +104,37 @@ def test_a_part_is_the_same_codes_in_storage_of_its_own() -> None:
     ) / 2  # fmt: skip
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("per", ["channel", "token"])
+@pytest.mark.parametrize("name", CACHE_FORMATS)
+@pytest.mark.parametrize("value", [6e4, 7e4, 1e30])
+def test_what_is_held_is_held_and_the_rest_refused(value: float, name: str, per: str, sign: int) -> None:
+    """A scale may fit into float16 where the offset does not."""
+    x = torch.full((1, 1, 64, 8), sign * value)
+    try:
+        held = QuantizedStates.quantize(x, get_cache_format(name), per, 8)
+    except CanopyError as error:
+        assert value > 65504 and "cannot be cached" in str(error)
+        return
+    found = held.dequantize(torch.empty_like(x))
+    rounding = value * 2**-4 if name == "kv-fp8" else float(held.scale.max()) / 2
+    assert float((found - x).abs().max()) <= rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", CACHE_FORMATS)
+def test_codes_never_stand_for_infinity(name: str, dtype: torch.dtype) -> None:
+    """Ranges are rounded outward, and at the end of float16 there is nothing outside."""
+    for most in (6e4, 65504.0):
+        x = torch.linspace(-most, most, 512).reshape(1, 1, 64, 8).to(dtype)
+        try:
+            found = QuantizedStates.quantize(x, get_cache_format(name), "token", 8).dequantize(torch.empty_like(x))
+        except CanopyError as error:
+            assert "cannot be cached" in str(error) and most > 65000
+        else:
+            assert bool(found.isfinite().all())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_what_float16_scales_cannot_hold_is_refused(bad: float) -> None:
     x = torch.zeros(1, 1, 64, 8)
