@@ -882,7 +882,7 @@ def test_quantize_by_a_method_on_a_text(folder: Path, tmp_path: Path, canopyq) -
         (["--method", "smoothquant"], "Any.", "quantizes only the weights"),
         (["--method", "hqq"], "Any.", "hqq needs no data for w4a16-g32; leave --calibration"),
         (["--method", "gptk"], None, "did you mean 'gptq'"),
-        (["--method", "gptq", "--recipe", "w3a16-g32"], None, "packs 3-bit codes differently"),
+        (["--method", "gptq", "--recipe", "nf4"], None, "has no nf4"),
     ],
 )
 def test_quantize_says_what_a_method_cannot_do(

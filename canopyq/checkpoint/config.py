@@ -188,10 +188,10 @@ def _group(name: str, given: object, default: object) -> Group:
         where = f"input_activations of {name}"
         static = _mapping(given_inputs, where).get("dynamic") in (None, False)
         activations = _scheme(given_inputs, where, inputs="static" if static else "dynamic")
-    fits = {PACKED: weights.format.name in ("int2", "int4", "int8"), INT: weights.format.name == "int8",
+    fits = {PACKED: isinstance(weights.format, IntFormat), INT: weights.format.name == "int8",
             FLOAT: weights.format.name == "fp8_e4m3"}  # fmt: skip
     if not fits[format]:
-        disk_format(weights, activations)  # says why, for widths that no file holds safely
+        disk_format(weights, activations)  # says why, if no file holds them
         raise CanopyError(f"format {shown(format)} of {name} does not hold {weights.format.name} weights")
     targets = _strings(group.get("targets"), f"targets of {name}")
     return Group(name, targets, weights, activations, format, static, bool(group.get(CONV1D)))

@@ -52,11 +52,6 @@ def disk_format(weights: Scheme, activations: Scheme | None = None) -> str:
         raise CanopyError(f"compressed-tensors has no weights with a scale per {granularity}; use 'channel' or 'g128'")
     if isinstance(fmt, FloatFormat):
         return FLOAT
-    if fmt.bits not in (2, 4, 8):
-        raise CanopyError(
-            f"compressed-tensors packs {fmt.bits}-bit codes differently from version to version, so no file would be "
-            "safe to read; use int4 or int8"
-        )
     if fmt.bits == 8 and activations is not None:
         if activations.format != fmt:
             raise CanopyError(f"compressed-tensors has no int8 weights with {activations.format.name} activations")
@@ -68,11 +63,17 @@ def expected(
     scheme: Scheme, shape: tuple[int, int], format: str, inputs: Scheme | None = None
 ) -> dict[str, tuple[tuple[torch.dtype, ...], tuple]]:
     """What a weight (N, K) is on disk, and the static range of the layer's ``inputs`` if it has one: name after the
-    module's -> the dtypes allowed, the shape."""
+    module's -> the dtypes allowed, the shape.
+
+    Raises:
+        CanopyError: for a row so short that its shape does not tell how 3, 5, 6 or 7 bits are packed. Since 0.18
+            compressed-tensors lets codes go over from word to word; before, it left the rest of a word empty.
+    """
     n, k = shape
     bits = scheme.format.bits
     scale = scheme.granularity.scale_shape(shape)
     if format == PACKED:
+        _refuse_ambiguous(bits, k)
         tensors = {"weight_packed": ((torch.int32,), (n, math.ceil(k * bits / 32))),
                    "weight_shape": ((torch.int64,), (2,))}  # fmt: skip
     else:
@@ -88,6 +89,14 @@ def expected(
         if not inputs.symmetric:
             tensors["input_zero_point"] = ((torch.int8,), (1,))
     return tensors
+
+
+def _refuse_ambiguous(bits: int, k: int) -> None:
+    if 32 % bits and (words := math.ceil(k * bits / 32)) == math.ceil(k / (32 // bits)):
+        raise CanopyError(
+            f"{k} codes of {bits} bits fill {words} words as compressed-tensors before 0.18 packs them, and as it does "
+            "since: no file says which; use 2, 4 or 8 bits"
+        )
 
 
 def input_to_disk(scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -129,6 +138,7 @@ def to_disk(weight: QuantizedTensor, dtype: torch.dtype | None = None, format: s
     bits = weight.scheme.format.bits
     tensors = {"weight_scale": _exact(weight.scale, dtype)}
     if format == PACKED:
+        _refuse_ambiguous(bits, weight.shape[1])
         words = weight.data if weight.data.dtype == torch.int32 else packing.pack_unchecked(weight.data, bits, 128)
         tensors |= {"weight_packed": words, "weight_shape": torch.tensor(weight.shape, dtype=torch.int64)}
     else:

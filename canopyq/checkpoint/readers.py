@@ -17,6 +17,7 @@ Groups = Mapping[str, Group | None]  # module -> its group
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # vLLM computes these in one multiplication
 MARLIN_GROUPS = (32, 64, 128)
 YES = "yes, with the compressed-tensors package"
+YES_DENSE = "yes, with compressed-tensors 0.18 or newer: older ones pack {} bits another way, and end with an error"
 DEQUANTIZE = "only with quantization_config=CompressedTensorsConfig(dequantize=True)"
 VLLM_YES = "yes, by its source"
 VLLM_FLOAT16 = "only with --dtype float16, by its source: its fast kernels have groups of 32, 64 and 128"
@@ -63,7 +64,8 @@ def _transformers(quantization: Quantization, quantized: Shapes, of: Groups) -> 
         _is_embedding(module) and (group := of[module]) and group.format == PACKED for module in quantized
     )
     if not packs_embedding and not any(map(_packs_zero_points, groups)):
-        return YES
+        dense = {group.weights.format.bits for group in groups if group.format == PACKED} - {2, 4, 8}
+        return YES_DENSE.format(" and ".join(map(str, sorted(dense)))) if dense else YES
     what = "a packed embedding" if packs_embedding else "zero points"
     verb = "needs" if packs_embedding else "need"
     if len({group.format for group in groups}) > 1:

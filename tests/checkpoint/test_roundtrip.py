@@ -81,7 +81,8 @@ def close(one: Tensor, other: Tensor, dtype: torch.dtype, *, inputs: bool = Fals
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "recipe", ["w8a16", "w4a16-g32", "w4a16-channel", "w2a16-g32", "w4a16-g32-asym", "w8a16-g32-asym", "w8a8", "fp8",
+    "recipe", ["w8a16", "w4a16-g32", "w4a16-channel", "w2a16-g32", "w3a16-g32", "w5a16-channel",
+               "w4a16-g32-asym", "w8a16-g32-asym", "w8a8", "fp8",
                "w8a8-static", "w8a8-asym", "w8a8-static-asym", "fp8-static", "w4a8-g32"]
 )  # fmt: skip
 def test_what_canopyq_writes_transformers_reads(

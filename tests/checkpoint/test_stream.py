@@ -226,7 +226,6 @@ def test_sources_that_are_refused(damage: Callable[[Path], None], part: str, own
     ("recipe", "part"),
     [
         ("w4a16-g256", "gate_proj: group size 256 does not fit"),
-        ("w3a16-g128", "3-bit"),
         ("nf4", "no nf4"),
         ("mxfp4", "mxfp4"),
         ("w44", "unknown recipe"),
