@@ -133,9 +133,9 @@ def quantize_(
         reports = [_report(target, done[target.name], errors.get(target.name)) for target in targets]
     _replace(model, targets, layers)
     if any(hasattr(module, "save_pretrained") for module in model.modules()):
-        from canopyq.checkpoint.pretrained import teach_save_pretrained  # it needs transformers, as such a model does
+        from canopyq.checkpoint.pretrained import teach_transformers  # it needs transformers, as such a model does
 
-        teach_save_pretrained(model)
+        teach_transformers(model)
     return Report(recipe.name, tuple(reports), kept, bytes_before, bytes_of(model), how.name, tuple(notes))
 
 

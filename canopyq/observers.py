@@ -3,6 +3,9 @@
 Every observer takes rows (R, n) that each share a scale and returns ``lo, hi``, both (R, 1) in the rows' dtype. The
 wider the range the coarser the step; the narrower, the more is clipped. They differ in how they settle that.
 
+All take the same arguments, so that any can stand for any other: min-max looks at nothing but ``rows`` and
+``symmetric``, and a percentile does not ask for the format.
+
 With ``counts`` (R, n) a row holds each value once, in ascending order, and says how often it occurred: a histogram.
 """
 

@@ -16,7 +16,7 @@ from canopyq.checkpoint.config import read_config
 from canopyq.checkpoint.files import Checkpoint, raise_not_finite, read_json
 from canopyq.checkpoint.layout import check, from_disk, input_from_disk
 from canopyq.checkpoint.names import Names, names_of
-from canopyq.checkpoint.pretrained import teach_save_pretrained
+from canopyq.checkpoint.pretrained import teach_transformers
 from canopyq.checkpoint.skeleton import build, quiet, read_model_config
 from canopyq.checkpoint.wanted import Wanted, part_shape, plain, quantized, tied
 from canopyq.embedding import QuantizedEmbedding
@@ -165,7 +165,7 @@ def _fill(
     if left := [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]:
         raise CanopyError(f"{left[0]} was given no value: this architecture is not one that canopyq can load")
     _generation(model, checkpoint.folder)
-    teach_save_pretrained(model)
+    teach_transformers(model)
     return model.eval()
 
 

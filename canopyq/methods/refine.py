@@ -42,11 +42,6 @@ def refine(
     return current
 
 
-def output_cost(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> float:
-    """tr(E H Eᵀ), the mean squared error of a layer's outputs, summed over them."""
-    return _slope(weight.float(), hessian, quantized)[1]
-
-
 def _slope(weight: Tensor, hessian: Tensor, quantized: QuantizedTensor) -> tuple[Tensor, float]:
     """E H (N, K): how far each weight wants to move, times its curvature; and tr(E H Eᵀ)."""
     error = weight - quantized.dequantize(torch.float32)

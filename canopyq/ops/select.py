@@ -52,10 +52,6 @@ def of_layout(problem: Problem, layout: Layout) -> tuple[Kernel, ...]:
     return tuple(kernel.settled(problem) for kernel in reads if kernel.refuse(problem) is None)
 
 
-def layout_for(problem: Problem) -> Layout:
-    return usable(problem)[0].layout
-
-
 def pick(kernels: tuple[Kernel, ...], rows: int) -> Kernel:
     """The first of `usable` kernels that takes inputs of so many rows."""
     return next(kernel for kernel in kernels if kernel.most_rows is None or rows <= kernel.most_rows)

@@ -132,3 +132,26 @@ def test_a_state_dict_of_another_scheme_is_refused() -> None:
         for other in states.keys() - {recipe}:
             with pytest.raises(RuntimeError, match="size mismatch|Missing key|float8_e4m3fn"):
                 quantized("llama", recipe).load_state_dict(states[other])
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "more"),
+    [("llama", "w4a16-g32", 0), ("llama", "w8a8+head+embed", 0), ("llama tied", "w4a16-g32", 0),
+     ("llama tied", "w4a16-g32+head", 96 * 64), ("mixtral", "w4a16-g32", 0), ("gpt2", "w8a16", 0)],
+)  # fmt: skip
+def test_every_weight_is_counted_as_transformers_counted_it(name: str, recipe: str, more: int, tmp_path: Path) -> None:
+    """``more``: a head that shared the embedding's weight has one of its own once it is quantized."""
+    plain, model = MODELS[name](), quantized(name, recipe)
+    cq.save(model, tmp_path / "saved", dtype=torch.float32)
+    for one in (model, copy.deepcopy(model), cq.load(tmp_path / "saved")):
+        assert one.num_parameters() == plain.num_parameters() + more
+        assert one.num_parameters(exclude_embeddings=True) == plain.num_parameters(exclude_embeddings=True) + more
+        assert one.num_parameters(only_trainable=True) == sum(p.numel() for p in one.parameters() if p.requires_grad)
+
+
+def test_a_copy_counts_its_own_weights() -> None:
+    model = quantized("llama", "w4a16-g32")
+    twin = copy.deepcopy(model)
+    count = model.num_parameters()
+    twin.lm_head = nn.Linear(64, 10, bias=False)
+    assert (twin.num_parameters(), model.num_parameters()) == (count - 86 * 64, count)

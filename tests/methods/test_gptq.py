@@ -13,8 +13,9 @@ from canopyq.errors import CanopyError
 from canopyq.methods.clip import clip
 from canopyq.methods.gptq import gptq
 from canopyq.methods.grid import Grid
-from canopyq.methods.refine import output_cost, refine
+from canopyq.methods.refine import refine
 from canopyq.scheme import Scheme
+from tests.methods.cost import output_cost
 
 SCHEMES = [Scheme("int4", "channel"), Scheme("int3", "g16"), Scheme("int4", "g20", symmetric=False),
            Scheme("int2", "g16"), Scheme("int4", "tensor"), Scheme("fp8", "channel"), Scheme("nf4", "g16"),

@@ -9,9 +9,9 @@ import canopyq as cq
 from canopyq.errors import CanopyError
 from canopyq.methods.awq import awq_scales
 from canopyq.methods.hqq import hqq
-from canopyq.methods.refine import output_cost
 from canopyq.methods.smoothquant import smooth_scales
 from canopyq.scheme import Scheme
+from tests.methods.cost import output_cost
 
 
 @pytest.mark.parametrize("granularity", ["channel", "g16", "g20", "tensor"])

@@ -1,0 +1,13 @@
+"""How much a layer's outputs move, in double precision."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from canopyq.tensor import QuantizedTensor
+
+
+def output_cost(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> float:
+    """tr(E H Eᵀ), the mean squared error of a layer's outputs, summed over them."""
+    error = weight.double() - quantized.dequantize().double()
+    return float((error @ hessian.double() * error).sum())
