@@ -111,25 +111,26 @@ class QuantizedStates:
         return (self.codes, self.scale) if self.offset is None else (self.codes, self.scale, self.offset)
 
     def dequantize(self, out: Tensor) -> Tensor:
-        """Write x̂ into ``out`` (B, H, T, D), of any float dtype, computed in float32."""
+        """Write x̂ into ``out`` (B, H, T, D), of any float dtype, computed in float32, or in float64 if that is its."""
         for start, part in self.tiles():
             part._dequantize(out[:, :, start : start + part.tokens])
         return out
 
     def _dequantize(self, out: Tensor) -> None:
-        codes, scale = self.codes, self.scale.float()
+        work = torch.promote_types(out.dtype, torch.float32)
+        codes, scale = self.codes, self.scale.to(work)
         if self.format.is_float:
-            codes, scale = e4m3_to_float(codes), scale * 256
+            codes, scale = e4m3_to_float(codes).to(work), scale * 256
         else:
-            codes = unpack_bytes(codes, self.format.bits).float()
+            codes = unpack_bytes(codes, self.format.bits).to(work)
         codes, axis = _split(codes, self.per, self.group)
         out, _ = _split(out, self.per, self.group)
         if self.offset is None:
             out.copy_(codes.mul_(scale.unsqueeze(axis)))
-        elif self.per == "channel" and out.dtype == torch.float32:  # neighbours have scales of their own: one pass
-            torch.addcmul(self.offset.float().unsqueeze(axis), codes, scale.unsqueeze(axis), out=out)
+        elif self.per == "channel" and out.dtype == work:  # neighbours have scales of their own: one pass
+            torch.addcmul(self.offset.to(work).unsqueeze(axis), codes, scale.unsqueeze(axis), out=out)
         else:
-            torch.add(codes.mul_(scale.unsqueeze(axis)), self.offset.float().unsqueeze(axis), out=out)
+            torch.add(codes.mul_(scale.unsqueeze(axis)), self.offset.to(work).unsqueeze(axis), out=out)
 
     @property
     def group(self) -> int:

@@ -19,8 +19,8 @@ def refuse(query_dtype: torch.dtype, keys: str, device: torch.device) -> str | N
     """Why these operations are not the way to read a cache, or None if they are."""
     if device.type != "cpu":
         return f"it is for the CPU; these keys lie on {device}"
-    if query_dtype != torch.float32:
-        return f"it computes in float32; these queries are {query_dtype}"
+    if query_dtype not in (torch.float32, torch.float64):
+        return f"it computes in float32 or float64; these queries are {query_dtype}"
     if keys != "channel":
         return f"it reads keys with a scale per channel of a block; these have one per {keys}"
     return None
@@ -38,7 +38,7 @@ def attend(
     """softmax(q · Kᵀ · scaling) · V, where the queries belong to the newest n tokens.
 
     Args:
-        query: (B, heads, n, D) float32.
+        query: (B, heads, n, D) float32 or float64, in which all is computed.
         keys, values: T tokens as codes, the keys with scales per channel.
         recent_keys, recent_values: (B, kv_heads, R, D): the tokens after those, the newest n included.
         mask: bool (B or 1, 1, n, T + R), what each query sees; None for all that is not after it.
@@ -63,29 +63,29 @@ def attend(
 
 def _scores(q: Tensor, keys: QuantizedStates) -> Tensor:
     """q · x̂ᵀ: (B, H, m, D) -> (B, H, m, T)."""
-    codes, factor = _codes(keys)
-    codes = codes.unflatten(2, (-1, BLOCK)).mul_((keys.scale.float() * factor).unsqueeze(3)).flatten(2, 3)
+    codes, scale = _codes(keys, q.dtype)
+    codes = codes.unflatten(2, (-1, BLOCK)).mul_(scale.unsqueeze(3)).flatten(2, 3)
     scores = q @ codes.transpose(2, 3)
     if keys.offset is not None:
-        scores.unflatten(3, (-1, BLOCK)).add_((q @ keys.offset.float().transpose(2, 3)).unsqueeze(4))
+        scores.unflatten(3, (-1, BLOCK)).add_((q @ keys.offset.to(q.dtype).transpose(2, 3)).unsqueeze(4))
     return scores
 
 
 def _weighted(p: Tensor, values: QuantizedStates) -> Tensor:
     """p · x̂: (B, H, m, T) -> (B, H, m, D)."""
-    codes, factor = _codes(values)
-    scale, groups = values.scale.float() * factor, values.scale.shape[3]
+    codes, scale = _codes(values, p.dtype)
+    groups = scale.shape[3]
     if groups == 1:
         out = (p * scale.transpose(2, 3)) @ codes
     else:
         out = p @ codes.unflatten(3, (groups, -1)).mul_(scale.unsqueeze(4)).flatten(3)
     if values.offset is not None:
-        out = (out.unflatten(3, (groups, -1)) + (p @ values.offset.float()).unsqueeze(4)).flatten(3)
+        out = (out.unflatten(3, (groups, -1)) + (p @ values.offset.to(p.dtype)).unsqueeze(4)).flatten(3)
     return out
 
 
-def _codes(states: QuantizedStates) -> tuple[Tensor, int]:
-    """Codes as float32 (B, H, T, D), and what to multiply them by."""
+def _codes(states: QuantizedStates, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes (B, H, T, D) and the scales that they are to be multiplied by, in a dtype."""
     if states.format.is_float:
-        return e4m3_to_float(states.codes), 256
-    return unpack_bytes(states.codes, states.format.bits).float(), 1
+        return e4m3_to_float(states.codes).to(dtype), states.scale.to(dtype) * 256
+    return unpack_bytes(states.codes, states.format.bits).to(dtype), states.scale.to(dtype)

@@ -38,11 +38,15 @@ def multiply(
     input_zero_point: Tensor | None = None,
 ) -> Tensor:
     """x · Wᵀ by the first of ``kernels`` that takes so many rows: (M, K) contiguous -> (M, N) in x's dtype. The input
-    is quantized if the problem says so, by a static range (1,) if one is given."""
+    is quantized if the problem says so, by a static range (1,) if one is given. Of float64 the product is exact to its
+    last bits, where the kernels round to less."""
     if not len(x):
         return x.new_empty(0, problem.n)
-    kernel = select.pick(kernels, len(x))
-    if (scheme := problem.activations) is None:
+    kernel, scheme = select.pick(kernels, len(x)), problem.activations
+    if x.dtype == torch.float64:
+        given = x if scheme is None else activations.rounded(x, scheme, input_scale, input_zero_point)
+        return given @ kernel.layout.restore(held, problem).dequantize(x.dtype).t()
+    if scheme is None:
         return kernel.run(x, held, problem)
     if not kernel.takes_codes:
         return kernel.run(activations.rounded(x, scheme, input_scale, input_zero_point), held, problem)

@@ -55,7 +55,7 @@ def test_it_is_attention_on_what_the_codes_stand_for(name, dim, blocks, recent, 
     ("dtype", "keys", "device", "words"),
     [
         (torch.float32, "channel", "meta", "it is for the CPU"),
-        (torch.bfloat16, "channel", "cpu", "computes in float32; these queries are torch.bfloat16"),
+        (torch.bfloat16, "channel", "cpu", "these queries are torch.bfloat16"),
         (torch.float32, "token", "cpu", "one per token"),
     ],
 )

@@ -87,6 +87,12 @@ def test_every_kernel_is_right_at_every_capability(capability: str, onednn: str)
     assert not found["wrong"] and sum(found["counts"].values()) > 3000, found["wrong"][:5]
 
 
+known_blocks = pytest.mark.skipif(
+    cpu_int4.block_rows() is None, reason="torch packs int4 in another order here, and the kernel refuses"
+)
+
+
+@known_blocks
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(["int4 g32", "int4 g128 asymmetric", "int4 channel", "int4 channel asymmetric"]),
@@ -104,6 +110,7 @@ def test_blocks_are_undone_bit_for_bit(name: str, n: int, k: int, seed: int) -> 
         assert torch.equal(back.zero_point, weight.zero_point)
 
 
+@known_blocks
 def test_blocks_are_what_torch_packs() -> None:
     weight = weight_of(WEIGHTS["int4 g32"], 128, 256)
     ours = cpu_int4.arrange(weight)["weight_blocks"].view(128, 128)
@@ -253,7 +260,8 @@ def test_verdicts_speak_of_every_kernel() -> None:
     assert [verdict.kernel for verdict in found] == [kernel.name for kernel in select.KERNELS]
     assert all((verdict.runs is None) != (verdict.reason is None) for verdict in found)
     runs = {verdict.kernel: verdict.runs for verdict in found if verdict.runs}
-    assert runs == {cpu_int4.PACKED.name: "1 to 32 rows", cpu_int4.SLICED.name: "33 rows and more"}
+    packed = {cpu_int4.PACKED.name: "1 to 32 rows", cpu_int4.SLICED.name: "33 rows and more"}
+    assert runs == (packed if cpu_int4.block_rows() else {sliced.SLICED.name: "any number of rows"})
 
 
 W8A8 = {"weights": WEIGHTS["int8 channel"], "activations": Scheme("int8", "token")}
