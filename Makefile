@@ -30,7 +30,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test setup test-units test-fast test-browser notebooks check-notebooks check-docs train-tutor lint \
-	clean sweep
+	clean sweep fuzz
 
 help: ## Show this list
 	@echo "Canopy Quantization: make <target>"
@@ -53,6 +53,9 @@ test-units: $(STAMP) ## Unit tests only
 
 test-fast: $(STAMP) ## Unit tests only, without the slow ones
 	$(UNIT_TESTS) -m "not slow"
+
+fuzz: $(STAMP) ## Attack canopyq with 10,000 damaged and malicious checkpoints; ten minutes
+	$(RUN) tools/fuzz_checkpoints.py --count 10000
 
 sweep: $(STAMP) ## Hold every CPU kernel to float64 over the whole grid of shapes, at each capability; an hour
 	$(RUN) tests/ops/sweep_cpu.py

@@ -20,10 +20,12 @@ from canopyq.checkpoint.header import DTYPES, Header, TensorInfo, read_header
 from canopyq.checkpoint.json_files import json_room, read_json
 from canopyq.errors import CanopyError, one_line, shown, unknown
 
-__all__ = ["CONFIG", "DTYPES", "INDEX", "SINGLE", "Checkpoint", "Header", "TensorInfo", "as_path", "raise_not_finite",
-           "read_header", "read_json", "refuse_not_empty", "whole_or_absent", "move_into_place", "sync"]  # fmt: skip
+__all__ = ["CONFIG", "DTYPES", "GENERATION", "INDEX", "SINGLE", "Checkpoint", "Header", "TensorInfo", "as_path",
+           "raise_not_finite", "read_header", "read_json", "refuse_not_empty", "whole_or_absent", "move_into_place",
+           "sync"]  # fmt: skip
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 LONGEST_NAME = 255  # characters of a tensor's
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 

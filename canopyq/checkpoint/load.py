@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from canopyq import checks
 from canopyq.checkpoint.config import read_config
-from canopyq.checkpoint.files import Checkpoint, raise_not_finite, read_json
+from canopyq.checkpoint.files import GENERATION, Checkpoint, raise_not_finite, read_json
 from canopyq.checkpoint.layout import check, from_disk, input_from_disk
 from canopyq.checkpoint.names import Names, names_of
 from canopyq.checkpoint.pretrained import teach_transformers
@@ -160,6 +161,8 @@ def _fill(
         model.set_submodule(name, QuantizedExperts.like(model.get_submodule(name), projections))
     _tie(model, rest)
     for name, buffer in list(model.named_buffers()):
+        if buffer.is_floating_point() and bool((buffer.isnan() | (buffer == math.inf)).any()):
+            raise CanopyError(f"with config.json {name} becomes NaN or infinity; mend its numbers")
         if buffer.device != place:
             _set(model, name, buffer.to(place))
     if left := [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]:
@@ -241,11 +244,11 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
 def _generation(model: PreTrainedModel, folder: Path) -> None:
     from transformers import GenerationConfig
 
-    if not (folder / "generation_config.json").exists():
+    if not (folder / GENERATION).exists():
         return
-    read_json(folder / "generation_config.json")  # that it is one
+    read_json(folder / GENERATION)  # that it is one
     try:
         with quiet():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise CanopyError(f"{folder / 'generation_config.json'} is not understood ({one_line(error)})") from error
+        raise CanopyError(f"{folder / GENERATION} is not understood ({one_line(error)})") from error

@@ -6,6 +6,7 @@ meta device would lose them, and every architecture has its own way to make them
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 COMPUTED = 2**24  # values that buffers may have though no file holds them: rotary frequencies, causal masks
 COUNTS = re.compile(r"(?:^|_)(?:layer|depth|block|expert|head|label|stage|codebook)s?$")  # keys: so many of something
+# Keys: from, to. Beyond them roots of negative numbers and quotients by zero make every answer NaN.
+WORKING = {r"(?:^|_)(?:eps|epsilon)$": (0, 1), r"(?:^|_)theta$": (1e-3, 1e15), r"^factor$": (1e-6, 1e6)}
 MANY = 10_000  # more of anything than a model has, unless its files say so
 SPARE = 1000  # parameters that a model may register beside the tensors that the files hold for it
 _ONE_AT_A_TIME = threading.Lock()
@@ -41,7 +44,7 @@ def read_model_config(folder: Path, content: Mapping[str, Any], tensors: int) ->
     """
     from transformers import AutoConfig
 
-    _check_counts(content, max(tensors, MANY))
+    _check_numbers(content, max(tensors, MANY))
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -58,16 +61,23 @@ def read_model_config(folder: Path, content: Mapping[str, Any], tensors: int) ->
     return config
 
 
-def _check_counts(content: object, most: int, key: str = "") -> None:
-    """Raise `CanopyError` for a number of layers, heads and the like, at any depth, that is more than ``most``."""
+def _check_numbers(content: object, most: int, key: str = "") -> None:
+    """Raise `CanopyError` for a number of layers, heads and the like, at any depth, that is more than ``most``, and for
+    numbers with which every answer is NaN."""
     if isinstance(content, dict):
         for name, value in content.items():
-            _check_counts(value, most, name)
+            _check_numbers(value, most, name)
     elif isinstance(content, list):
         for value in content:
-            _check_counts(value, most, key)
-    elif isinstance(content, (int, float)) and COUNTS.search(key) and not content <= most:
-        raise CanopyError(f"config.json says {key}: {shown(content)}, more than the files hold; download both again")
+            _check_numbers(value, most, key)
+    elif isinstance(content, (int, float)):
+        if COUNTS.search(key) and not content <= most:
+            raise CanopyError(
+                f"config.json says {key}: {shown(content)}, more than the files hold; mend it"
+            )
+        low, high = next((own for keys, own in WORKING.items() if re.search(keys, key)), (-math.inf, math.inf))
+        if not low <= content <= high:
+            raise CanopyError(f"config.json says {key}: {shown(content)}, which gives no answers; mend it")
 
 
 def build(

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from canopyq import checks
-from canopyq.checkpoint.files import CONFIG, INDEX, Checkpoint, refuse_not_empty
+from canopyq.checkpoint.files import CONFIG, GENERATION, INDEX, Checkpoint, read_json, refuse_not_empty
 from canopyq.checkpoint.layout import disk_format, to_disk
 from canopyq.checkpoint.plan import SHARD_BYTES, Plan, Step, make_plan
 from canopyq.checkpoint.work import Work, fingerprint
@@ -28,7 +28,7 @@ from canopyq.tensor import quantize
 from canopyq.utils import track
 
 # What a model needs beside its weights. Never code.
-COPIED = ("generation_config.json", "tokenizer*.json", "tokenizer.model*", "*tokens*.json", "vocab.*", "merges.txt",
+COPIED = (GENERATION, "tokenizer*.json", "tokenizer.model*", "*tokens*.json", "vocab.*", "merges.txt",
           "*.tiktoken", "spiece.model", "*.spm", "chat_template*", "*processor_config.json", "LICENSE*",
           "NOTICE*")  # fmt: skip
 SMALL = 20_000_000  # bytes of room for headers and config
@@ -164,13 +164,15 @@ def _copied(folder: Path) -> list[Path]:
     found = [file for file in sorted(folder.iterdir()) if any(fnmatch(file.name, pattern) for pattern in COPIED)]
     found = [file for file in found if file.is_file()]
     for file in found:
+        if file.name == GENERATION:
+            read_json(file)  # or nobody can load the result
         if not any(file.resolve().is_relative_to(place) for place in inside):
             raise CanopyError(f"{file} is a link that leads out of its folder, and is not copied; put the file there")
     return found
 
 
 def _write_json(file: Path, content: object) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -94,11 +94,9 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
-    from jinja2 import TemplateError
-
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except (TemplateError, ValueError) as error:
+    except Exception as error:  # whatever the template does
         raise CanopyError(
             f"the tokenizer's chat template cannot write this chat ({one_line(error)}); use another model"
         ) from error
@@ -115,7 +113,10 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, history: Sequence[Turn], questio
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a prompt. A chat template has written the start token already; plain text still needs it."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # whatever the values of its files lead to
+        raise CanopyError(f"the tokenizer cannot read a text ({one_line(error)}); use another model") from error
     if not tokenizer.chat_template and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
     return ids

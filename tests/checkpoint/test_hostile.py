@@ -97,6 +97,19 @@ def test_layers_that_the_count_allows_and_the_tensors_do_not(source: Path, quant
     both(quantized, source, "more parameters")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rms_norm_eps", -1), ("rms_norm_eps", math.nan), ("rope_theta", 0), ("rope_theta", -1e4),
+     ("attention_dropout", math.nan), ("rope_scaling", {"rope_type": "linear", "factor": 0.0})],
+)  # fmt: skip
+def test_numbers_with_which_no_model_answers(key: str, value: object, quantized: Path, source: Path) -> None:
+    for folder in (quantized, source):
+        edit(folder, **{key: value})
+        if key.startswith("rope"):
+            edit(folder, rope_parameters=value if isinstance(value, dict) else {"rope_type": "default", key: value})
+    both(quantized, source)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"])
 def test_values_that_are_no_numbers(name: str, bad: float, quantized: Path, source: Path) -> None:
