@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from canopyq.errors import CanopyError, one_line, shown
+from canopyq.errors import CanopyError, cut, one_line, shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -26,6 +26,7 @@ COMPUTED = 2**24  # values that buffers may have though no file holds them: rota
 COUNTS = re.compile(r"(?:^|_)(?:layer|depth|block|expert|head|label|stage|codebook)s?$")  # keys: so many of something
 # Keys: from, to. Beyond them roots of negative numbers and quotients by zero make every answer NaN.
 WORKING = {r"(?:^|_)(?:eps|epsilon)$": (0, 1), r"(?:^|_)theta$": (1e-3, 1e15), r"^factor$": (1e-6, 1e6)}
+FLAGS = re.compile(r"^(?:output_|return_|use_)")  # keys: asked for at every forward, as they are
 MANY = 10_000  # more of anything than a model has, unless its files say so
 SPARE = 1000  # parameters that a model may register beside the tensors that the files hold for it
 _ONE_AT_A_TIME = threading.Lock()
@@ -66,6 +67,8 @@ def _check_numbers(content: object, most: int, key: str = "") -> None:
     numbers with which every answer is NaN."""
     if isinstance(content, dict):
         for name, value in content.items():
+            if FLAGS.search(name) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+                raise CanopyError(f"config.json says {cut(name)}: {shown(value)}, which is true or false; mend it")
             _check_numbers(value, most, name)
     elif isinstance(content, list):
         for value in content:
