@@ -6,6 +6,7 @@ their place.
 
 from __future__ import annotations
 
+import inspect
 import signal
 from collections.abc import Callable
 from functools import cache
@@ -202,6 +203,9 @@ CALLS: dict[str, tuple[Callable, dict[str, Any], dict[str, str]]] = {
     "quantize_checkpoint": (quantize_checkpoint, {"source": Folder("plain"), "recipe": "w8a16", "out": Folder("new")}, {
         "source": "path+absent", "recipe": "recipe", "out": "path+taken", "shard_bytes": "count+zero",
         "say": "function"}),
+    "export_gguf": (cq.export_gguf, {"model": M, "path": Folder("new.gguf"), "tokenizer": T}, {
+        "model": "module+no language model+meta", "path": "path+taken", "tokenizer": "tokenizer or none",
+        "base": "path-none+absent", "requantize": "name or none"}),
     "advise": (cq.advise, {"model": "7B"}, {
         "model": "words", "memory": "words or none", "context": "words", "batch": "count+zero", "accuracy": "share",
         "gpu": "words or none", "priority": "name", "measurements": "questions-none"}),
@@ -274,6 +278,21 @@ CALLS: dict[str, tuple[Callable, dict[str, Any], dict[str, str]]] = {
     "exaggerate_": (outliers.exaggerate_, {"model": M, "channels": [1]}, {
         "model": "module+no language model+quantized", "channels": "list+ids", "factor": "number+zero"}),
 }  # fmt: skip
+
+
+RESULTS = ("Calibration", "CanopyError", "Plan", "QuantizedTensor", "Report")  # what functions give back
+
+
+def test_the_table_has_every_public_function_and_every_flag_of_them() -> None:
+    known: dict[Callable, dict[str, str]] = {}
+    for function, _, wrong in CALLS.values():
+        known.setdefault(function, {}).update(wrong)
+    public = {name: getattr(cq, name) for name in cq.__all__ if name not in RESULTS}
+    assert not [name for name, given in public.items() if callable(given) and given not in known]
+    for function, wrong in known.items():
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.annotation in (bool, "bool"):
+                assert wrong[parameter.name] == "flag", f"{function}({parameter.name})"
 
 
 def wrong_values(kinds: str) -> list:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from canopyq import checks
 from canopyq.checkpoint.files import as_path
 from canopyq.errors import CanopyError, one_line, prefixed, shown, unknown
 from canopyq.experts import QuantizedExperts, is_experts
@@ -106,11 +107,11 @@ def export_gguf(
         raise CanopyError(f"{path} exists; name a file that does not, or remove it first")
     if not path.parent.is_dir():
         raise CanopyError(f"{path.parent} is no folder; make it first")
-    if requantize is not None and str(requantize).lower() not in ROUNDED:
-        raise unknown("GGUF type", requantize, ROUNDED)
-    config = getattr(model, "config", None)
-    if not isinstance(model, nn.Module) or config is None:
-        raise CanopyError(f"export_gguf needs a transformers model, got {type(model).__name__}")
+    if requantize is not None:
+        checks.choice("GGUF type", requantize.lower() if isinstance(requantize, str) else requantize, ROUNDED)
+    if tokenizer is not None:
+        checks.tokenizer(tokenizer)
+    config = checks.language_model("model", model).config
     if any(isinstance(module, QuantizedExperts) or is_experts(module) for module in model.modules()):
         raise CanopyError(f"{type(model).__name__} has experts, which are not written to GGUF yet; use cq.save")
     kind = getattr(config, "model_type", "")
