@@ -72,6 +72,8 @@ class Conversation:
         """
         import torch
 
+        from canopyq.kv_cache import as_argument
+
         new = self._with(checks.text("question", question))
         room = checks.answer_length(max_new_tokens, new, self.model)
         ids = torch.tensor([new], device=input_device(self.model))
@@ -81,7 +83,7 @@ class Conversation:
                 output = self.model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
-                    past_key_values=self.cache,
+                    **as_argument(self.cache),
                     do_sample=False,
                     max_new_tokens=room,
                     pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,

@@ -335,10 +335,12 @@ def _log_probs(model: nn.Module, ids: Tensor, cache: Any = None) -> Tensor:
     if cache is None:
         logits = model(input_ids=ids, use_cache=False).logits
     else:
+        from canopyq.kv_cache import as_argument
+
         parts, tokens = [], 0
         while tokens < ids.shape[1]:
             new = ids[:, tokens : tokens + getattr(cache, "room", BLOCK)]
-            parts.append(model(input_ids=new, past_key_values=cache, use_cache=True).logits)
+            parts.append(model(input_ids=new, use_cache=True, **as_argument(cache)).logits)
             tokens += new.shape[1]
         logits = torch.cat(parts, 1)
     log_probs = F.log_softmax(logits[:, :-1].float(), dim=-1)
@@ -351,11 +353,11 @@ def _full_cache_bytes(model: nn.Module) -> int:
     """Storage that a token takes in transformers' own cache, in the dtype that the model computes in."""
     from transformers import DynamicCache
 
-    from canopyq.kv_cache import cache_nbytes
+    from canopyq.kv_cache import as_argument, cache_nbytes
 
     cache = DynamicCache(config=model.config)
     token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
-    model(input_ids=token, past_key_values=cache, use_cache=True)
+    model(input_ids=token, use_cache=True, **as_argument(cache))
     return cache_nbytes(cache)
 
 

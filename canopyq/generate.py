@@ -154,10 +154,12 @@ class Decoder:
         """The prompt, in one pass; its keys and values go into the cache, its next token becomes the newest."""
         from transformers import DynamicCache
 
+        from canopyq.kv_cache import as_argument
+
         start = input_ids.shape[1]
         ids = input_ids.to(self.ids.device)
         cache = DynamicCache(config=self.config)
-        logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **as_argument(cache)).logits
         if self.cache is not None:
             self.cache.take_prompt((layer.keys, layer.values) for layer in cache.layers)
         else:

@@ -1,4 +1,5 @@
-"""A KV cache that holds codes: `QuantizedCache`, for ``model.generate(…, past_key_values=…)``.
+"""A KV cache that holds codes: `QuantizedCache`, for ``model.generate(…, past_key_values=…)``, which transformers calls
+``cache=…`` from 5.24 on.
 
 What becomes of a token in it, `kv_layer` says. Here layers act together: a pass reaches all of them, or is undone.
 """
@@ -9,6 +10,8 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -185,6 +188,12 @@ def _kind(x: Tensor) -> tuple[torch.dtype, torch.device]:
 
 def _words(x: Tensor) -> str:
     return f"{x.dtype} {tuple(x.shape)} on {x.device}"
+
+
+def as_argument(cache: Cache) -> dict[str, Cache]:
+    """What a model's ``forward`` and ``generate`` take a cache as: ``cache`` from transformers 5.24 on, where
+    ``past_key_values`` warns, and before that ``past_key_values``, where ``cache`` is refused."""
+    return {"cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values": cache}
 
 
 def cache_nbytes(cache: Cache) -> int:

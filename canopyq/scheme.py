@@ -219,8 +219,9 @@ class Recipe:
         recipe = cls.parse(spec)
         if recipe.weights is None:
             raise CanopyError(
-                f"{recipe.name} leaves the weights as they are: model.generate(…, past_key_values="
-                f"cq.QuantizedCache(model.config, {recipe.cache!r}))"
+                f"{recipe.name} leaves the weights as they are: give "
+                f"cq.QuantizedCache(model.config, {recipe.cache!r}) to model.generate as past_key_values (cache from "
+                "transformers 5.24 on)"
             )
         return recipe
 

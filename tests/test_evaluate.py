@@ -20,6 +20,7 @@ import canopyq as cq
 from canopyq import evaluate
 from canopyq.errors import CanopyError
 from canopyq.evaluate import Comparison, Evaluation, compare, examine
+from canopyq.kv_cache import as_argument
 from canopyq.memory import bytes_held
 from canopyq.stats import Share, mcnemar
 from canopyq.tutor import SKILLS, Question, loading
@@ -353,7 +354,7 @@ def test_half_precision_models(dtype: torch.dtype, tokenizer, asked) -> None:
 @torch.no_grad()
 def token_by_token(model: nn.Module, ids: list[int], cache) -> torch.Tensor:
     """Log-probabilities (1, T, vocabulary) of a model that reads one token at a time."""
-    rows = [model(input_ids=torch.tensor([[i]]), past_key_values=cache, use_cache=True).logits for i in ids]
+    rows = [model(input_ids=torch.tensor([[i]]), **as_argument(cache), use_cache=True).logits for i in ids]
     return F.log_softmax(torch.cat(rows, 1).double(), dim=-1)
 
 

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import canopyq as cq
 from canopyq import fused_attention
 from canopyq.generate import Decoder
+from canopyq.kv_cache import as_argument
 from canopyq.kv_codes import QuantizedStates, get_cache_format
 from canopyq.ops import cpu_attention
 from canopyq.ops.cuda import attention
@@ -72,7 +73,7 @@ def logits(model: LlamaForCausalLM, ids: Tensor, cache: cq.QuantizedCache, mask:
     out, start = [], 0
     for n in (ids.shape[1] - 6, 1, 1, 3, 1):
         now = None if mask is None else mask[:, : start + n]
-        result = model(ids[:, start : start + n], past_key_values=cache, attention_mask=now, use_cache=True)
+        result = model(ids[:, start : start + n], **as_argument(cache), attention_mask=now, use_cache=True)
         out.append(result.logits[:, -1])
         start += n
     return torch.stack(out)
@@ -130,9 +131,9 @@ def test_other_masks_and_caches_are_dequantized(calls: list[int]) -> None:
 def test_generate_says_the_same(calls: list[int]) -> None:
     model = tiny().double()
     ids = torch.randint(97, (1, 120))
-    plain = model.generate(ids, past_key_values=cq.QuantizedCache(model.config), max_new_tokens=8, do_sample=False)
+    plain = model.generate(ids, **as_argument(cq.QuantizedCache(model.config)), max_new_tokens=8, do_sample=False)
     cq.fuse_attention(model)
-    fused = model.generate(ids, past_key_values=cq.QuantizedCache(model.config), max_new_tokens=8, do_sample=False)
+    fused = model.generate(ids, **as_argument(cq.QuantizedCache(model.config)), max_new_tokens=8, do_sample=False)
     assert torch.equal(plain, fused) and calls
 
 
@@ -204,7 +205,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 def passes_of(model, ids: Tensor, cache, passes: tuple[int, ...]) -> Tensor:
     out, start = [], 0
     for n in passes:
-        out.append(model(ids[:, start : start + n], past_key_values=cache, use_cache=True).logits[:, -1])
+        out.append(model(ids[:, start : start + n], **as_argument(cache), use_cache=True).logits[:, -1])
         start += n
     return torch.stack(out)
 
@@ -235,15 +236,15 @@ def test_it_takes_no_more_than_it_has_room_for() -> None:
     cache = make(model, "kv8", length=128)
     ids = torch.randint(97, (1, 140))
     with pytest.raises(cq.CanopyError, match="room for 128 tokens, not for 129"):
-        model(ids[:, :129], past_key_values=cache)
-    model(ids[:, :20], past_key_values=cache)
+        model(ids[:, :129], **as_argument(cache))
+    model(ids[:, :20], **as_argument(cache))
     with pytest.raises(cq.CanopyError, match="only when it is empty, and it holds 20"):
-        model(ids[:, 20:50], past_key_values=cache)
+        model(ids[:, 20:50], **as_argument(cache))
     cache.reset()
     assert cache.get_seq_length() == 0 and torch.equal(cache.position_ids(2), torch.tensor([[0, 1]]))
-    model(ids[:, :128], past_key_values=cache)
+    model(ids[:, :128], **as_argument(cache))
     with pytest.raises(cq.CanopyError, match="not for 129"):
-        model(ids[:, 128:129], past_key_values=cache)
+        model(ids[:, 128:129], **as_argument(cache))
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -256,7 +257,7 @@ def test_fast_generate_holds_codes_as_the_growing_cache_does(format: str) -> Non
     for start in (130, 20):
         found = decoder.generate(ids[:, :start], 100)
         cache = cq.QuantizedCache(model.config, format)
-        expected = model.generate(ids[:, :start], past_key_values=cache, max_new_tokens=100, do_sample=False)
+        expected = model.generate(ids[:, :start], **as_argument(cache), max_new_tokens=100, do_sample=False)
         assert torch.equal(found, expected)
         assert decoder.cache.synchronize() == start + 99
 
@@ -273,16 +274,16 @@ def test_a_captured_step_has_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     model = cq.fuse_attention(tiny())
     cache, seen = make(model, "kv8"), []
     ids = torch.randint(97, (1, 40))
-    model(ids[:, :30], past_key_values=cache)
+    model(ids[:, :30], **as_argument(cache))
     monkeypatch.setattr(fused_attention, "_capturing", lambda: True)
     plain = fused_attention._starts
     monkeypatch.setattr(fused_attention, "_starts", lambda mask, held: seen.append(mask) or plain(mask, held))
-    model(ids[:, 30:31], position_ids=cache.position_ids(1), past_key_values=cache)
+    model(ids[:, 30:31], position_ids=cache.position_ids(1), **as_argument(cache))
     assert seen == [None] * len(cache.layers)
     padded = torch.ones(1, 32, dtype=torch.long)
     padded[0, 0] = 0
     with pytest.raises(cq.CanopyError, match="captured step takes no attention mask"):
-        model(ids[:, 31:32], attention_mask=padded, past_key_values=cache)
+        model(ids[:, 31:32], attention_mask=padded, **as_argument(cache))
 
 
 def test_bytes_do_not_grow() -> None:
@@ -307,7 +308,7 @@ def test_a_captured_step_is_replayed_token_by_token(format: str, head_dim: int) 
     token = ids[:, 102:103].clone()
 
     def step() -> Tensor:
-        given = {"position_ids": fixed.position_ids(1), "past_key_values": fixed, "use_cache": True}
+        given = {"position_ids": fixed.position_ids(1), "use_cache": True, **as_argument(fixed)}
         return model(token, **given).logits[:, -1]
 
     graph = torch.cuda.CUDAGraph()
@@ -343,9 +344,9 @@ def test_fast_generate_replays_a_graph_over_codes(format: str, batch: int) -> No
         codes = cq.QuantizedCache(model.config, format)
         with torch.inference_mode():
             exact = model(found[:, :-1]).logits[:, -1].float()
-            model(found[:, :start], past_key_values=codes, use_cache=True)
+            model(found[:, :start], **as_argument(codes), use_cache=True)
             for i in range(start, start + 199):
-                logits = model(found[:, i : i + 1], past_key_values=codes, use_cache=True).logits[:, -1].float()
+                logits = model(found[:, i : i + 1], **as_argument(codes), use_cache=True).logits[:, -1].float()
         # Rounded to bfloat16 at other places, some numbers get the neighbouring code: less than codes cost altogether.
         assert (decoder.logits.float() - logits).norm() < 0.1 * exact.norm() + (logits - exact).norm()
         assert (decoder.logits.float() - exact).norm() < 1.5 * (logits - exact).norm() + 0.1 * exact.norm()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from transformers.utils import logging
 
 import canopyq as cq
 from canopyq.errors import CanopyError
-from canopyq.kv_cache import QuantizedCache
+from canopyq.kv_cache import QuantizedCache, as_argument
 from canopyq.kv_codes import CACHE_FORMATS, get_cache_format
 from canopyq.kv_layer import QuantizedLayer
 
@@ -50,12 +51,12 @@ def tokens(n: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
 
 @torch.no_grad()
 def feed(model, cache, ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    return model(input_ids=ids, **as_argument(cache), use_cache=True).logits
 
 
 def generate(model, ids: torch.Tensor, cache, n: int = 20, **options) -> torch.Tensor:
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False} | options
-    return model.generate(ids, past_key_values=cache, max_new_tokens=n, min_new_tokens=n, **options)
+    return model.generate(ids, **as_argument(cache), max_new_tokens=n, min_new_tokens=n, **options)
 
 
 def held(cache: QuantizedCache) -> list[torch.Tensor]:
@@ -452,3 +453,12 @@ def test_a_batch_of_no_chats(model, name: str) -> None:
             seen = cache.update(torch.randn(0, 2, n, 16), torch.randn(0, 2, n, 16), layer)
     assert seen[0].shape == seen[1].shape == (0, 2, 131, 16)
     assert cache.get_seq_length() == 131 and cache.nbytes == 0
+
+
+def test_transformers_takes_the_cache_without_a_warning(model) -> None:
+    """Under the name that this release calls it by: the other one is refused, or warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        cache = QuantizedCache(model.config, "kv4")
+        feed(model, cache, tokens(5))
+        assert generate(model, tokens(9), cache, 2).shape == (1, 11)

@@ -14,6 +14,7 @@ import torch
 import canopyq as cq
 from canopyq import cli
 from canopyq.cli import calibrated
+from canopyq.kv_cache import as_argument
 from canopyq.tutor import loading
 
 TEXT = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
@@ -60,5 +61,5 @@ def test_the_lines_of_python_run(reader: Path) -> None:
     exec(block, space)
     assert isinstance(space["cache"], cq.QuantizedCache) and (reader / "out" / "w4").is_dir()
     ids = torch.tensor([[1, 5]])
-    out = space["model"].generate(ids, attention_mask=ids, past_key_values=space["cache"], max_new_tokens=2)
+    out = space["model"].generate(ids, attention_mask=ids, **as_argument(space["cache"]), max_new_tokens=2)
     assert out.shape == (1, 4)
