@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+def cache_of(config: PreTrainedConfig) -> str | None:
+    """The cache of the recipe by which a model was quantized, if it had one."""
+    return getattr(config, "canopyq_cache", None)
+
+
 class QuantizedCache(Cache):
     """Keys and values of a model's layers in 8, 4 or 2 bits.
 
@@ -33,7 +38,8 @@ class QuantizedCache(Cache):
 
     Args:
         config: the model's, ``model.config``.
-        format: ``"kv8"``, ``"kv4"``, ``"kv2"`` or ``"kv-fp8"``.
+        format: ``"kv8"``, ``"kv4"``, ``"kv2"`` or ``"kv-fp8"``; None takes the one of the model's recipe, such
+            as ``w4a16+kv4``, which its config notes, or else ``"kv8"``.
         keys: ``"channel"``: a key channel has a scale for each block of 64 tokens; ``"token"``: keys are quantized like
             values, with a scale for each group of a token's channels.
         window: so many of the newest tokens stay in full precision, besides those of the block that is not full yet.
@@ -50,14 +56,14 @@ class QuantizedCache(Cache):
     def __init__(
         self,
         config: PreTrainedConfig,
-        format: str | CacheFormat = "kv8",
+        format: str | CacheFormat | None = None,
         *,
         keys: str = "channel",
         window: int = WINDOW,
         group: int | None = None,
     ) -> None:
+        self.format = get_cache_format(format or cache_of(config) or "kv8")
         self.config = config = checks.config(config)
-        self.format = get_cache_format(format)
         checks.choice("way to quantize keys", keys, ("channel", "token")), checks.count("window", window)
         self.limit = getattr(config, "max_position_embeddings", None)
         windows, layers = sliding_windows(config), []

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from canopyq import checks
 from canopyq.batches import read_batches
 from canopyq.calibration import Calibration, calibrate
+from canopyq.checkpoint.groups import cache_note, check_recipe
 from canopyq.embedding import QuantizedEmbedding
 from canopyq.errors import CanopyError
 from canopyq.experts import QuantizedExperts
@@ -21,7 +22,7 @@ from canopyq.linear import QuantizedLinear
 from canopyq.memory import bytes_of, meta_ties
 from canopyq.methods.driver import Rounded, round_weights
 from canopyq.methods.method import Method
-from canopyq.methods.rotation import rotate_
+from canopyq.methods.rotation import needs_online, rotate_
 from canopyq.methods.undo import Undo
 from canopyq.offload import Replacing, carry_over, is_away, lies, runs_on, values
 from canopyq.output_error import output_errors
@@ -54,7 +55,8 @@ def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
     added = sum(after for _, _, after in layers.values())
     if recipe.static:  # a scale, and perhaps a zero point, for what goes into each layer
         added += (2 if recipe.activations.symmetric else 3) * sum(target.kind != "embedding" for target in targets)
-    return Plan(recipe.name, layers, kept, before, before - removed + added, before + added)
+    notes = tuple(_of_files(model, recipe, Method.parse("rtn")))
+    return Plan(recipe.name, layers, kept, before, before - removed + added, before + added, notes)
 
 
 @torch.no_grad()
@@ -111,7 +113,7 @@ def quantize_(
     bytes_before, notes = bytes_of(model), []
     with Undo() as undo:
         if "rotation" in how.transforms:
-            notes = rotate_(model, undo, online=_needs_online_rotation(recipe))
+            notes = rotate_(model, undo, online=needs_online(recipe))
             targets, kept = find_targets(model, recipe)  # the head may have a weight of its own now
         done = round_weights(model, recipe, how, targets, batches, undo)
         inputs: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -136,6 +138,9 @@ def quantize_(
         from canopyq.checkpoint.pretrained import teach_transformers  # it needs transformers, as such a model does
 
         teach_transformers(model)
+    if recipe.cache is not None and hasattr(model, "config"):
+        model.config.canopyq_cache = recipe.cache  # config.json will have it, and who loads that again
+    notes += _of_files(model, recipe, how)
     return Report(recipe.name, tuple(reports), kept, bytes_before, bytes_of(model), how.name, tuple(notes))
 
 
@@ -169,9 +174,18 @@ class _naming:
             raise CanopyError(f"{self.name}: {error}") from None
 
 
-def _needs_online_rotation(recipe: Recipe) -> bool:
-    """Whether inputs are so coarse that those of down_proj, which no weight can turn, have to be turned at run time."""
-    return recipe.activations is not None and recipe.activations.format.bits < 8
+def _of_files(model: nn.Module, recipe: Recipe, how: Method) -> list[str]:
+    """What to know before such a model is saved, in lines: said before the work."""
+    if not hasattr(model, "save_pretrained"):
+        return []
+    said = []
+    try:
+        check_recipe(recipe, how)
+    except CanopyError as error:
+        said.append(f"cq.save will refuse it: {error}")
+    if recipe.cache is not None:
+        said.append(cache_note(recipe.cache))
+    return said
 
 
 def _input_scale(target: Target, seen: Calibration | None, recipe: Recipe) -> tuple[Tensor, Tensor | None]:

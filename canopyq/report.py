@@ -49,6 +49,7 @@ class Plan(Preformatted):
         kept: module name -> why its weight stays as it is.
         bytes_before, bytes_after: storage behind the whole model.
         bytes_peak: the most that weights take at once on the way, old and new ones together.
+        notes: what to know before such a model is saved.
     """
 
     recipe: str
@@ -57,6 +58,7 @@ class Plan(Preformatted):
     bytes_before: int
     bytes_after: int
     bytes_peak: int
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -67,7 +69,7 @@ class Plan(Preformatted):
             f"  {name} {n}x{k}: {human(before)} -> {human(after)}"
             for name, ((n, k), before, after) in self.layers.items()
         ]
-        return "\n".join(lines + [f"  kept: {line}" for line in by_reason(self.kept)])
+        return "\n".join(lines + [f"  {note}" for note in self.notes] + [f"  kept: {x}" for x in by_reason(self.kept)])
 
 
 @dataclass(frozen=True)

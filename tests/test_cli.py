@@ -883,6 +883,8 @@ def test_quantize_by_a_method_on_a_text(folder: Path, tmp_path: Path, canopyq) -
         (["--method", "hqq"], "Any.", "hqq needs no data for w4a16-g32; leave --calibration"),
         (["--method", "gptk"], None, "did you mean 'gptq'"),
         (["--method", "gptq", "--recipe", "nf4"], None, "has no nf4"),
+        (["--method", "outliers", "--calibration", "/no/such/file"], None, "keeps some inputs in 16 bits"),
+        (["--method", "rotation", "--recipe", "w4a4-g32"], None, "Hadamard transform at run time"),
     ],
 )
 def test_quantize_says_what_a_method_cannot_do(

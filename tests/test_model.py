@@ -291,6 +291,16 @@ def test_a_shared_layer_is_kept_by_any_of_its_names() -> None:
     assert layers["4"][2] == layers["2"][2] + 128 * 256 // 2
 
 
+@pytest.mark.parametrize(
+    ("recipe", "part"), [("nf4", "nf4"), ("mxfp4", "mxfp4"), ("w4a16-g32+kv4", "+kv4"), ("w8a16+kv-fp8", "+kv-fp8")]
+)
+def test_what_no_file_holds_is_said_before_and_after(recipe: str, part: str) -> None:
+    model = llama()
+    for text in (str(plan(model, recipe)), str(quantize_(model, recipe))):
+        assert sum(part in line for line in text.splitlines()[1:]) == 1
+    assert not plan(llama(), "w4a16-g32").notes and not quantize_(small(), recipe.split("+")[0]).notes
+
+
 def test_the_text_says_it_all() -> None:
     report = quantize_(small(), "w4a16-g128")
     text = str(report)

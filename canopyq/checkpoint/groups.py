@@ -17,6 +17,8 @@ from canopyq.formats import IntFormat
 from canopyq.hadamard import online_hadamard
 from canopyq.kept_columns import OutlierLinear
 from canopyq.linear import QuantizedLinear
+from canopyq.methods.method import Method
+from canopyq.methods.rotation import needs_online
 from canopyq.offload import is_away, lies
 from canopyq.scheme import Recipe, Scheme
 from canopyq.targets import linear_kind
@@ -87,6 +89,29 @@ def layers_of(model: nn.Module, original: nn.Module, files: Names) -> list[Layer
     if not layers:
         raise CanopyError("the model is not quantized; call cq.quantize_(model, recipe) first, or use save_pretrained")
     return layers
+
+
+def cache_note(cache: str) -> str:
+    """What becomes of the cache of a recipe when the model is saved."""
+    server = "vLLM has one of its own: --kv-cache-dtype fp8" if cache == "kv-fp8" else "servers have no such cache"
+    return f"+{cache}: a saved config.json notes it for canopyq, which takes it again; {server}"
+
+
+def check_recipe(recipe: Recipe, method: Method) -> None:
+    """What can be known of saving before any work is done.
+
+    Raises:
+        CanopyError: for a recipe and a method whose result no checkpoint holds, with the reason.
+    """
+    for scheme in (recipe.weights, *(scheme for _, scheme in recipe.exceptions)):
+        disk_format(scheme, recipe.activations)
+    if "outliers" in method.transforms:
+        raise CanopyError(f"method {method.name} keeps some inputs in 16 bits, which compressed-tensors cannot hold")
+    if "rotation" in method.transforms and needs_online(recipe):
+        raise CanopyError(
+            f"{recipe.name} rotated needs a Hadamard transform at run time, which no file holds; use activations of 8 "
+            "bits"
+        )
 
 
 def ignored(model: nn.Module, layers: Iterable[Layer], files: Names) -> list[str]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from canopyq.checkpoint.config import read_config, write_config
 from canopyq.checkpoint.files import Checkpoint
-from canopyq.checkpoint.groups import Layer, grouped, ignored
+from canopyq.checkpoint.groups import Layer, cache_note, grouped, ignored
 from canopyq.checkpoint.header import TensorInfo
 from canopyq.checkpoint.layout import disk_format, expected
 from canopyq.checkpoint.names import Names, names_of
@@ -120,9 +120,7 @@ class Plan:
         for tool, verdict in readers(read_config(self.config), shapes).items():
             lines.append(f"  {tool} will load it: {verdict}")
         if self.recipe.cache is not None:
-            lines.append(
-                f"  note: no file holds a cache; canopyq eval and chat take it again by --recipe {self.recipe.cache}"
-            )
+            lines.append(f"  note: {cache_note(self.recipe.cache)}")
         return "\n".join(lines)
 
 

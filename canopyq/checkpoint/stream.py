@@ -142,7 +142,8 @@ def _do(step: Step, plan: Plan, writer: Writer) -> None:
 
 def _write_rest(plan: Plan, folder: Path) -> None:
     """Everything beside the weights: config, index, tokenizer."""
-    _write_json(folder / CONFIG, plan.source.config | {"quantization_config": plan.config})
+    cache = {} if plan.recipe.cache is None else {"canopyq_cache": plan.recipe.cache}
+    _write_json(folder / CONFIG, plan.source.config | cache | {"quantization_config": plan.config})
     if len(plan.shards) > 1:
         weight_map = {name: file for file, own in plan.shards.items() for step in own for name in step.outputs}
         index = {"metadata": {"total_size": plan.bytes_after}, "weight_map": dict(sorted(weight_map.items()))}

@@ -41,6 +41,7 @@ def evaluate(
     from canopyq.checkpoint.files import as_path
     from canopyq.cli.calibrated import quantize_tutor
     from canopyq.evaluate import compare, examine
+    from canopyq.kv_cache import cache_of
     from canopyq.tutor.loading import TUTOR, VARIABLE, source
 
     saved = model != TUTOR and as_path(model).is_dir()
@@ -60,6 +61,7 @@ def evaluate(
     if saved:
         _require_checkpoint_of(original, tokenizer, as_path(model), source())
         quantized = cq.load(model, original.device, original.dtype)
+        cache = cache_of(quantized.config) if parsed is None else cache
         result, report = compare(original, quantized, tokenizer, asked, cache=cache), None
     elif parsed is None:
         result, report = examine(original, tokenizer, asked), None
@@ -127,10 +129,13 @@ def chat(
     /new starts a new chat; /quit or end of input (Ctrl-D) ends. Questions may come from a pipe, one a line.
     """
     from canopyq.conversation import Conversation
+    from canopyq.kv_cache import cache_of
     from canopyq.memory import human
 
     parsed = None if recipe is None else cq.Recipe.parse(recipe)
-    talk = Conversation(*_load(model, parsed), parsed and parsed.cache)
+    loaded, tokenizer = _load(model, parsed)
+    cache = cache_of(loaded.config) if parsed is None else parsed.cache
+    talk = Conversation(loaded, tokenizer, cache)
     name = f"{model}{'' if parsed is None else f', {parsed.name}'}"
     most = "" if talk.limit is None else f", up to {talk.limit:,} tokens"
     print_plain(f"{name}: {human(talk.weight_bytes)} of weights{most}; /new, /quit", "dim")

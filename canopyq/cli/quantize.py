@@ -84,12 +84,12 @@ def _in_memory(
 ) -> None:
     import canopyq as cq
     from canopyq.checkpoint.files import Checkpoint
-    from canopyq.checkpoint.layout import disk_format
+    from canopyq.checkpoint.groups import check_recipe
     from canopyq.checkpoint.plan import meta_model
     from canopyq.cli.calibrated import quantize_in_memory
 
     method.check(recipe)
-    disk_format(recipe.weights, recipe.activations)
+    check_recipe(recipe, method)
     source = Checkpoint(folder)
     if "quantization_config" in source.config:
         raise CanopyError(f"{folder} is quantized already; start from the original checkpoint")

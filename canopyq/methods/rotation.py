@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from canopyq.hadamard import OnlineHadamard, hadamard, largest_power_of_two
 from canopyq.methods.structure import require_known
 from canopyq.methods.undo import Undo
+from canopyq.scheme import Recipe
 
 
 def random_rotation(size: int, generator: torch.Generator) -> Tensor:
@@ -30,6 +31,11 @@ def random_rotation(size: int, generator: torch.Generator) -> Tensor:
     spread = hadamard(torch.eye(power, dtype=torch.float64), power)
     signs = torch.randint(0, 2, (size, 1), generator=generator) * 2.0 - 1
     return signs * torch.kron(mixed, spread)
+
+
+def needs_online(recipe: Recipe) -> bool:
+    """Whether inputs are so coarse that those of down_proj, which no weight can turn, have to be turned at run time."""
+    return recipe.activations is not None and recipe.activations.format.bits < 8
 
 
 def rotate_(model: nn.Module, undo: Undo, *, seed: int = 0, online: bool = False) -> list[str]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import canopyq as cq
+from canopyq.checkpoint.stream import quantize_checkpoint
 from canopyq.errors import CanopyError
 
 SIZES = {
@@ -60,6 +61,18 @@ def test_it_writes_what_save_writes(name: str, recipe: str, tmp_path: Path, logi
     assert torch.equal(logits(loaded), logits(model))
     loaded.save_pretrained(tmp_path / "again")
     assert tensors(tmp_path / "again").keys() == wanted.keys()
+
+
+@pytest.mark.parametrize("way", ["save", "save_pretrained", "stream"])
+def test_the_cache_of_a_recipe_comes_back(way: str, tmp_path: Path) -> None:
+    if way == "stream":
+        MODELS["llama"]().save_pretrained(tmp_path / "original")
+        quantize_checkpoint(tmp_path / "original", "w8a16+kv4", tmp_path / "model")
+    else:
+        model = quantized("llama", "w8a16+kv4")
+        cq.save(model, tmp_path / "model") if way == "save" else model.save_pretrained(tmp_path / "model")
+    assert cq.QuantizedCache(cq.load(tmp_path / "model").config).format.name == "kv4"
+    assert cq.QuantizedCache(MODELS["llama"]().config).format.name == "kv8"
 
 
 def test_transformers_reads_it(tmp_path: Path, logits: Callable) -> None:
