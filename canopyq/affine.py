@@ -49,23 +49,23 @@ def scale_and_zero_point(
     fmt = get_format(format)
     checks.flag("symmetric", symmetric), checks.flag("restricted", restricted), checks.flag("check", check)
     dtype = scale_dtype or (lo.dtype if lo.dtype in FLOATS else torch.float32)
-    work = torch.promote_types(lo.dtype, torch.float32)
-    lo, hi = lo.to(work).clamp(max=0), hi.to(work).clamp(min=0)
+    compute_dtype = torch.promote_types(lo.dtype, torch.float32)
+    lo, hi = lo.to(compute_dtype).clamp(max=0), hi.to(compute_dtype).clamp(min=0)
     # Divisors are tensors: CUDA divides by a Python number through its rounded reciprocal, and codes would differ from
     # the CPU's.
     if symmetric:
         absmax = torch.maximum(-lo, hi)
         span = (fmt.qmax - fmt.qmin) / 2 if isinstance(fmt, IntFormat) and not restricted else fmt.largest
-        return _stored(absmax / lo.new_tensor(span), dtype, check), None
+        return _round_scale(absmax / lo.new_tensor(span), dtype, check), None
     if not isinstance(fmt, IntFormat):
         raise CanopyError(f"{fmt.name} is a signed float grid and has no zero point; use symmetric=True")
     steps = lo.new_tensor(fmt.qmax - fmt.qmin)
-    scale = _stored(hi / steps - lo / steps, dtype, check)
+    scale = _round_scale(hi / steps - lo / steps, dtype, check)
     zero_point = (fmt.qmin - lo / scale.to(lo.dtype)).round().clamp(fmt.qmin, fmt.qmax)
     return scale, zero_point.to(torch.int8)
 
 
-def _stored(scale: Tensor, dtype: torch.dtype, check: bool) -> Tensor:
+def _round_scale(scale: Tensor, dtype: torch.dtype, check: bool) -> Tensor:
     """``scale`` as it will be kept: rounded to ``dtype``, never zero, never infinite."""
     info = torch.finfo(dtype)
     if check and not bool((scale <= info.max).all()):  # so put, it catches NaN too
@@ -91,8 +91,8 @@ def quantize(
     """Codes of ``x``. Integers come as int8, floats as their torch dtype, 4-bit floats and tables as uint8."""
     fmt = get_format(format)
     checks.flag("restricted", restricted)
-    work = torch.promote_types(x.dtype, torch.float32)
-    scaled = x.to(work) / scale.to(work)
+    compute_dtype = torch.promote_types(x.dtype, torch.float32)
+    scaled = x.to(compute_dtype) / scale.to(compute_dtype)
     if not isinstance(fmt, IntFormat):
         return fmt.encode(scaled)
     codes = scaled.round_()
@@ -113,11 +113,11 @@ def dequantize(
     Values beyond the end of ``dtype`` saturate: the lowest code of a full range may lie half a step outside.
     """
     dtype = checks.dtype("dtype", dtype)
-    work, end = torch.promote_types(dtype, torch.float32), torch.finfo(dtype).max
-    values = get_format(format).decode(codes).to(work)
+    compute_dtype, end = torch.promote_types(dtype, torch.float32), torch.finfo(dtype).max
+    values = get_format(format).decode(codes).to(compute_dtype)
     if zero_point is not None:
         values = values - zero_point
-    return (values * scale.to(work)).clamp_(-end, end).to(dtype)
+    return (values * scale.to(compute_dtype)).clamp_(-end, end).to(dtype)
 
 
 def fake_quantize(

@@ -19,20 +19,18 @@ from torch import Tensor, nn
 
 from canopyq import checks
 from canopyq.batches import Batch, read_batches
-from canopyq.blocks import Blocks, call, find_blocks
+from canopyq.blocks import call, find_blocks
 from canopyq.errors import CanopyError, by_reason, unknown
-from canopyq.inputs import InputStatistics, Seen
+from canopyq.inputs import ActivationStats, Seen
 from canopyq.mode import eval_mode
 from canopyq.targets import expert_weights, linear_kind
-from canopyq.utils import track
+from canopyq.utils import progress
 
 SETTLED = 0.05  # a range that the second half of the data widens by less than this is called settled
 
-Visit = Callable[[str, dict[str, InputStatistics]], None]
-
 
 @dataclass(eq=False)
-class Calibration(dict[str, InputStatistics]):
+class Calibration(dict[str, ActivationStats]):
     """Layer name -> what was seen of its inputs, in the model's order; and how far the data can be trusted.
 
     Attributes:
@@ -96,10 +94,9 @@ def calibrate(
     length: int | None = None,
     layers: Collection[str] | None = None,
     hessian: bool = False,
-    cap: float | None = None,
+    token_norm_cap: float | None = None,
     histograms: bool = True,
     examples: int = 0,
-    visit: Visit | None = None,
 ) -> Calibration:
     """Run the model over data and keep statistics of what goes into its linear layers.
 
@@ -110,40 +107,66 @@ def calibrate(
         model: nn.Linear, GPT-2's Conv1D and transformers' fused experts are watched.
         batches, tokenizer, length: texts, token ids (B, T) or what a tokenizer returns; see `batches.read_batches`.
         layers: names of those to watch; None watches all but the output head.
-        hessian: keep Σ x xᵀ / tokens of every layer too. With ``visit`` it is let go after the visit.
-        cap: a token whose input to a layer is more than so many times as long as the median of its batch counts in the
-            Hessian as if it were so long. Few tokens are far louder than the others, and the norm after the layer makes
-            up for it; uncapped they decide over every column.
+        hessian: keep Σ x xᵀ / tokens of every layer too.
+        token_norm_cap: a token whose input to a layer is more than so many times as long as the median of its batch
+            counts in the Hessian as if it were so long. Few tokens are far louder than the others, and the norm after
+            the layer makes up for it; uncapped they decide over every column.
         histograms: count the values of every layer's inputs.
         examples: keep about so many of every layer's inputs too.
-        visit: called with a block's name and the statistics of its layers once they are complete, before anything
-            after the block runs; it may change the block or replace what is in it. Layers outside the blocks come
-            last, under the name "". Without a list of blocks, all come at once under that name.
 
     Raises:
         CanopyError: for data that does not fit the model (see `read_batches`), NaN or infinite activations (the message
-            names the layer), or nothing to watch. The model is then as it was, but for what ``visit`` did.
+            names the layer), or nothing to watch. The model is then as it was.
     """
     checks.flag("hessian", hessian), checks.flag("histograms", histograms), checks.count("examples", examples)
-    if cap is not None:
-        checks.number("cap", cap, 1)
-    if visit is not None:
-        checks.function("visit", visit)
+    if token_norm_cap is not None:
+        checks.number("token_norm_cap", token_norm_cap, 1)
     if layers is not None:
         layers = checks.sequence("layers", layers)
     data = read_batches(batches, model, tokenizer, length)
-    watched = _layers(model, layers)
-    if not watched:
-        raise CanopyError(f"{type(model).__name__} has no linear layer to calibrate")
-    keep = {"histogram": histograms, "examples": -(-examples // len(data)), "cap": cap}
-    collector = _Collector(model, watched, hessian, keep)
-    with eval_mode(model):
-        blocks = find_blocks(model, watched, data[0])
-        if blocks is None:
-            _run_whole(model, collector, data, visit)
-        else:
-            _run_blocks(blocks, collector, data, visit)
-    return _result(collector, data, blocks is not None)
+    collector = _Collector(model, layers, data, hessian, token_norm_cap, histograms, examples)
+    for _ in _walk(collector, data, changing=False):
+        pass
+    samples = sum(int(batch.real.any(1).sum()) for batch in data)
+    tokens = sum(int(batch.real.sum()) for batch in data)
+    found = Calibration(samples, tokens, collector.by_blocks, collector.unseen())
+    found |= {layer: collector.statistics[layer] for layer in collector.watched if layer in collector.statistics}
+    if samples < 2:
+        warnings.warn(f"calibrated on {found.notes()[1]}", stacklevel=3)
+    return found
+
+
+@torch.no_grad()
+def calibration_blocks(
+    model: nn.Module,
+    batches: list[Batch],
+    *,
+    layers: Collection[str] | None = None,
+    hessian: bool = False,
+    token_norm_cap: float | None = None,
+    histograms: bool = True,
+    examples: int = 0,
+) -> Iterator[tuple[str, dict[str, ActivationStats]]]:
+    """`calibrate`, one decoder block after the other: for loops that change each block on the way.
+
+    What follows a block runs after its turn in the loop, so the body may change the block or replace what is in it, and
+    later blocks see what the changed one gives them. Between the turns the model is as the body left it. Each block
+    runs twice over the data: once for its statistics, once changed.
+
+    Args:
+        batches: of `batches.read_batches`.
+        layers, hessian, token_norm_cap, histograms, examples: see `calibrate`.
+
+    Yields:
+        The block's name, and the statistics of its layers by name, which are let go of afterwards. Layers outside the
+        blocks come last, under the name "". Without a list of blocks, all come at once under that name.
+
+    Raises:
+        CanopyError: as `calibrate`.
+    """
+    collector = _Collector(model, layers, batches, hessian, token_norm_cap, histograms, examples)
+    for block, names in _walk(collector, batches, changing=True):
+        yield block, {name: collector.statistics.pop(name) for name in names if name in collector.statistics}
 
 
 def _layers(model: nn.Module, wanted: Collection[str] | None) -> dict[str, str]:
@@ -164,13 +187,38 @@ def _layers(model: nn.Module, wanted: Collection[str] | None) -> dict[str, str]:
 
 
 class _Collector:
-    """Hooks on the layers, and the statistics that they fill."""
+    """Hooks on the layers, and the statistics that they fill. The arguments are those of `calibrate`."""
 
-    def __init__(self, model: nn.Module, watched: dict[str, str], hessian: bool, keep: dict[str, Any]) -> None:
-        self.model, self.watched, self.hessian, self.keep = model, watched, hessian, keep
-        self.statistics: dict[str, InputStatistics] = {}
-        self.called: set[str] = set()
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Collection[str] | None,
+        data: list[Batch],
+        hessian: bool,
+        token_norm_cap: float | None,
+        histograms: bool,
+        examples: int,
+    ) -> None:
+        self.model, self.hessian = model, hessian
+        self.watched = _layers(model, layers)
+        if not self.watched:
+            raise CanopyError(f"{type(model).__name__} has no linear layer to calibrate")
+        self.options = {
+            "histogram": histograms, "examples": -(-examples // len(data)), "token_norm_cap": token_norm_cap,
+        }  # fmt: skip
+        self.statistics: dict[str, ActivationStats] = {}
+        self.by_blocks = True
+        self._called: set[str] = set()
         self._last: tuple[Tensor, Seen] | None = None
+
+    def unseen(self) -> dict[str, str]:
+        """Layers that no token reached, and why."""
+        never, not_sent = "the model never called it", "the router sent no token to it"
+        return {
+            layer: not_sent if module in self._called else never
+            for layer, module in self.watched.items()
+            if layer not in self.statistics
+        }
 
     def inside(self, block: str) -> list[str]:
         """The watched layers of a block."""
@@ -200,7 +248,7 @@ class _Collector:
     def _hook(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             given = [*args, *kwargs.values()]
-            self.called.add(name)
+            self._called.add(name)
             if linear_kind(module) == "expert":
                 self._experts(name, module, given[0], given[1])
             else:
@@ -230,9 +278,9 @@ class _Collector:
             seen = self._last[1]
             for layer in layers:
                 if seen.tokens and layer not in self.statistics:
-                    self.statistics[layer] = InputStatistics.empty(x.shape[-1], x.device, hessian=self.hessian)
+                    self.statistics[layer] = ActivationStats.empty(x.shape[-1], x.device, hessian=self.hessian)
                 if seen.tokens:
-                    self.statistics[layer].add(seen, **self.keep)
+                    self.statistics[layer].add(seen, **self.options)
         except CanopyError as error:
             raise CanopyError(f"{layers[0]}: {error}") from None
 
@@ -246,64 +294,41 @@ class _Collector:
         return self._sample.to(x.device)
 
 
-def _run_blocks(blocks: Blocks, collector: _Collector, data: list[Batch], visit: Visit | None) -> None:
-    names = blocks.names()
+def _walk(collector: _Collector, data: list[Batch], *, changing: bool) -> Iterator[tuple[str, list[str]]]:
+    """Run the model over the data, block by block, and yield each block's name and watched layers once it was seen;
+    last "" and the layers outside. ``changing``: what a block puts out is computed after its turn, by a second run."""
+    model = collector.model
+    with eval_mode(model):
+        blocks = find_blocks(model, collector.watched, data[0])
+    names = [] if blocks is None else blocks.names()
+    collector.by_blocks = blocks is not None
     inside = {name: collector.inside(name) for name in names}
     outside = [layer for layer in collector.watched if not any(layer in own for own in inside.values())]
-    passes = len(names) * (1 if visit is None else 2) + (1 if outside else -1 if visit is not None else 0)
-    bar = iter(track(range(passes * len(data)), "calibrating", passes * len(data)))
     entering: list[Any] = [None] * len(data)
 
-    def run(number: int, watch: list[str], keep: bool) -> None:
-        with collector.watching(watch):
-            for n, (batch, _) in enumerate(zip(data, bar, strict=False)):
+    def run(number: int, layers: list[str], keep: bool) -> None:
+        with eval_mode(model), collector.watching(layers):
+            for n, batch in enumerate(data):
                 collector.begin(batch)
                 leaving = blocks.run(batch, number, entering[n])
                 if keep:
                     entering[n] = leaving
+                step()
 
-    for number, name in enumerate(names):
-        run(number, inside[name], keep=visit is None)
-        if visit is not None:
-            _show(visit, name, collector, inside[name])
-            if outside or number + 1 < len(names):
+    runs = len(names) * (2 if changing else 1) - (changing and blocks is not None and not outside) + bool(outside)
+    with progress("calibrating", runs * len(data)) as step:
+        for number, name in enumerate(names):
+            run(number, inside[name], keep=not changing)
+            yield name, inside[name]
+            if changing and (outside or number + 1 < len(names)):
                 run(number, [], keep=True)
-    if outside:
-        with collector.watching(outside):
-            for batch, leaving, _ in zip(data, entering, bar, strict=False):
-                collector.begin(batch)
-                blocks.run_rest(batch, leaving)
-        if visit is not None:
-            _show(visit, "", collector, outside)
-
-
-def _run_whole(model: nn.Module, collector: _Collector, data: list[Batch], visit: Visit | None) -> None:
-    with collector.watching(collector.watched):
-        for batch in track(data, "calibrating", len(data)):
-            collector.begin(batch)
-            call(model, batch)
-    if visit is not None:
-        _show(visit, "", collector, list(collector.watched))
-
-
-def _show(visit: Visit, block: str, collector: _Collector, layers: list[str]) -> None:
-    seen = {layer: collector.statistics[layer] for layer in layers if layer in collector.statistics}
-    visit(block, seen)
-    for statistics in seen.values():
-        statistics.hessian = None
-
-
-def _result(collector: _Collector, data: list[Batch], by_blocks: bool) -> Calibration:
-    unseen = {}
-    for layer, module in collector.watched.items():
-        if layer not in collector.statistics:
-            called = module in collector.called
-            unseen[layer] = "the router sent no token to it" if called else "the model never called it"
-    samples = sum(int(batch.real.any(1).sum()) for batch in data)
-    found = Calibration(samples, sum(int(batch.real.sum()) for batch in data), by_blocks, unseen)
-    for layer in collector.watched:
-        if layer in collector.statistics:
-            found[layer] = collector.statistics[layer]
-    if samples < 2:
-        warnings.warn(f"calibrated on {found.notes()[1]}", stacklevel=3)
-    return found
+        if outside:
+            with eval_mode(model), collector.watching(outside):
+                for n, batch in enumerate(data):
+                    collector.begin(batch)
+                    if blocks is None:
+                        call(model, batch)
+                    else:
+                        blocks.run_rest(batch, entering[n])
+                    step()
+            yield "", outside

@@ -1,7 +1,7 @@
 """What numbers each precision can hold.
 
 A format knows its bits, its largest value, its representable values, and how to turn a number (already divided by its
-scale) into a code and back. It knows nothing of scales: those are `affine`'s business.
+scale) into a code and back. Scales are `affine`'s business, but for those of blocks, which are part of their format.
 
 Four kinds:
 
@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 from canopyq.errors import CanopyError, unknown
+
+E4M3_LARGEST = 448.0
+E8M0_BIAS = 127
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,29 @@ class Format:
     def round(self, x: Tensor) -> Tensor:
         """The nearest representable value of each element, as float32: what survives a trip through the format."""
         return self.decode(self.encode(x))
+
+    @property
+    def default_granularity(self) -> str:
+        """What shares a scale unless somebody says otherwise, as `Granularity.parse` reads it."""
+        return "tensor"
+
+    @property
+    def scale_dtype(self) -> torch.dtype | None:
+        """The dtype of the scales that the format brings along; None where any float will do."""
+        return None
+
+    @property
+    def has_tensor_scale(self) -> bool:
+        """Whether one more scale, for the whole tensor, multiplies all the others."""
+        return False
+
+    def tensor_scale(self, absmax: Tensor) -> Tensor | None:
+        """That scale, float32 (1,), for a tensor whose largest magnitude is ``absmax`` (float32, 0-d); else None."""
+        return None
+
+    def float_scale(self, scale: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
+        """The numbers that stored scales stand for, in a dtype that can be computed with; any shape."""
+        return scale
 
 
 @dataclass(frozen=True)
@@ -166,6 +192,10 @@ class TableFormat(Format):
 
     table: tuple[float, ...] = field(default=(), repr=False)
 
+    @property
+    def default_granularity(self) -> str:
+        return "g64"
+
     def values(self) -> Tensor:
         return torch.tensor(self.table, dtype=torch.float64)
 
@@ -206,6 +236,38 @@ class BlockFormat(Format):
 
     def decode(self, codes: Tensor) -> Tensor:
         return self.element.decode(codes)
+
+    @property
+    def default_granularity(self) -> str:
+        return f"g{self.block_size}"
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.has_tensor_scale else torch.uint8
+
+    def tensor_scale(self, absmax: Tensor) -> Tensor | None:
+        """NVFP4: the scale of the scales, which maps the tensor's absmax onto the largest element times the largest
+        E4M3."""
+        if not self.has_tensor_scale:
+            return None
+        scale = absmax / absmax.new_tensor(self.largest * E4M3_LARGEST)
+        return torch.where(absmax == 0, 1.0, scale).clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
+
+    def block_scale(self, absmax: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
+        """The scale of blocks whose largest magnitudes are ``absmax`` (float32, any shape), as it is stored: E8M0
+        exponents with their bias (uint8), or E4M3 in units of ``tensor_scale``."""
+        if self.has_tensor_scale:
+            scale = absmax / absmax.new_tensor(self.largest) / tensor_scale
+            return scale.clamp(2.0**-9, E4M3_LARGEST).to(torch.float8_e4m3fn)
+        # OCP MX 1.0, section 6.3: the power of two that puts absmax's exponent on the element's largest exponent.
+        _, exponent = torch.frexp(absmax)
+        top = int(torch.frexp(torch.tensor(self.largest)).exponent)
+        return (torch.where(absmax > 0, exponent - top, 0).clamp(-E8M0_BIAS, E8M0_BIAS) + E8M0_BIAS).to(torch.uint8)
+
+    def float_scale(self, scale: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
+        if self.has_tensor_scale:
+            return scale.to(torch.float32) * tensor_scale
+        return torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - E8M0_BIAS)
 
 
 # The 16 quantiles of a normal distribution that QLoRA calls NormalFloat (Dettmers et al. 2023, appendix E).

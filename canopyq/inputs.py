@@ -12,7 +12,7 @@ from canopyq.histogram import Histogram
 
 
 @dataclass
-class InputStatistics:
+class ActivationStats:
     """The inputs x (…, K) of one layer, over all real tokens of the calibration data.
 
     Attributes:
@@ -37,24 +37,26 @@ class InputStatistics:
     hessian: Tensor | None = field(default=None, repr=False)
 
     @classmethod
-    def empty(cls, features: int, device: torch.device, *, hessian: bool = False) -> InputStatistics:
-        """Of no token yet."""
+    def empty(cls, features: int, device: torch.device, *, hessian: bool = False) -> ActivationStats:
+        """Statistics before the first token, of inputs of ``features`` values."""
         infinite = torch.full((features,), torch.inf, device=device)
         zeros = torch.zeros(features, device=device)
         square = torch.zeros(features, features, device=device) if hessian else None
         none = torch.empty(0, features, device=device)
         return cls(0, infinite, -infinite, zeros, torch.empty(0, 2), Histogram(device), none, square)
 
-    def add(self, seen: Seen, *, histogram: bool = True, examples: int = 0, cap: float | None = None) -> None:
-        """Take the inputs of one more batch into account, and keep up to ``examples`` of them. ``cap``: see
-        `Seen.second_moment`."""
+    def add(
+        self, seen: Seen, *, histogram: bool = True, examples: int = 0, token_norm_cap: float | None = None
+    ) -> None:
+        """Take the inputs of one more batch into account, and keep up to ``examples`` of them. ``token_norm_cap``:
+        see `Seen.second_moment`."""
         if not seen.tokens:
             return
         share = seen.tokens / (self.tokens + seen.tokens)
         self.lo, self.hi = torch.minimum(self.lo, seen.lo), torch.maximum(self.hi, seen.hi)
         self.mean_abs = self.mean_abs.lerp(seen.mean_abs, share)
         if self.hessian is not None:
-            self.hessian.lerp_(seen.second_moment(cap), share)
+            self.hessian.lerp_(seen.second_moment(token_norm_cap), share)
         self.ranges = torch.cat([self.ranges, seen.ranges])
         if examples:
             picked = torch.linspace(0, seen.tokens - 1, min(examples, seen.tokens)).long()
@@ -63,13 +65,13 @@ class InputStatistics:
             self.histogram.merge(seen.histogram())
         self.tokens += seen.tokens
 
-    def divided(self, scales: Tensor) -> InputStatistics:
+    def divided(self, scales: Tensor) -> ActivationStats:
         """The same for inputs that are divided by ``scales`` (K,) first, but for the ranges and the histogram, which
         do not tell features apart and are left empty."""
         hessian = None if self.hessian is None else self.hessian / (scales[:, None] * scales)
         lo, hi, mean_abs = (x / scales for x in (self.lo, self.hi, self.mean_abs))
         empty = Histogram(self.lo.device)
-        return InputStatistics(self.tokens, lo, hi, mean_abs, torch.empty(0, 2), empty, self.examples / scales, hessian)
+        return ActivationStats(self.tokens, lo, hi, mean_abs, torch.empty(0, 2), empty, self.examples / scales, hessian)
 
     def running(self) -> Tensor:
         """The range of the first 1, 2, 3 … samples together, (samples, 2)."""
@@ -127,12 +129,13 @@ class Seen:
             self._histogram.add(self.rows)
         return self._histogram
 
-    def second_moment(self, cap: float | None) -> Tensor:
-        """Mean of x xᵀ, (K, K). A token longer than ``cap`` times the batch's median counts as if it were so long."""
+    def second_moment(self, token_norm_cap: float | None) -> Tensor:
+        """Mean of x xᵀ, (K, K). A token longer than ``token_norm_cap`` times the batch's median counts as if it were so
+        long."""
         if self._second_moment is None:
             rows = self.rows
-            if cap is not None:
+            if token_norm_cap is not None:
                 length = rows.norm(dim=1, keepdim=True)
-                rows = rows * (cap * length.median() / length.clamp(min=1e-30)).clamp(max=1)
+                rows = rows * (token_norm_cap * length.median() / length.clamp(min=1e-30)).clamp(max=1)
             self._second_moment = rows.t() @ rows / self.tokens
         return self._second_moment

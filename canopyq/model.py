@@ -20,10 +20,10 @@ from canopyq.hadamard import OnlineHadamard, online_hadamard
 from canopyq.kept_columns import OutlierLinear
 from canopyq.linear import QuantizedLinear
 from canopyq.memory import bytes_of, meta_ties
-from canopyq.methods.driver import Rounded, round_weights
-from canopyq.methods.method import Method
+from canopyq.methods.pipeline import RoundingResult, round_weights
+from canopyq.methods.registry import Method
 from canopyq.methods.rotation import needs_online, rotate_
-from canopyq.methods.undo import Undo
+from canopyq.methods.transaction import Transaction
 from canopyq.offload import Replacing, carry_over, is_away, lies, runs_on, values
 from canopyq.output_error import output_errors
 from canopyq.report import LayerReport, Plan, Report
@@ -83,7 +83,7 @@ def quantize_(
         recipe: a name such as ``"w4a16-g128"``, or a `Recipe`.
         method: how weights are rounded, and what is done to the model before: ``"rtn"`` (round to nearest), ``"clip"``,
             ``"gptq"``, ``"awq"``, ``"hqq"``, ``"smoothquant"``, ``"rotation"``, or several such as
-            ``"rotation+gptq"``; see `methods.method.Method`.
+            ``"rotation+gptq"``; see `methods.registry.Method`.
         calibration: data for methods that look at inputs, from which static activations take their ranges, and on which
             each layer's output error is measured for the report: batches of token ids (B, T), what a tokenizer returns,
             or texts (see `batches.read_batches`). For static activations also the `Calibration` that `calibrate` made
@@ -111,11 +111,11 @@ def quantize_(
                 raise CanopyError(f"strict: {name} would be kept as it is, {reason}")
     _require_at_hand(how, targets)
     bytes_before, notes = bytes_of(model), []
-    with Undo() as undo:
+    with Transaction() as transaction:
         if "rotation" in how.transforms:
-            notes = rotate_(model, undo, online=needs_online(recipe))
+            notes = rotate_(model, transaction, online=needs_online(recipe))
             targets, kept = find_targets(model, recipe)  # the head may have a weight of its own now
-        done = round_weights(model, recipe, how, targets, batches, undo)
+        done = round_weights(model, recipe, how, targets, batches, transaction)
         inputs: dict[str, tuple[Tensor, Tensor | None]] = {}
         if recipe.static:
             watched = [target for target in targets if target.kind != "embedding"]
@@ -228,23 +228,23 @@ def _warn_of_loud(names: list[str], seen: Calibration, recipe: Recipe, how: Meth
 
 
 def _layer(
-    target: Target, rounded: Rounded, recipe: Recipe, inputs: tuple[Tensor | None, Tensor | None]
+    target: Target, rounded: RoundingResult, recipe: Recipe, inputs: tuple[Tensor | None, Tensor | None]
 ) -> QuantizedLinear | OutlierLinear:
     if target.kind == "embedding":
         return QuantizedEmbedding.like(target.module, rounded.weight)
     bias = None if target.kind == "expert" else values(target.module).get("bias")
     layer = QuantizedLinear(rounded.weight, bias, recipe.activations, *inputs).train(target.module.training)
-    if rounded.kept is not None:
-        layer = OutlierLinear(layer, *rounded.kept).train(target.module.training)
+    if rounded.outliers is not None:
+        layer = OutlierLinear(layer, *rounded.outliers).train(target.module.training)
     if (size := online_hadamard(target.module)) is not None:
         layer.register_forward_pre_hook(OnlineHadamard(size))
     return layer
 
 
-def _report(target: Target, rounded: Rounded, measured: float | None) -> LayerReport:
+def _report(target: Target, rounded: RoundingResult, measured: float | None) -> LayerReport:
     before, weight = target.weight.numel() * target.weight.element_size(), rounded.weight
     error = rounded.output_error if measured is None else measured
-    after = weight.nbytes + sum(part.nbytes for part in rounded.kept or ())
+    after = weight.nbytes + sum(part.nbytes for part in rounded.outliers or ())
     return LayerReport(
         target.name, tuple(weight.shape), 8 * after / weight.shape.numel(), before, after, rounded.sqnr_db, error,
         rounded.notes,

@@ -1,46 +1,40 @@
 """Choosing the range of each row from its data.
 
-Every observer takes rows (R, n) that each share a scale and returns ``lo, hi``, both (R, 1) in the rows' dtype. The
-wider the range the coarser the step; the narrower, the more is clipped. They differ in how they settle that.
+Every observer takes rows (R, n) that each share a scale, the scheme that they will be quantized by, and returns
+``lo, hi``, both (R, 1) in the rows' dtype. The wider the range the coarser the step; the narrower, the more is clipped.
+They differ in how they settle that. Symmetric schemes then reach as far as the farther end, on either side.
 
-All take the same arguments, so that any can stand for any other: min-max looks at nothing but ``rows`` and
-``symmetric``, and a percentile does not ask for the format.
+All take the same arguments, so that any can stand for any other.
 
-With ``counts`` (R, n) a row holds each value once, in ascending order, and says how often it occurred: a histogram.
+With ``counts`` (R, n), of int64, a row holds each value once, in ascending order, and says how often it occurred: a
+histogram.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from canopyq import affine
-from canopyq.errors import CanopyError, unknown
-from canopyq.formats import Format, IntFormat
+from canopyq.errors import CanopyError
+from canopyq.formats import IntFormat
+from canopyq.scheme import OBSERVERS, SAMPLE_OBSERVERS, Scheme
 from canopyq.utils import track
 
 Range = tuple[Tensor, Tensor]
 
 
-def minmax(
-    rows: Tensor, fmt: Format, *, symmetric: bool = True, restricted: bool = False, counts: Tensor | None = None
-) -> Range:
+def minmax(rows: Tensor, scheme: Scheme, *, counts: Tensor | None = None) -> Range:
     """Everything fits: lo and hi are the smallest and the largest value. Nothing clips; one outlier sets the step."""
-    lo, hi = rows.amin(dim=1, keepdim=True), rows.amax(dim=1, keepdim=True)  # aminmax is several times slower on a CPU
-    if symmetric:
-        absmax = torch.maximum(-lo, hi)
-        return -absmax, absmax
-    return lo, hi
+    return rows.amin(dim=1, keepdim=True), rows.amax(dim=1, keepdim=True)  # aminmax is several times slower on a CPU
 
 
 def percentile(
     rows: Tensor,
-    fmt: Format,
+    scheme: Scheme,
     *,
-    symmetric: bool = True,
-    restricted: bool = False,
     counts: Tensor | None = None,
     keep: float = 0.999,
 ) -> Range:
@@ -62,7 +56,7 @@ def percentile(
         rank = (running[:, -1:].double() * share).ceil().long().clamp(min=1)
         return values.gather(1, torch.searchsorted(running, rank))
 
-    if symmetric:
+    if scheme.symmetric:
         absmax = ranked(rows.abs(), keep)
         return -absmax, absmax
     tail = (1 - keep) / 2
@@ -71,10 +65,8 @@ def percentile(
 
 def mse(
     rows: Tensor,
-    fmt: Format,
+    scheme: Scheme,
     *,
-    symmetric: bool = True,
-    restricted: bool = False,
     counts: Tensor | None = None,
     candidates: int = 40,
     smallest: float = 0.3,
@@ -84,14 +76,12 @@ def mse(
     A plain grid search per row, as in OCTAV's motivation (Sakr et al. 2022) and in most weight quantizers:
     ``candidates`` times the work of min-max.
     """
-    lo, hi = minmax(rows, fmt, symmetric=symmetric)
+    lo, hi = minmax(rows, scheme)
+    scheme = replace(scheme, scale_dtype=None)  # scales are rounded once, when the range is settled
     best_lo, best_hi, best = lo, hi, torch.full_like(lo, float("inf"))
     for shrink in torch.linspace(1.0, smallest, candidates).tolist():
-        scale, zero_point = affine.scale_and_zero_point(
-            lo * shrink, hi * shrink, fmt, symmetric=symmetric, restricted=restricted
-        )
-        restored = affine.fake_quantize(rows, scale, zero_point, fmt, restricted=restricted)
-        error = (restored - rows).square_()
+        scale, zero_point = scheme.scale_and_zero_point(lo * shrink, hi * shrink)
+        error = (scheme.fake_quantize_rows(rows, scale, zero_point) - rows).square_()
         error = (error if counts is None else error * counts).sum(dim=1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
@@ -101,10 +91,8 @@ def mse(
 
 def entropy(
     rows: Tensor,
-    fmt: Format,
+    scheme: Scheme,
     *,
-    symmetric: bool = True,
-    restricted: bool = False,
     counts: Tensor | None = None,
     bins: int = 2048,
     candidates: int = 64,
@@ -116,6 +104,7 @@ def entropy(
     to its end bins, the bins inside are merged into as many levels as the format has, and the two distributions are
     compared. It needs a histogram worth the name: rows of at least 512 values, so not small groups.
     """
+    fmt = scheme.format
     if not isinstance(fmt, IntFormat):
         raise CanopyError(f"entropy ranges count evenly spaced levels, which {fmt.name} has not; use observer='mse'")
     values = rows.shape[1] if counts is None else int(counts.sum(1).min())
@@ -124,11 +113,14 @@ def entropy(
             f"entropy needs at least 512 values per scale for a histogram, got {values}; "
             "use observer='mse', or a coarser granularity"
         )
-    levels = 2**fmt.bits - (restricted and symmetric)
-    lo, hi = minmax(rows, fmt, symmetric=symmetric)
+    levels = 2**fmt.bits - scheme.restricted
+    lo, hi = minmax(rows, scheme)
     lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-    unit = torch.maximum(-lo, hi)  # bins are laid out in units of absmax, where no width over- or underflows
-    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+    absmax = torch.maximum(-lo, hi)
+    if scheme.symmetric:
+        lo, hi = -absmax, absmax
+    # Bins are laid out in units of absmax, where no width over- or underflows.
+    unit = torch.where(absmax > 0, absmax, torch.ones_like(absmax))
     left, right = lo / unit, hi / unit
     if counts is None:
         width = (right - left).clamp(min=torch.finfo(rows.dtype).tiny)
@@ -169,32 +161,21 @@ def _clipped_divergence(count: Tensor, centre: Tensor, lo: Tensor, hi: Tensor, l
     return torch.where(p > 0, p * (p.clamp(min=1e-30) / q.clamp(min=1e-9)).log(), 0.0).sum(dim=1, keepdim=True)
 
 
-OBSERVERS: dict[str, Callable[..., Range]] = {
-    "minmax": minmax,
-    "percentile": percentile,
-    "mse": mse,
-    "entropy": entropy,
-}
+_FUNCTIONS = dict(zip(OBSERVERS, (minmax, percentile, mse, entropy), strict=True))
 
 
-OF_SAMPLES = ("average",)  # these need to know which sample a value comes from: see `static_range`
+def find_range(rows: Tensor, scheme: Scheme, *, counts: Tensor | None = None, **options: Any) -> Range:
+    """The range of each row (R, n) by the scheme's observer.
 
-
-def check_observer(name: str) -> None:
-    """Raise `CanopyError` with the nearest names for an observer that does not exist."""
-    if name not in OF_SAMPLES:
-        get_observer(name)
-
-
-def get_observer(name: str) -> Callable[..., Range]:
-    """The observer called ``name``, for the rows of a tensor.
+    Args:
+        counts: (R, n), how often each value occurred; None counts every one once.
+        options: of the observer, such as ``keep=0.9999``.
 
     Raises:
-        CanopyError: with the nearest names for one that does not exist, and for one of samples.
+        CanopyError: for an observer of samples, and as the observers do.
     """
-    if name in OF_SAMPLES:
-        raise CanopyError(f"observer {name!r} is for static activations, which come in samples; use 'minmax' or 'mse'")
-    try:
-        return OBSERVERS[name]
-    except (KeyError, TypeError):
-        raise unknown("observer", name, OBSERVERS) from None
+    if scheme.observer in SAMPLE_OBSERVERS:
+        raise CanopyError(
+            f"observer {scheme.observer!r} is for static activations, which come in samples; use 'minmax' or 'mse'"
+        )
+    return _FUNCTIONS[scheme.observer](rows, scheme, counts=counts, **options)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from canopyq.errors import and_more, by_reason
 from canopyq.memory import human
-from canopyq.tensor import QuantizedTensor
 from canopyq.utils import Preformatted
 
 MOST_NOTES = 6  # on layers that are printed; all of them are in the report
@@ -121,8 +120,8 @@ class Report(Preformatted):
         )
 
 
-def sqnr_db(original: Tensor, quantized: QuantizedTensor) -> float:
+def sqnr_db(original: Tensor, restored: Tensor) -> float:
     """Signal to quantization noise, 10 · log10(Σ w² / Σ (w − ŵ)²), in dB: 6 dB more is one bit better."""
     signal = original.double().square().sum()
-    noise = (original.double() - quantized.dequantize(torch.float32).double()).square().sum()
+    noise = (original.double() - restored.double()).square().sum()
     return float(10 * torch.log10(signal / noise)) if noise > 0 else float("inf")

@@ -6,20 +6,26 @@ import re
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from canopyq import checks
+from canopyq import affine, checks
 from canopyq.errors import CanopyError, shown, unknown
-from canopyq.formats import BlockFormat, FloatFormat, Format, IntFormat, TableFormat, get_format
+from canopyq.formats import FloatFormat, Format, IntFormat, get_format
 from canopyq.granularity import Granularity
 from canopyq.kv_codes import CACHE_FORMATS
-from canopyq.observers import check_observer
+
+OBSERVERS = ("minmax", "percentile", "mse", "entropy")  # see `observers`
+SAMPLE_OBSERVERS = ("average",)  # for static activations: they need to know which sample a value comes from
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Everything that decides how one tensor becomes codes.
+    """Everything that decides how one tensor becomes codes, and that arithmetic.
+
+    Rows (R, n), each with one scale, become codes in two steps: `scale_and_zero_point` of each row's range, then
+    `quantize_rows`; `dequantize_rows` is the way back. Nothing else needs to know a scheme's fields for it.
 
     Args:
         format: a name such as ``"int4"``, ``"fp8"``, ``"nf4"``, or a `Format`.
@@ -43,11 +49,8 @@ class Scheme:
     scale_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        fmt, granularity = get_format(self.format), self.granularity
-        if granularity is None:
-            granularity = {BlockFormat: f"g{getattr(fmt, 'block_size', 0)}", TableFormat: "g64"}.get(
-                type(fmt), "tensor"
-            )
+        fmt = get_format(self.format)
+        granularity = fmt.default_granularity if self.granularity is None else self.granularity
         object.__setattr__(self, "format", fmt)
         object.__setattr__(self, "granularity", Granularity.parse(granularity))
         if self.scale_dtype is not None:
@@ -57,24 +60,85 @@ class Scheme:
     def _check(self) -> None:
         fmt = self.format
         checks.flag("symmetric", self.symmetric), checks.flag("restricted", self.restricted)
-        check_observer(self.observer)
+        if not isinstance(self.observer, str) or self.observer not in OBSERVERS + SAMPLE_OBSERVERS:
+            raise unknown("observer", self.observer, OBSERVERS)
+        has_block_scales = fmt.scale_dtype is not None
         if self.restricted and not (isinstance(fmt, IntFormat) and self.symmetric):
             raise CanopyError(f"restricted range is a choice of symmetric integers; {self} has none to make")
         if not self.symmetric and not isinstance(fmt, IntFormat):
             raise CanopyError(f"{fmt.name} is a signed grid around zero and has no zero point; use symmetric=True")
-        if isinstance(fmt, BlockFormat) and self.granularity != Granularity("group", fmt.block_size):
+        if has_block_scales and self.granularity != Granularity("group", fmt.block_size):
             raise CanopyError(f"{fmt.name} fixes its blocks at {fmt.block_size} values; leave granularity out")
-        if isinstance(fmt, BlockFormat) and self.observer != "minmax":
+        if has_block_scales and self.observer != "minmax":
             raise CanopyError(f"{fmt.name} derives its scales from each block's absmax; use observer='minmax'")
         if self.is_plain_cast and (self.granularity.kind != "tensor" or self.observer != "minmax"):
             raise CanopyError(f"{fmt.name} needs no scale: it is a plain cast; leave granularity and observer out")
-        if self.scale_dtype is not None and (self.is_plain_cast or isinstance(fmt, BlockFormat)):
+        if self.scale_dtype is not None and (self.is_plain_cast or has_block_scales):
             raise CanopyError(f"{fmt.name} leaves no choice of scales; leave scale_dtype out")
 
     @property
     def is_plain_cast(self) -> bool:
         """FP32, FP16 and BF16 have range enough to hold values as they are, without a scale."""
         return isinstance(self.format, FloatFormat) and self.format.bits >= 16
+
+    def stored_scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which the scales of a tensor of ``dtype`` are kept."""
+        narrow = dtype in (torch.float16, torch.bfloat16)
+        return self.format.scale_dtype or self.scale_dtype or (dtype if narrow else torch.float32)
+
+    def scale_and_zero_point(
+        self, lo: Tensor, hi: Tensor, tensor_scale: Tensor | None = None, *, check: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """The scale, as it is stored, and the zero point that lay each row's range over the codes.
+
+        Args:
+            lo, hi: ends of the ranges, any equal shape, float32 or float64. Symmetric schemes reach as far as the
+                farther end, on either side.
+            tensor_scale: of the whole tensor, for a format that has one.
+            check: see `affine.scale_and_zero_point`.
+
+        Returns:
+            The scale in ``scale_dtype`` (float32 if it is None), or as `BlockFormat.block_scale` gives it;
+            zero_point int8, or None when symmetric; both in the shape of ``lo``.
+
+        Raises:
+            CanopyError: as `affine.scale_and_zero_point`.
+        """
+        if self.format.scale_dtype is not None:
+            return self.format.block_scale(torch.maximum(-lo, hi), tensor_scale), None
+        return affine.scale_and_zero_point(
+            lo, hi, self.format,
+            symmetric=self.symmetric, restricted=self.restricted, scale_dtype=self.scale_dtype or torch.float32,
+            check=check,
+        )  # fmt: skip
+
+    def quantize_rows(
+        self, rows: Tensor, scale: Tensor, zero_point: Tensor | None = None, tensor_scale: Tensor | None = None
+    ) -> Tensor:
+        """The codes of ``rows`` (R, n) on stored scales and zero points (R, 1): int8 for integers, the format's own
+        dtype for 8-bit floats, uint8 for 4-bit floats and tables."""
+        scale = self.format.float_scale(scale, tensor_scale)
+        return affine.quantize(rows, scale, zero_point, self.format, restricted=self.restricted)
+
+    def dequantize_rows(
+        self,
+        codes: Tensor,
+        scale: Tensor | None,
+        zero_point: Tensor | None = None,
+        tensor_scale: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """The real values that ``codes`` (R, n) stand for, in ``dtype``; scales and zero points (R, 1) as stored, no
+        scale for a plain cast."""
+        if scale is None:
+            scale = torch.ones((), device=codes.device)
+        else:
+            scale = self.format.float_scale(scale, tensor_scale)
+        return affine.dequantize(codes, scale, zero_point, self.format, dtype)
+
+    def fake_quantize_rows(self, rows: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """``rows`` (R, n) after a trip through their codes and back, in their dtype."""
+        return self.dequantize_rows(self.quantize_rows(rows, scale, zero_point), scale, zero_point, dtype=rows.dtype)
 
     def __str__(self) -> str:
         words = [self.format.name]

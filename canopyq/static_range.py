@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from canopyq import affine
 from canopyq.errors import CanopyError
 from canopyq.formats import IntFormat
-from canopyq.inputs import InputStatistics
-from canopyq.observers import get_observer
+from canopyq.inputs import ActivationStats
+from canopyq.observers import find_range
 from canopyq.scheme import Scheme
 
 MOMENTUM = 0.9  # what a moving average keeps of its past at each sample
@@ -22,8 +21,9 @@ LOUD = 30.0  # times the range of the other 99.99 %: what lies so far out is few
 MERGED = {"mse": 4, "entropy": 8}  # bins taken as one: a search needs fewer, TensorRT's divergence some 2,000
 
 
-def static_range(seen: InputStatistics, scheme: Scheme, **options: Any) -> tuple[float, float]:
-    """The ends of the range that the scheme's observer chooses.
+def static_range(seen: ActivationStats, scheme: Scheme, **options: Any) -> tuple[float, float]:
+    """The ends of the range that the scheme's observer chooses. A symmetric scheme then reaches as far as the farther
+    end, on either side.
 
     * ``minmax``      the smallest and the largest value that occurred
     * ``average``     the moving average of the samples' ranges (Jacob et al. 2018, section 3.1): ``momentum`` = 0.9 of
@@ -49,7 +49,7 @@ def static_range(seen: InputStatistics, scheme: Scheme, **options: Any) -> tuple
     return ends
 
 
-def is_loud(seen: InputStatistics, scheme: Scheme) -> bool:
+def is_loud(seen: ActivationStats, scheme: Scheme) -> bool:
     """Whether one range for all inputs does harm whatever it is: it cuts off values `LOUD` times as large as the other
     99.99 %, or it takes them in and leaves those hardly a code. Floats have a step that grows, and need not mind."""
     if not isinstance(scheme.format, IntFormat):
@@ -57,12 +57,12 @@ def is_loud(seen: InputStatistics, scheme: Scheme) -> bool:
     return _reach(seen) > LOUD * max(map(abs, _range(seen, replace(scheme, observer="percentile"))))
 
 
-def _reach(seen: InputStatistics) -> float:
+def _reach(seen: ActivationStats) -> float:
     """The largest magnitude that occurred."""
     return float(seen.ranges.abs().max())
 
 
-def _range(seen: InputStatistics, scheme: Scheme, **options: Any) -> tuple[float, float]:
+def _range(seen: ActivationStats, scheme: Scheme, **options: Any) -> tuple[float, float]:
     """What the observer itself chooses."""
     lo, hi = float(seen.ranges[:, 0].min()), float(seen.ranges[:, 1].max())
     if options and scheme.observer == "minmax":
@@ -70,34 +70,21 @@ def _range(seen: InputStatistics, scheme: Scheme, **options: Any) -> tuple[float
     if scheme.observer == "average":
         return _average(seen.ranges, **options)
     if scheme.observer == "minmax":
-        return (-max(-lo, hi), max(-lo, hi)) if scheme.symmetric else (lo, hi)
+        return lo, hi
     merged = MERGED.get(scheme.observer, 1)
     counts = seen.histogram.counts.view(-1, merged).sum(1)
     occurred = counts.nonzero().flatten()
     values = seen.histogram.values().view(-1, merged).mean(1)[occurred].clamp(lo, hi)
     values[0], values[-1] = lo, hi  # the ends are known exactly, the rest to half a bin
-    ends = get_observer(scheme.observer)(
-        values[None],
-        scheme.format,
-        symmetric=scheme.symmetric,
-        restricted=scheme.restricted,
-        counts=counts[occurred][None],
-        **OPTIONS[scheme.observer] | options,
-    )
+    options = OPTIONS[scheme.observer] | options
+    ends = find_range(values[None], scheme, counts=counts[occurred][None], **options)
     return float(ends[0]), float(ends[1])
 
 
-def static_scale(seen: InputStatistics, scheme: Scheme, **options: Any) -> tuple[Tensor, Tensor | None]:
+def static_scale(seen: ActivationStats, scheme: Scheme, **options: Any) -> tuple[Tensor, Tensor | None]:
     """Scale (1,) in the scheme's ``scale_dtype`` and zero point (1,) int8, None if symmetric, of that range."""
     lo, hi = static_range(seen, scheme, **options)
-    return affine.scale_and_zero_point(
-        torch.tensor([lo]),
-        torch.tensor([hi]),
-        scheme.format,
-        symmetric=scheme.symmetric,
-        restricted=scheme.restricted,
-        scale_dtype=scheme.scale_dtype,
-    )
+    return scheme.scale_and_zero_point(torch.tensor([lo]), torch.tensor([hi]))
 
 
 def _average(ranges: Tensor, momentum: float = MOMENTUM) -> tuple[float, float]:

@@ -8,14 +8,61 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from canopyq import affine, checks, packing
+from canopyq import checks, packing
 from canopyq.errors import CanopyError
-from canopyq.formats import BlockFormat, Format, IntFormat
+from canopyq.formats import Format, IntFormat
 from canopyq.granularity import Granularity
-from canopyq.observers import get_observer
+from canopyq.observers import find_range
 from canopyq.scheme import Scheme
 
 CHUNK = 2**19  # values quantized at a time: a chunk and its codes stay in the processor's cache
+
+
+@dataclass(frozen=True, eq=False)
+class UnpackedTensor:
+    """A tensor as codes of one element each: what rounding methods work on, and `pack` once they are done.
+
+    Attributes:
+        codes: in the original shape: int8 for integers, uint8 for 4-bit floats and tables, else the format's own dtype.
+        scale, zero_point, tensor_scale: as `QuantizedTensor` has them.
+        scheme: how the codes came about.
+        dtype: of the original tensor.
+    """
+
+    codes: Tensor
+    scale: Tensor | None
+    zero_point: Tensor | None
+    scheme: Scheme
+    dtype: torch.dtype
+    tensor_scale: Tensor | None = None
+
+    def pack(self) -> QuantizedTensor:
+        """The same with codes under 8 bits in int32 words along the last dimension."""
+        data, fmt = self.codes, self.scheme.format
+        if _is_packed(fmt):
+            data = packing.pack_unchecked(data, fmt.bits, -fmt.qmin if isinstance(fmt, IntFormat) else 0)
+        return QuantizedTensor(
+            data.contiguous(), self.scale, self.zero_point, self.scheme, self.codes.shape, self.dtype, self.tensor_scale
+        )
+
+    def float_scale(self) -> Tensor:
+        """The float32 number of every stored scale, in its shape, whatever it is stored as."""
+        if self.scale is None:
+            raise CanopyError(f"{self.scheme.format.name} is a plain cast and has no scale")
+        return self.scheme.format.float_scale(self.scale, self.tensor_scale).to(torch.float32)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The real values that the codes stand for, in ``dtype`` (default: the original one)."""
+        granularity, shape = self.scheme.granularity, self.codes.shape or torch.Size([1])
+        dtype = self.dtype if dtype is None else dtype
+        scale, zero_point = (x if x is None else x.reshape(-1, 1) for x in (self.scale, self.zero_point))
+        rows = granularity.rows(self.codes.reshape(shape))
+        values = self.scheme.dequantize_rows(rows, scale, zero_point, self.tensor_scale, dtype)
+        return granularity.from_rows(values, shape).reshape(self.codes.shape)
+
+    def with_scale(self, scale: Tensor) -> UnpackedTensor:
+        """The same codes on other scales: one number, any float dtype, for each of the present ones, in their order."""
+        return replace(self, scale=scale.reshape(self.scale.shape).to(self.scale.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,14 +87,20 @@ class QuantizedTensor:
     dtype: torch.dtype
     tensor_scale: Tensor | None = None
 
+    def unpack(self) -> UnpackedTensor:
+        """The inverse of `UnpackedTensor.pack`; codes of 8 bits and more share memory."""
+        fmt, codes = self.scheme.format, self.data
+        if _is_packed(fmt):
+            n = self.shape[-1] if self.shape else 1
+            codes = packing.unpack(codes, fmt.bits, n, signed=isinstance(fmt, IntFormat))
+        return UnpackedTensor(
+            codes.reshape(self.shape), self.scale, self.zero_point, self.scheme, self.dtype, self.tensor_scale
+        )
+
     @property
     def codes(self) -> Tensor:
         """One code per value in the original shape: int8 for integers, uint8 for 4-bit floats and tables."""
-        if not _is_packed(self.scheme.format):
-            return self.data.reshape(self.shape)
-        signed = isinstance(self.scheme.format, IntFormat)
-        n = self.shape[-1] if self.shape else 1
-        return packing.unpack(self.data, self.scheme.format.bits, n, signed=signed).reshape(self.shape)
+        return self.unpack().codes
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -70,44 +123,13 @@ class QuantizedTensor:
         """Bits held per original value, scales and zero points included."""
         return 8 * self.nbytes / self.shape.numel()
 
-    def step(self) -> Tensor:
-        """The float32 scale of every stored scale, whatever it is stored as."""
-        if self.scale is None:
-            raise CanopyError(f"{self.scheme.format.name} is a plain cast and has no scale")
-        if self.scale.dtype == torch.uint8:  # E8M0: a bare exponent
-            return torch.ldexp(torch.ones_like(self.scale, dtype=torch.float32), self.scale.int() - 127)
-        step = self.scale.to(torch.float32)
-        return step if self.tensor_scale is None else step * self.tensor_scale
+    def float_scale(self) -> Tensor:
+        """The float32 number of every stored scale, in its shape, whatever it is stored as."""
+        return self.unpack().float_scale()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The real values that the codes stand for, in ``dtype`` (default: the original one)."""
-        dtype = self.dtype if dtype is None else dtype
-        if self.scale is None:
-            return affine.dequantize(
-                self.data, torch.ones((), device=self.data.device), None, self.scheme.format, dtype
-            )
-        granularity, shape = self.scheme.granularity, self.shape or torch.Size([1])
-        zero_point = None if self.zero_point is None else self.zero_point.reshape(-1, 1)
-        rows = affine.dequantize(
-            granularity.rows(self.codes.reshape(shape)),
-            self.step().reshape(-1, 1),
-            zero_point,
-            self.scheme.format,
-            dtype,
-        )
-        return granularity.from_rows(rows, shape).reshape(self.shape)
-
-    def with_codes(
-        self, codes: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None
-    ) -> QuantizedTensor:
-        """The same shape and scheme with other codes (in the original shape), and on other scales and zero points if
-        they are given: one for each of the present ones, in their order."""
-        changed = {"data": _pack_codes(codes, self.scheme.format)}
-        if scale is not None:
-            changed["scale"] = scale.reshape(self.scale.shape).to(self.scale.dtype)
-        if zero_point is not None:
-            changed["zero_point"] = zero_point.reshape(self.scale.shape)
-        return replace(self, **changed)
+        return self.unpack().dequantize(dtype)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """The same on another device."""
@@ -149,17 +171,29 @@ def quantize(
     with torch.no_grad():
         source = x.detach().reshape(1) if x.dim() == 0 else x.detach()
         if scheme.is_plain_cast:
-            return QuantizedTensor(_plain_cast(source, scheme).reshape(x.shape), None, None, scheme, x.shape, x.dtype)
-        _check_fit(source.shape, scheme)
-        if scheme.observer != "minmax":  # the others may look past a NaN
-            raise_not_finite(source)
-        if scheme.scale_dtype is None and not isinstance(scheme.format, BlockFormat):
-            narrow = x.dtype in (torch.float16, torch.bfloat16)
-            scheme = replace(scheme, scale_dtype=x.dtype if narrow else torch.float32)
-        tensor_scale = _tensor_scale(source, scheme.format)
-        chunks = [_quantize_chunk(chunk, scheme, tensor_scale, source) for chunk in _chunks(source, scheme.granularity)]
-        data, scale, zero_point = (None if part[0] is None else torch.cat(part) for part in zip(*chunks, strict=True))
-    return QuantizedTensor(data, scale, zero_point, scheme, x.shape, x.dtype, tensor_scale)
+            return replace(_plain_cast(source, scheme).pack(), shape=x.shape)
+        chunks = [chunk.pack() for chunk in _quantize_chunks(source, scheme)]
+    data, scale, zero_point = (
+        _cat([getattr(chunk, name) for chunk in chunks]) for name in ("data", "scale", "zero_point")
+    )
+    return replace(chunks[0], data=data, scale=scale, zero_point=zero_point, shape=x.shape)
+
+
+@torch.no_grad()
+def quantize_unpacked(x: Tensor, scheme: Scheme) -> UnpackedTensor:
+    """`quantize` without packing, for what goes on to work with the codes.
+
+    Raises:
+        CanopyError: as `quantize`.
+    """
+    checks.tensor("x", x)
+    if scheme.is_plain_cast:
+        return _plain_cast(x.detach(), scheme)
+    chunks = list(_quantize_chunks(x.detach(), scheme))
+    codes, scale, zero_point = (
+        _cat([getattr(chunk, name) for chunk in chunks]) for name in ("codes", "scale", "zero_point")
+    )
+    return replace(chunks[0], codes=codes, scale=scale, zero_point=zero_point)
 
 
 def quantized_bytes(shape: torch.Size, scheme: Scheme, dtype: torch.dtype) -> int:
@@ -184,16 +218,17 @@ def part_bytes(shape: torch.Size, scheme: Scheme, dtype: torch.dtype) -> dict[st
     columns = shape[-1]
     parts = {"data": count // columns * 4 * -(-columns * fmt.bits // 32) if _is_packed(fmt) else count}
     scales = torch.Size(scheme.granularity.scale_shape(shape)).numel()
-    if isinstance(fmt, BlockFormat):
-        return parts | {"scale": scales} | ({"tensor_scale": 4} if fmt.has_tensor_scale else {})
-    narrow = dtype in (torch.float16, torch.bfloat16)
-    kept = scheme.scale_dtype or (dtype if narrow else torch.float32)
-    return parts | {"scale": scales * kept.itemsize} | ({} if scheme.symmetric else {"zero_point": scales})
+    parts["scale"] = scales * scheme.stored_scale_dtype(dtype).itemsize
+    if fmt.has_tensor_scale:
+        parts["tensor_scale"] = torch.float32.itemsize
+    if not scheme.symmetric:
+        parts["zero_point"] = scales
+    return parts
 
 
 def _check_fit(shape: torch.Size, scheme: Scheme) -> None:
     fmt = scheme.format
-    if isinstance(fmt, BlockFormat) and fmt.block_size > shape[-1]:
+    if fmt.scale_dtype is not None and fmt.block_size > shape[-1]:
         raise CanopyError(
             f"{fmt.name} takes blocks of {fmt.block_size} values and the last dimension of {tuple(shape)} has "
             f"{shape[-1]}; use int4 or nf4 with g{shape[-1]} or smaller"
@@ -221,15 +256,35 @@ def raise_not_finite(x: Tensor) -> None:
         )
 
 
-def _plain_cast(x: Tensor, scheme: Scheme) -> Tensor:
+def _plain_cast(x: Tensor, scheme: Scheme) -> UnpackedTensor:
     raise_not_finite(x)
-    cast = x.to(scheme.format.dtype)
+    cast = x.to(scheme.format.dtype, copy=True)
     if not bool(cast.isfinite().all()):
         raise CanopyError(
             f"{scheme.format.name} ends at {scheme.format.largest:.5g} and the tensor reaches "
             f"{x.abs().max().item():.5g}; use bf16 or fp32"
         )
-    return cast.clone() if cast is x else cast
+    return UnpackedTensor(cast, None, None, scheme, x.dtype)
+
+
+def _quantize_chunks(x: Tensor, scheme: Scheme) -> Iterator[UnpackedTensor]:
+    """The codes of ``x`` in slices of its first dimension."""
+    _check_fit(x.shape, scheme)
+    if scheme.observer != "minmax":  # the others may look past a NaN
+        raise_not_finite(x)
+    tensor_scale = None
+    if scheme.format.has_tensor_scale:
+        absmax = x.abs().amax().to(torch.float32)
+        _finite(x, absmax, absmax)
+        tensor_scale = scheme.format.tensor_scale(absmax)
+    if scheme.format.scale_dtype is None:
+        scheme = replace(scheme, scale_dtype=scheme.stored_scale_dtype(x.dtype))
+    for chunk in _chunks(x, scheme.granularity):
+        yield _quantize_chunk(chunk, scheme, tensor_scale, x)
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
+    return None if parts[0] is None else torch.cat(parts)
 
 
 def _chunks(x: Tensor, granularity: Granularity) -> Iterator[Tensor]:
@@ -240,60 +295,23 @@ def _chunks(x: Tensor, granularity: Granularity) -> Iterator[Tensor]:
     return iter(x.split(max(1, CHUNK * x.shape[0] // x.numel())))
 
 
-def _quantize_chunk(
-    x: Tensor, scheme: Scheme, tensor_scale: Tensor | None, whole: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Packed codes, scale and zero point of one chunk of the ``whole``: all of the method in ten lines."""
-    fmt, granularity = scheme.format, scheme.granularity
+def _quantize_chunk(x: Tensor, scheme: Scheme, tensor_scale: Tensor | None, whole: Tensor) -> UnpackedTensor:
+    """One chunk of the ``whole``: all of the method in ten lines."""
+    granularity = scheme.granularity
     rows = granularity.rows(x.to(torch.promote_types(x.dtype, torch.float32)))
     if scheme.observer in ("percentile", "entropy") and granularity.padding(x.shape):
         raise CanopyError(
             f"{scheme.observer} ranges need whole groups: {granularity} does not divide {x.shape[-1]} values; "
             "use observer='minmax' or 'mse', or a group size that does"
         )
-    lo, hi = get_observer(scheme.observer)(rows, fmt, symmetric=scheme.symmetric, restricted=scheme.restricted)
+    lo, hi = find_range(rows, scheme)
     _finite(whole, lo, hi)
-    zero_point = None
-    if isinstance(fmt, BlockFormat):
-        scale, step = _block_scale(hi, fmt, tensor_scale)
-    else:
-        scale, zero_point = affine.scale_and_zero_point(
-            lo, hi, fmt, symmetric=scheme.symmetric, restricted=scheme.restricted, scale_dtype=scheme.scale_dtype
-        )
-        step = scale
-    codes = granularity.from_rows(affine.quantize(rows, step, zero_point, fmt, restricted=scheme.restricted), x.shape)
+    scale, zero_point = scheme.scale_and_zero_point(lo, hi, tensor_scale)
+    codes = granularity.from_rows(scheme.quantize_rows(rows, scale, zero_point, tensor_scale), x.shape)
     shape = granularity.scale_shape(x.shape)
-    return _pack_codes(codes, fmt), scale.reshape(shape), None if zero_point is None else zero_point.reshape(shape)
-
-
-def _pack_codes(codes: Tensor, fmt: Format) -> Tensor:
-    """Codes as `QuantizedTensor.data` holds them: under 8 bits in int32 words along the last dimension."""
-    if _is_packed(fmt):
-        codes = packing.pack_unchecked(codes, fmt.bits, -fmt.qmin if isinstance(fmt, IntFormat) else 0)
-    return codes.contiguous()
+    zero_point = None if zero_point is None else zero_point.reshape(shape)
+    return UnpackedTensor(codes, scale.reshape(shape), zero_point, scheme, whole.dtype, tensor_scale)
 
 
 def _is_packed(fmt: Format) -> bool:
     return fmt.bits < 8
-
-
-def _tensor_scale(x: Tensor, fmt: Format) -> Tensor | None:
-    """NVFP4: the scale of the scales. It maps the tensor's absmax onto the largest element times the largest E4M3."""
-    if not (isinstance(fmt, BlockFormat) and fmt.has_tensor_scale):
-        return None
-    absmax = x.abs().amax().to(torch.float32)
-    _finite(x, absmax, absmax)
-    tiny = torch.finfo(torch.float32).tiny
-    return torch.where(absmax == 0, 1.0, absmax / absmax.new_tensor(fmt.largest * 448.0)).clamp(min=tiny).reshape(1)
-
-
-def _block_scale(absmax: Tensor, fmt: BlockFormat, tensor_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A block's scale as it is stored, and the float32 step that it means."""
-    if tensor_scale is None:
-        # OCP MX 1.0, section 6.3: the power of two that puts absmax's exponent on the element's largest exponent.
-        _, exponent = torch.frexp(absmax)
-        top = int(torch.frexp(torch.tensor(fmt.largest)).exponent)
-        stored = torch.where(absmax > 0, exponent - top, 0).clamp(-127, 127)
-        return (stored + 127).to(torch.uint8), torch.ldexp(torch.ones_like(absmax), stored)
-    stored = (absmax / absmax.new_tensor(fmt.largest) / tensor_scale).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
-    return stored, stored.to(torch.float32) * tensor_scale

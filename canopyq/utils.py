@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -28,6 +29,17 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
     else:
         file = sys.stderr
     yield from tqdm(items, desc=what, total=total, delay=2, leave=False, dynamic_ncols=True, file=file)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """The bar of `track` for work that is no loop: a function to call after each of ``total`` steps."""
+    steps = track(range(total), what, total)
+    next(steps, None)
+    try:
+        yield lambda: next(steps, None)
+    finally:
+        steps.close()
 
 
 def _logged(items: Iterable[T], what: str, total: int | None) -> Iterator[T]:

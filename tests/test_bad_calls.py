@@ -164,7 +164,7 @@ CALLS: dict[str, tuple[Callable, dict[str, Any], dict[str, str]]] = {
         "tokenizer": "tokenizer"}),
     "calibrate": (cq.calibrate, {"model": M, "batches": [IDS]}, {
         "model": "module+other module+meta", "batches": "data+too long", "layers": "list-none", "hessian": "flag",
-        "histograms": "flag", "examples": "count", "cap": "number-none+zero", "visit": "function-none"}),
+        "histograms": "flag", "examples": "count", "token_norm_cap": "number-none+zero"}),
     "calibrate texts": (cq.calibrate, {"model": M, "batches": ["some text"], "tokenizer": T}, {
         "tokenizer": "tokenizer", "length": "count or none+zero"}),
     "sensitivity": (cq.sensitivity, {"model": M, "recipe": "w8a16", "data": [IDS]}, {

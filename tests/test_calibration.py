@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import canopyq as cq
-from canopyq.calibration import calibrate
+from canopyq.batches import read_batches
+from canopyq.calibration import calibrate, calibration_blocks
 from canopyq.errors import CanopyError
-from canopyq.inputs import InputStatistics
+from canopyq.inputs import ActivationStats
 from tests.test_architectures import make
 
 TOKENS = torch.arange(3, 75).reshape(4, 18)
@@ -34,7 +35,7 @@ def watch(model: nn.Module, name: str, batches: list[Tensor]) -> list[Tensor]:
     return seen
 
 
-def assert_describes(found: InputStatistics, inputs: list[Tensor]) -> None:
+def assert_describes(found: ActivationStats, inputs: list[Tensor]) -> None:
     rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs]).double()
     assert found.tokens == len(rows)
     torch.testing.assert_close(found.lo.double(), rows.amin(0), rtol=1e-4, atol=1e-6)
@@ -60,7 +61,7 @@ def test_statistics_of_every_sample(model: nn.Module) -> None:
 
 
 def test_a_cap_shrinks_loud_tokens_and_no_others(model: nn.Module) -> None:
-    found = calibrate(model, [TOKENS], layers=[DOWN], hessian=True, cap=1.2, histograms=False)[DOWN]
+    found = calibrate(model, [TOKENS], layers=[DOWN], hessian=True, token_norm_cap=1.2, histograms=False)[DOWN]
     rows = watch(model, DOWN, [TOKENS])[0].flatten(0, 1).double()
     longest = 1.2 * rows.norm(dim=1).median()
     capped = torch.stack([row * min(1.0, float(longest / row.norm())) for row in rows])
@@ -98,29 +99,38 @@ def test_the_model_is_as_it_was(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def test_a_visit_changes_what_later_blocks_see(model: nn.Module) -> None:
-    order = []
-
-    def halve(block: str, seen: dict[str, InputStatistics]) -> None:
+def test_what_the_loop_changes_is_what_later_blocks_see(model: nn.Module) -> None:
+    order, found = [], {}
+    first = watch(model, "model.layers.0.mlp.down_proj", [TOKENS])
+    for block, statistics in calibration_blocks(model, read_batches([TOKENS], model), hessian=True):
         order.append(block)
-        assert all(name.startswith(block) and x.hessian is not None for name, x in seen.items()) and len(seen) == 7
+        assert all(name.startswith(block) for name in statistics) and len(statistics) == 7
+        found |= statistics
         model.get_submodule(f"{block}.mlp.down_proj").weight.mul_(0.5)
         model.set_submodule(f"{block}.self_attn", copy.deepcopy(model.get_submodule(f"{block}.self_attn")))
-
-    first = watch(model, "model.layers.0.mlp.down_proj", [TOKENS])
-    found = calibrate(model, [TOKENS], hessian=True, visit=halve)
     assert order == ["model.layers.0", "model.layers.1"]
-    assert all(seen.hessian is None for seen in found.values())
     assert_describes(found["model.layers.0.mlp.down_proj"], first)
     later = "model.layers.1.self_attn.q_proj"
     assert_describes(found[later], watch(model, later, [TOKENS]))
 
 
+def test_between_blocks_the_model_is_as_it_was(model: nn.Module) -> None:
+    model.train()
+    before = model(TOKENS).logits
+    for _ in calibration_blocks(model, read_batches([TOKENS], model)):
+        assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+        assert torch.equal(model(TOKENS).logits, before)
+        break
+
+
 def test_layers_outside_the_blocks_come_last(model: nn.Module) -> None:
-    order = []
-    found = calibrate(model, [TOKENS], layers=["lm_head", DOWN], visit=lambda block, seen: order.append((block, *seen)))
-    assert order == [("model.layers.0",), ("model.layers.1", DOWN), ("", "lm_head")]
-    assert_describes(found["lm_head"], watch(model, "lm_head", [TOKENS]))
+    batches = read_batches([TOKENS], model)
+    blocks = list(calibration_blocks(model, batches, layers=["lm_head", DOWN]))
+    assert [(block, *statistics) for block, statistics in blocks] == [
+        ("model.layers.0",), ("model.layers.1", DOWN), ("", "lm_head")
+    ]  # fmt: skip
+    assert_describes(blocks[-1][1]["lm_head"], watch(model, "lm_head", [TOKENS]))
+    assert_describes(calibrate(model, [TOKENS], layers=["lm_head"])["lm_head"], watch(model, "lm_head", [TOKENS]))
 
 
 class Recurrent(nn.Module):
@@ -141,10 +151,11 @@ class Recurrent(nn.Module):
 
 def test_a_model_without_a_chain_of_blocks_is_watched_whole() -> None:
     torch.manual_seed(0)
-    visits = []
     model = Recurrent()
-    found = calibrate(model, [TOKENS], visit=lambda block, seen: visits.append((block, len(seen))))
-    assert not found.by_blocks and visits == [("", 3)] and found["blocks.1.0"].tokens == 2 * TOKENS.numel()
+    found = calibrate(model, [TOKENS])
+    assert not found.by_blocks and found["blocks.1.0"].tokens == 2 * TOKENS.numel()
+    once = list(calibration_blocks(model, read_batches([TOKENS], model)))
+    assert [(block, len(statistics)) for block, statistics in once] == [("", 3)]
     assert found.unseen == {"spare": "the model never called it"}
     assert "watched in one go" in str(found) and "not calibrated: spare" in str(found)
     plain = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 8))

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from canopyq import affine
 from canopyq.errors import CanopyError
-from canopyq.formats import Format, get_format
-from canopyq.observers import OBSERVERS, entropy, get_observer, minmax, mse, percentile
+from canopyq.observers import entropy, find_range, minmax, mse, percentile
+from canopyq.scheme import OBSERVERS, Scheme
 
-INT4, INT8 = get_format("int4"), get_format("int8")
+INT4, INT8 = Scheme("int4"), Scheme("int8")
+INT8_ASYM = Scheme("int8", symmetric=False)
 ROWS = hnp.arrays(
     np.float32, st.tuples(st.integers(1, 3), st.integers(1, 40)), elements=st.floats(-(2.0**20), 2.0**20, width=32)
 )
@@ -25,9 +26,10 @@ def normal(rows: int, n: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, n, generator=torch.Generator().manual_seed(seed))
 
 
-def squared_error(rows: Tensor, lo: Tensor, hi: Tensor, fmt: Format, **mode: bool) -> Tensor:
-    scale, zero_point = affine.scale_and_zero_point(lo, hi, fmt, **mode)
-    restored = affine.fake_quantize(rows, scale, zero_point, fmt, restricted=mode.get("restricted", False))
+def squared_error(rows: Tensor, lo: Tensor, hi: Tensor, scheme: Scheme) -> Tensor:
+    how = {"restricted": scheme.restricted}
+    scale, zero_point = affine.scale_and_zero_point(lo, hi, scheme.format, symmetric=scheme.symmetric, **how)
+    restored = affine.fake_quantize(rows, scale, zero_point, scheme.format, **how)
     return (restored - rows).square().sum(dim=1, keepdim=True)
 
 
@@ -37,11 +39,10 @@ def squared_error(rows: Tensor, lo: Tensor, hi: Tensor, fmt: Format, **mode: boo
 @given(ROWS)
 def test_minmax_reaches_the_ends(values: np.ndarray) -> None:
     rows = torch.from_numpy(values)
-    lo, hi = minmax(rows, INT8, symmetric=False)
-    assert np.array_equal(lo.numpy(), values.min(1, keepdims=True))
-    assert np.array_equal(hi.numpy(), values.max(1, keepdims=True))
-    lo, hi = minmax(rows, INT8)
-    assert np.array_equal(hi.numpy(), np.abs(values).max(1, keepdims=True)) and torch.equal(lo, -hi)
+    for scheme in (INT8, INT8_ASYM):
+        lo, hi = minmax(rows, scheme)
+        assert np.array_equal(lo.numpy(), values.min(1, keepdims=True))
+        assert np.array_equal(hi.numpy(), values.max(1, keepdims=True))
 
 
 # Percentile -----------------------------------------------------------------------------------------------------------
@@ -57,7 +58,7 @@ def test_percentile_equals_numpy_inverted_cdf(n: int, keep: float) -> None:
     lo, hi = percentile(rows, INT8, keep=keep)
     assert np.array_equal(hi.numpy(), magnitude) and torch.equal(lo, -hi)
     tail = (1 - keep) / 2
-    lo, hi = percentile(rows, INT8, symmetric=False, keep=keep)
+    lo, hi = percentile(rows, INT8_ASYM, keep=keep)
     assert np.array_equal(lo.numpy(), np.quantile(rows.numpy(), tail, axis=1, method="inverted_cdf", keepdims=True))
     assert np.array_equal(hi.numpy(), np.quantile(rows.numpy(), 1 - tail, axis=1, method="inverted_cdf", keepdims=True))
 
@@ -74,7 +75,7 @@ def test_percentile_leaves_the_one_outlier_out() -> None:
     rows = normal(1, 2000)
     rows[0, 7] = 100.0
     assert percentile(rows, INT8)[1].item() < 5
-    assert percentile(rows, INT8, symmetric=False)[1].item() < 5
+    assert percentile(rows, INT8_ASYM)[1].item() < 5
 
 
 @pytest.mark.parametrize("keep", [0, -0.5, 1.01, float("nan")])
@@ -90,21 +91,24 @@ def test_percentile_keeps_a_share(keep: float) -> None:
 @pytest.mark.parametrize("mode", ["symmetric", "restricted", "asymmetric"])
 @given(values=ROWS, name=st.sampled_from(["int2", "int4", "int8", "nf4", "fp8", "fp4"]))
 def test_mse_is_never_worse_than_minmax(mode: str, values: np.ndarray, name: str) -> None:
-    fmt = get_format(name if mode == "symmetric" else "int4")
-    rows, how = torch.from_numpy(values), {"symmetric": mode != "asymmetric", "restricted": mode == "restricted"}
-    chosen = squared_error(rows, *mse(rows, fmt, **how), fmt, **how)
-    plain = squared_error(rows, *minmax(rows, fmt, symmetric=how["symmetric"]), fmt, **how)
+    scheme = Scheme(
+        name if mode == "symmetric" else "int4", symmetric=mode != "asymmetric", restricted=mode == "restricted"
+    )
+    rows = torch.from_numpy(values)
+    chosen = squared_error(rows, *mse(rows, scheme), scheme)
+    plain = squared_error(rows, *minmax(rows, scheme), scheme)
     assert (chosen <= plain).all()
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_mse_equals_a_search_row_by_row(symmetric: bool) -> None:
     rows = normal(6, 100) * torch.logspace(-3, 3, 6).unsqueeze(1)
-    lo, hi = mse(rows, INT4, symmetric=symmetric, candidates=25, smallest=0.4)
+    scheme = Scheme("int4", symmetric=symmetric)
+    lo, hi = mse(rows, scheme, candidates=25, smallest=0.4)
     for i, row in enumerate(rows.unsqueeze(1)):
-        full_lo, full_hi = minmax(row, INT4, symmetric=symmetric)
+        full_lo, full_hi = minmax(row, scheme)
         shrinks = torch.linspace(1.0, 0.4, 25).tolist()
-        errors = [squared_error(row, full_lo * s, full_hi * s, INT4, symmetric=symmetric).item() for s in shrinks]
+        errors = [squared_error(row, full_lo * s, full_hi * s, scheme).item() for s in shrinks]
         best = shrinks[int(np.argmin(errors))]
         assert (lo[i].item(), hi[i].item()) == ((full_lo * best).item(), (full_hi * best).item())
 
@@ -125,10 +129,10 @@ def test_entropy_narrows_when_an_outlier_is_planted(symmetric: bool, scale: floa
     rows[1, 5] = 9.0 * rows.abs().max()
     rows[1, 6] = -rows[1, 5]  # one factor shrinks both ends
     rows *= scale / 9
-    lo, hi = entropy(rows, INT8, symmetric=symmetric)
-    full_lo, full_hi = minmax(rows, INT8, symmetric=symmetric)
-    assert hi[1] < 0.5 * full_hi[1]
-    assert (lo >= full_lo).all() and (hi <= full_hi).all() and (hi > 0).all()
+    lo, hi = entropy(rows, Scheme("int8", symmetric=symmetric))
+    absmax = rows.abs().amax(1, keepdim=True)
+    assert hi[1] < 0.5 * absmax[1]
+    assert (lo >= -absmax).all() and (hi <= absmax).all() and (hi > 0).all()
 
 
 def test_entropy_keeps_all_of_uniform_data() -> None:
@@ -141,7 +145,7 @@ def test_entropy_keeps_all_of_uniform_data() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_entropy_takes_rows_without_spread(symmetric: bool, dtype: torch.dtype) -> None:
     rows = torch.stack([torch.zeros(600), torch.ones(600), -torch.ones(600), torch.linspace(0, 1, 600)]).to(dtype)
-    lo, hi = entropy(rows, INT8, symmetric=symmetric)
+    lo, hi = entropy(rows, Scheme("int8", symmetric=symmetric))
     assert lo.isfinite().all() and hi.isfinite().all() and lo.dtype == hi.dtype == dtype
     assert (lo[0], hi[0]) == (0, 0)
     assert hi[1] > 0 and lo[2] < 0
@@ -154,8 +158,8 @@ def test_entropy_refuses_short_rows() -> None:
 
 @pytest.mark.parametrize("name", ["fp8", "nf4"])
 def test_entropy_refuses_uneven_grids(name: str) -> None:
-    with pytest.raises(CanopyError, match=f"{get_format(name).name} has not; use observer='mse'"):
-        entropy(normal(1, 1000), get_format(name))
+    with pytest.raises(CanopyError, match=f"{name}.* has not; use observer='mse'"):
+        entropy(normal(1, 1000), Scheme(name))
 
 
 # All of them ----------------------------------------------------------------------------------------------------------
@@ -167,7 +171,7 @@ def test_entropy_refuses_uneven_grids(name: str) -> None:
 def test_every_observer_returns_a_range_per_row(name: str, symmetric: bool, dtype: torch.dtype) -> None:
     rows = normal(5, 600).to(dtype)
     before = rows.clone()
-    lo, hi = get_observer(name)(rows, INT4, symmetric=symmetric)
+    lo, hi = find_range(rows, Scheme("int4", symmetric=symmetric, observer=name))
     assert lo.shape == hi.shape == (5, 1) and lo.dtype == hi.dtype == dtype
     assert (lo <= hi).all() and torch.equal(rows, before)
 
@@ -175,4 +179,4 @@ def test_every_observer_returns_a_range_per_row(name: str, symmetric: bool, dtyp
 @pytest.mark.parametrize("given", ["minmx", "MSE", None, 5, ["mse"]], ids=str)
 def test_unknown_observers_list_the_known_ones(given: object) -> None:
     with pytest.raises(CanopyError, match="unknown observer .* known: minmax, percentile, mse, entropy"):
-        get_observer(given)  # type: ignore[arg-type]
+        Scheme("int4", observer=given)  # type: ignore[arg-type]

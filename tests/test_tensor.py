@@ -35,7 +35,7 @@ def spread(q: QuantizedTensor) -> Tensor:
     """The step of every value, in the tensor's shape, float64."""
     granularity, shape = q.scheme.granularity, q.shape or torch.Size([1])
     rows = granularity.rows(torch.zeros(shape))
-    steps = q.step().double().reshape(-1, 1).expand(rows.shape)
+    steps = q.float_scale().double().reshape(-1, 1).expand(rows.shape)
     return granularity.from_rows(steps, shape).reshape(q.shape)
 
 
@@ -329,7 +329,7 @@ def test_a_scheme_and_further_arguments_contradict(extra: dict) -> None:
 
 def test_a_plain_cast_has_no_step() -> None:
     with pytest.raises(CanopyError, match="bf16 is a plain cast and has no scale"):
-        quantize(sample(4, 8), "bf16").step()
+        quantize(sample(4, 8), "bf16").float_scale()
 
 
 # Chunks ---------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from canopyq.calibration import calibrate
 from canopyq.checkpoint.files import Checkpoint, as_path, refuse_not_empty
 from canopyq.checkpoint.layout import SCALE_DTYPES
 from canopyq.errors import CanopyError, one_line
-from canopyq.methods.method import Method
+from canopyq.methods.registry import Method
 from canopyq.scheme import Recipe
 from canopyq.tutor.loading import TUTOR, load_other
 

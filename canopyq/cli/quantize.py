@@ -12,7 +12,7 @@ from canopyq.cli.output import JsonFlag, print_json, print_plain
 from canopyq.errors import CanopyError, shown
 
 if TYPE_CHECKING:
-    from canopyq.methods.method import Method
+    from canopyq.methods.registry import Method
     from canopyq.scheme import Recipe
 
 
@@ -38,7 +38,7 @@ def quantize(
     """
     from canopyq.checkpoint.files import as_path
     from canopyq.checkpoint.stream import prepare, quantize_checkpoint
-    from canopyq.methods.method import Method
+    from canopyq.methods.registry import Method
     from canopyq.scheme import Recipe
 
     say = (lambda line: None) if as_json else print_plain

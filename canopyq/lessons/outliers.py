@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from canopyq import checks
 from canopyq.errors import CanopyError
 from canopyq.linear import QuantizedLinear
-from canopyq.methods.structure import KNOWN, Site, sites
+from canopyq.methods.equivalence import KNOWN, ScalePair, scale_pairs
 
 
 def spread(absmax: Tensor) -> float:
@@ -45,7 +45,7 @@ def exaggerate_(model: nn.Module, channels: Sequence[int], factor: float = 64.0)
     experiments: no model was trained to have these outliers.
 
     Args:
-        model: of an architecture in `methods.structure.KNOWN`, not quantized.
+        model: of an architecture in `methods.equivalence.KNOWN`, not quantized.
         channels: indices of hidden features.
         factor: a power of two.
 
@@ -55,18 +55,18 @@ def exaggerate_(model: nn.Module, channels: Sequence[int], factor: float = 64.0)
     """
     if math.frexp(checks.number("factor", factor, 2.0**-100, 2.0**100))[0] != 0.5:
         raise CanopyError(f"a factor of {factor} would be rounded; use a power of two, such as 64")
-    found = norm_sites(model)
-    size = found[0].maker.weight.numel()
+    found = norm_pairs(model)
+    size = found[0].producer.weight.numel()
     channels = checks.sequence("channels", channels, 1)
     index = torch.tensor([checks.count("channels", channel, 0, size - 1) for channel in channels])
-    for site in found:
-        site.maker.weight[index] *= factor
-        for reader in site.readers.values():
-            reader.weight[:, index] /= factor
+    for pair in found:
+        pair.producer.weight[index] *= factor
+        for consumer in pair.consumers.values():
+            consumer.weight[:, index] /= factor
     return model
 
 
-def norm_sites(model: nn.Module) -> list[Site]:
+def norm_pairs(model: nn.Module) -> list[ScalePair]:
     """Every norm inside the blocks, with the linear layers that read its output.
 
     Raises:
@@ -80,4 +80,4 @@ def norm_sites(model: nn.Module) -> list[Site]:
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise CanopyError("the model is quantized already; exaggerate its outliers first, and quantize then")
     blocks = (f"model.layers.{i}" for i in range(model.config.num_hidden_layers))
-    return [site for block in blocks for site in sites(model, block) if site.is_norm]
+    return [pair for block in blocks for pair in scale_pairs(model, block) if pair.is_norm]

@@ -1,2 +1,2 @@
 """Better than rounding each weight alone: one method a file, each a pure function on a weight and what is known of its
-inputs, and `driver`, which runs them over a model."""
+inputs, and `pipeline`, which runs them over a model."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from canopyq.scheme import Scheme
-from canopyq.tensor import quantize
+from canopyq.tensor import quantize_unpacked
 
 STEPS = 20  # α = 0, 1/20 … 19/20
 
@@ -45,6 +45,6 @@ def awq_scales(
 
 
 def _error(weight: Tensor, scales: Tensor, hessian: Tensor, scheme: Scheme) -> float:
-    rounded = quantize(weight * scales, scheme).dequantize(torch.float32) / scales
+    rounded = quantize_unpacked(weight * scales, scheme).dequantize(torch.float32) / scales
     error = weight - rounded
     return float(((error @ hessian) * error).sum())

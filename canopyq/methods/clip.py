@@ -12,17 +12,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from canopyq import affine
-from canopyq.formats import BlockFormat
 from canopyq.granularity import Granularity
 from canopyq.observers import minmax
 from canopyq.scheme import Scheme
-from canopyq.tensor import QuantizedTensor, quantize
+from canopyq.tensor import UnpackedTensor, quantize_unpacked
 
 SHRINK = (1.0, 0.35, 14)  # first, last and number of the factors by which a min-max range is tried
 
 
-def clip(weight: Tensor, hessian: Tensor, scheme: Scheme) -> QuantizedTensor:
+def clip(weight: Tensor, hessian: Tensor, scheme: Scheme) -> UnpackedTensor:
     """Round to nearest on the range of each group whose share of the output error is least.
 
     For a group with weight error e (1, n) and inputs of second moment H_g (n, n) that share is e H_g eᵀ: what the group
@@ -36,22 +34,20 @@ def clip(weight: Tensor, hessian: Tensor, scheme: Scheme) -> QuantizedTensor:
     Raises:
         CanopyError: as `quantize`.
     """
-    plain = quantize(weight, replace(scheme, observer="minmax"))
-    if isinstance(scheme.format, BlockFormat):
-        return plain
-    granularity, fmt = scheme.granularity, scheme.format
+    nearest = quantize_unpacked(weight, replace(scheme, observer="minmax"))
+    scheme = nearest.scheme  # which knows the dtype of its scales
+    if scheme.format.scale_dtype is not None:
+        return nearest
+    granularity = scheme.granularity
     rows = granularity.rows(weight.float())
     blocks = _blocks(hessian, granularity)
-    lo, hi = minmax(rows, fmt, symmetric=scheme.symmetric)
+    lo, hi = minmax(rows, scheme)
     lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     best = torch.full_like(lo, torch.inf)
     scale, zero_point = torch.ones_like(lo), torch.zeros_like(lo)
     for shrink in torch.linspace(*SHRINK).tolist():
-        tried, zero = affine.scale_and_zero_point(
-            lo * shrink, hi * shrink, fmt,
-            symmetric=scheme.symmetric, restricted=scheme.restricted, scale_dtype=plain.scheme.scale_dtype,
-        )  # fmt: skip
-        error = rows - affine.fake_quantize(rows, tried, zero, fmt, restricted=scheme.restricted)
+        tried, zero = scheme.scale_and_zero_point(lo * shrink, hi * shrink)
+        error = rows - scheme.fake_quantize_rows(rows, tried, zero)
         cost = _cost(error, blocks, granularity, weight.shape)
         better = cost < best
         best = torch.where(better, cost, best)
@@ -59,8 +55,9 @@ def clip(weight: Tensor, hessian: Tensor, scheme: Scheme) -> QuantizedTensor:
         if zero is not None:
             zero_point = torch.where(better, zero.float(), zero_point)
     zeros = None if scheme.symmetric else zero_point.to(torch.int8)
-    codes = affine.quantize(rows, scale, zeros, fmt, restricted=scheme.restricted)
-    return plain.with_codes(granularity.from_rows(codes, weight.shape), scale, zeros)
+    codes = granularity.from_rows(scheme.quantize_rows(rows, scale, zeros), weight.shape)
+    zeros = None if zeros is None else zeros.reshape(nearest.scale.shape)
+    return replace(nearest, codes=codes, zero_point=zeros).with_scale(scale)
 
 
 def _blocks(hessian: Tensor, granularity: Granularity) -> Tensor:

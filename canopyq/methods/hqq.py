@@ -13,17 +13,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from canopyq import affine
 from canopyq.errors import CanopyError
 from canopyq.formats import IntFormat
 from canopyq.observers import minmax
 from canopyq.scheme import Scheme
-from canopyq.tensor import QuantizedTensor, quantize
+from canopyq.tensor import UnpackedTensor, quantize_unpacked
 
 
 def hqq(
     weight: Tensor, scheme: Scheme, *, p: float = 0.7, beta: float = 10.0, growth: float = 1.01, steps: int = 20
-) -> QuantizedTensor:
+) -> UnpackedTensor:
     """Codes of a weight by the half-quadratic solver.
 
     The published solver keeps the scale and moves a zero point of 16 bits. A checkpoint's zero points are integers, and
@@ -43,13 +42,12 @@ def hqq(
     """
     if not isinstance(scheme.format, IntFormat):
         raise CanopyError(f"HQQ fits the step of evenly spaced codes, which {scheme.format.name} has not; use gptq")
-    plain = quantize(weight, replace(scheme, observer="minmax"))
-    fmt, granularity, dtype = scheme.format, scheme.granularity, plain.scheme.scale_dtype
+    nearest = quantize_unpacked(weight, replace(scheme, observer="minmax"))
+    scheme = nearest.scheme  # which knows the dtype of its scales
+    fmt, granularity, dtype = scheme.format, scheme.granularity, scheme.scale_dtype
     rows = granularity.rows(weight.float())
-    lo, hi = minmax(rows, fmt, symmetric=scheme.symmetric)
-    scale, zero = affine.scale_and_zero_point(
-        lo, hi, fmt, symmetric=scheme.symmetric, restricted=scheme.restricted, scale_dtype=dtype
-    )
+    lo, hi = minmax(rows, scheme)
+    scale, zero = scheme.scale_and_zero_point(lo, hi)
     unit = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)  # the solver's constants are for weights of size 1
     step, middle = scale.float(), torch.zeros_like(lo) if zero is None else zero.float()
     best_step, best_middle, best = step, middle, torch.full_like(lo, torch.inf)
@@ -71,12 +69,13 @@ def hqq(
         step = torch.where(ratio.isfinite() & (ratio > 0), ratio, step).to(dtype).float()
         beta *= growth
     zero = None if zero is None else best_middle.to(torch.int8)
-    codes = affine.quantize(rows, best_step, zero, fmt, restricted=scheme.restricted)
-    return plain.with_codes(granularity.from_rows(codes, weight.shape), best_step.to(dtype), zero)
+    codes = granularity.from_rows(scheme.quantize_rows(rows, best_step, zero), weight.shape)
+    zero = None if zero is None else zero.reshape(nearest.scale.shape)
+    return replace(nearest, codes=codes, zero_point=zero).with_scale(best_step)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Of each row, (rows, 1)."""
+    """The dot product of each row of ``a`` with that of ``b``, both (R, n): (R, 1)."""
     return torch.linalg.vecdot(a, b).unsqueeze(1)
 
 

@@ -21,7 +21,7 @@ from canopyq.errors import CanopyError, shown
 from canopyq.mode import eval_mode
 from canopyq.scheme import Recipe
 from canopyq.targets import Target, find_targets
-from canopyq.tensor import quantize, quantized_bytes
+from canopyq.tensor import quantize_unpacked, quantized_bytes
 from canopyq.utils import track
 
 CHOICES = ("w2a16-g64", "w4a16-g128", "w8a16-g128")
@@ -118,7 +118,7 @@ def _costs(model: nn.Module, targets: list[Target], batches: list[Batch]) -> dic
         reference = _log_probs(model, batches)
         for target in track(targets, "quantizing each layer alone", len(targets)):
             try:
-                rounded = quantize(target.weight, target.scheme).dequantize(target.weight.dtype)
+                rounded = quantize_unpacked(target.weight, target.scheme).dequantize(target.weight.dtype)
             except CanopyError as error:
                 raise CanopyError(f"{target.name}: {error}") from None
             original = target.weight.clone()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from canopyq.hadamard import OnlineHadamard, hadamard, largest_power_of_two
-from canopyq.methods.structure import require_known
-from canopyq.methods.undo import Undo
+from canopyq.methods.equivalence import require_known
+from canopyq.methods.transaction import Transaction
 from canopyq.scheme import Recipe
 
 
@@ -38,12 +38,12 @@ def needs_online(recipe: Recipe) -> bool:
     return recipe.activations is not None and recipe.activations.format.bits < 8
 
 
-def rotate_(model: nn.Module, undo: Undo, *, seed: int = 0, online: bool = False) -> list[str]:
+def rotate_(model: nn.Module, transaction: Transaction, *, seed: int = 0, online: bool = False) -> list[str]:
     """Rotate a model in place; its outputs stay the same, to rounding.
 
     Args:
-        model: of an architecture that `structure` knows.
-        undo: takes the changes back if something later fails.
+        model: of an architecture that `equivalence` knows.
+        transaction: takes the changes back if something later fails.
         seed: of the random signs.
         online: also transform what goes into down_proj while the model runs. `OnlineHadamard` hooks do it until the
             layer is quantized.
@@ -57,26 +57,26 @@ def rotate_(model: nn.Module, undo: Undo, *, seed: int = 0, online: bool = False
     require_known(model, "rotation")
     generator = torch.Generator().manual_seed(seed)
     config, body, head = model.config, model.model, model.lm_head
-    notes = _untie(model, undo)
+    notes = _untie(model, transaction)
     for layer in body.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        _fold(layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj), undo)
-        _fold(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), undo)
-    _fold(body.norm, (head,), undo)
+        _fold(layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj), transaction)
+        _fold(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), transaction)
+    _fold(body.norm, (head,), transaction)
 
     device = body.embed_tokens.weight.device
     stream = random_rotation(config.hidden_size, generator).to(device)
-    _turn_inputs(body.embed_tokens, stream, undo)
-    _turn_inputs(head, stream, undo)
+    _turn_inputs(body.embed_tokens, stream, transaction)
+    _turn_inputs(head, stream, transaction)
     for layer in body.layers:
         attention, mlp = layer.self_attn, layer.mlp
         for reader in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
-            _turn_inputs(reader, stream, undo)
+            _turn_inputs(reader, stream, transaction)
         for writer in (attention.o_proj, mlp.down_proj):
-            _turn_outputs(writer, stream, undo)
+            _turn_outputs(writer, stream, transaction)
         values = random_rotation(attention.head_dim, generator).to(device)
-        _turn_outputs(attention.v_proj, values, undo)
-        _turn_inputs(attention.o_proj, values, undo)
+        _turn_outputs(attention.v_proj, values, transaction)
+        _turn_inputs(attention.o_proj, values, transaction)
     notes.append(
         f"rotated the residual stream ({config.hidden_size}) and the values of each head ({attention.head_dim})"
     )
@@ -84,16 +84,16 @@ def rotate_(model: nn.Module, undo: Undo, *, seed: int = 0, online: bool = False
         size = largest_power_of_two(config.intermediate_size)
         for layer in body.layers:
             down = layer.mlp.down_proj
-            undo.change(down.weight, hadamard(down.weight.double(), size))
+            transaction.change(down.weight, hadamard(down.weight.double(), size))
             hook = OnlineHadamard(size)
-            undo.on_failure(down.register_forward_pre_hook(hook).remove)
+            transaction.on_failure(down.register_forward_pre_hook(hook).remove)
         notes.append(
             f"down_proj's inputs pass a Hadamard transform of {size} at run time: plain transformers cannot do it"
         )
     return notes
 
 
-def _untie(model: nn.Module, undo: Undo) -> list[str]:
+def _untie(model: nn.Module, transaction: Transaction) -> list[str]:
     """Give the head a weight of its own: the final gain is folded into it, and not into the embedding."""
     head, embedding = model.lm_head, model.model.embed_tokens
     if head.weight is not embedding.weight:
@@ -103,29 +103,29 @@ def _untie(model: nn.Module, undo: Undo) -> list[str]:
     def tie() -> None:
         head.weight, config.tie_word_embeddings = shared, tied
 
-    undo.on_failure(tie)
+    transaction.on_failure(tie)
     head.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
     config.tie_word_embeddings = False
     return [f"the head no longer shares the embedding's weight: {shared.nbytes:,} bytes more"]
 
 
-def _fold(norm: nn.Module, readers: tuple[nn.Linear, ...], undo: Undo) -> None:
+def _fold(norm: nn.Module, readers: tuple[nn.Linear, ...], transaction: Transaction) -> None:
     for reader in readers:
-        undo.change(reader.weight, reader.weight.double() * norm.weight.double())
-    undo.change(norm.weight, torch.ones_like(norm.weight))
+        transaction.change(reader.weight, reader.weight.double() * norm.weight.double())
+    transaction.change(norm.weight, torch.ones_like(norm.weight))
 
 
-def _turn_inputs(module: nn.Module, rotation: Tensor, undo: Undo) -> None:
+def _turn_inputs(module: nn.Module, rotation: Tensor, transaction: Transaction) -> None:
     """weight (N, K) -> weight · R, in runs of R's size along K."""
     weight = module.weight
     turned = weight.double().reshape(-1, len(rotation)) @ rotation
-    undo.change(weight, turned.reshape(weight.shape))
+    transaction.change(weight, turned.reshape(weight.shape))
 
 
-def _turn_outputs(module: nn.Linear, rotation: Tensor, undo: Undo) -> None:
+def _turn_outputs(module: nn.Linear, rotation: Tensor, transaction: Transaction) -> None:
     """weight (N, K) -> Rᵀ · weight, in runs of R's size along N; the bias likewise."""
     weight, size = module.weight, len(rotation)
     turned = rotation.t() @ weight.double().reshape(-1, size, weight.shape[1])
-    undo.change(weight, turned.reshape(weight.shape))
+    transaction.change(weight, turned.reshape(weight.shape))
     if module.bias is not None:
-        undo.change(module.bias, (module.bias.double().reshape(-1, size) @ rotation).flatten())
+        transaction.change(module.bias, (module.bias.double().reshape(-1, size) @ rotation).flatten())

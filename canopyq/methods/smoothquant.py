@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from canopyq.scheme import Scheme
-from canopyq.tensor import quantize
+from canopyq.tensor import quantize_unpacked
 
 ALPHAS = tuple(step / 10 for step in range(2, 10))  # 0.2 … 0.9
 
@@ -47,10 +47,10 @@ def smooth_scales(
     wanted = {name: inputs @ weight.t() for name, weight in whole.items()}
 
     def error(scales: Tensor) -> float:
-        rounded = quantize(inputs / scales, activations).dequantize(torch.float32)
+        rounded = quantize_unpacked(inputs / scales, activations).dequantize(torch.float32)
         total = 0.0
         for name, scheme in schemes.items():
-            there = quantize(whole[name] * scales, scheme).dequantize(torch.float32)
+            there = quantize_unpacked(whole[name] * scales, scheme).dequantize(torch.float32)
             total += float((wanted[name] - rounded @ there.t()).square().sum())
         return total
 
@@ -58,6 +58,6 @@ def smooth_scales(
     best_alpha, best = None, error(best_scales)
     for alpha in ALPHAS:
         scales = (loud.pow(alpha) / heavy.pow(1 - alpha)).clamp(min=1e-5)
-        if (found := error(scales)) < best:
-            best_scales, best_alpha, best = scales, alpha, found
+        if (cost := error(scales)) < best:
+            best_scales, best_alpha, best = scales, alpha, cost
     return best_scales, best_alpha

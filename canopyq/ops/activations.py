@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from canopyq import affine
-from canopyq.formats import BlockFormat
 from canopyq.observers import minmax
 from canopyq.ops.cuda import eight_bits
 from canopyq.scheme import Scheme
@@ -18,7 +16,7 @@ from canopyq.tensor import QuantizedTensor, quantize
 
 def fixed(x: Tensor, scheme: Scheme, scale: Tensor, zero_point: Tensor | None) -> QuantizedTensor:
     """``x`` (M, K) in 8-bit codes by a static scale (1,); what lies beyond its range is clipped."""
-    codes = affine.quantize(x.detach(), scale, zero_point, scheme.format, restricted=scheme.restricted)
+    codes = scheme.quantize_rows(x.detach(), scale, zero_point)
     return QuantizedTensor(codes, scale, zero_point, scheme, x.shape, x.dtype)
 
 
@@ -39,20 +37,15 @@ def dynamic(x: Tensor, scheme: Scheme) -> QuantizedTensor:
 
 def rounded(x: Tensor, scheme: Scheme, scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
     """What the codes of ``x`` (M, K) stand for, in its dtype: for kernels that do not take codes. Any scheme."""
-    fmt = scheme.format
     if scale is not None:
-        return affine.fake_quantize(x.detach(), scale, zero_point, fmt, restricted=scheme.restricted)
-    if isinstance(fmt, BlockFormat) or scheme.is_plain_cast or scheme.observer != "minmax":
+        return scheme.fake_quantize_rows(x.detach(), scale, zero_point)
+    if scheme.format.scale_dtype is not None or scheme.is_plain_cast or scheme.observer != "minmax":
         return quantize(x, scheme).dequantize(x.dtype)
     codes, scale, zero_point = _min_max(scheme.granularity.rows(x.detach()), scheme)
-    return scheme.granularity.from_rows(affine.dequantize(codes, scale, zero_point, fmt, x.dtype), x.shape)
+    return scheme.granularity.from_rows(scheme.dequantize_rows(codes, scale, zero_point, dtype=x.dtype), x.shape)
 
 
 def _min_max(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None]:
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    lo, hi = minmax(rows, scheme.format, symmetric=scheme.symmetric)
-    narrow = scheme.scale_dtype or torch.float32
-    scale, zero_point = affine.scale_and_zero_point(
-        lo, hi, scheme.format, symmetric=scheme.symmetric, restricted=scheme.restricted, scale_dtype=narrow, check=False
-    )
-    return affine.quantize(rows, scale, zero_point, scheme.format, restricted=scheme.restricted), scale, zero_point
+    scale, zero_point = scheme.scale_and_zero_point(*minmax(rows, scheme), check=False)
+    return scheme.quantize_rows(rows, scale, zero_point), scale, zero_point

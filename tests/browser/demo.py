@@ -41,7 +41,7 @@ EVERYTHING = [
     'xlabel="value", title="Linear")\nplt.show()',
     'lessons.plots.bars({"FP32": 28, "BF16": 14, "INT8": 7, "INT4": 3.5}, budget=8, title="7B parameters")\nplt.show()',
     'q = cq.quantize(x, "int4", "tensor")\n'
-    'lessons.plots.staircase(x[:400], q.dequantize()[:400], step=q.step().item(), title="INT4")\nplt.show()',
+    'lessons.plots.staircase(x[:400], q.dequantize()[:400], step=q.float_scale().item(), title="INT4")\nplt.show()',
     'lessons.plots.histogram_with_grid(x, q.dequantize().unique(), title="INT4 levels", limits=(-2.5, 2.5))\n'
     "plt.show()",
     "bits, w = [2, 3, 4, 5, 6, 7, 8], x.reshape(4, 1000)\n"

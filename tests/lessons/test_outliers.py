@@ -12,7 +12,7 @@ from torch import nn
 
 import canopyq as cq
 from canopyq.errors import CanopyError
-from canopyq.lessons.outliers import exaggerate_, norm_sites, salient, spread
+from canopyq.lessons.outliers import exaggerate_, norm_pairs, salient, spread
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def test_the_tutor_quantized_to_8_bit_activations_per_tensor_suffers(tutor: nn.M
 
 
 def test_every_norm_but_the_last_is_found(tutor: nn.Module) -> None:
-    found = norm_sites(tutor)
-    assert len(found) == 16 and [len(site.readers) for site in found[:2]] == [3, 2]
+    found = norm_pairs(tutor)
+    assert len(found) == 16 and [len(pair.consumers) for pair in found[:2]] == [3, 2]
 
 
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=40), st.floats(0.01, 1))

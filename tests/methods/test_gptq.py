@@ -11,10 +11,9 @@ from torch import Tensor
 import canopyq as cq
 from canopyq.errors import CanopyError
 from canopyq.methods.clip import clip
-from canopyq.methods.gptq import gptq
-from canopyq.methods.grid import Grid
-from canopyq.methods.refine import refine
+from canopyq.methods.gptq import gptq, refine
 from canopyq.scheme import Scheme
+from canopyq.tensor import quantize_unpacked
 from tests.methods.cost import output_cost
 
 SCHEMES = [Scheme("int4", "channel"), Scheme("int3", "g16"), Scheme("int4", "g20", symmetric=False),
@@ -25,7 +24,7 @@ SCHEMES = [Scheme("int4", "channel"), Scheme("int3", "g16"), Scheme("int4", "g20
 def by_elimination(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float) -> Tensor:
     """The published algorithm in its slow form: after each column, the inverse Hessian loses a row and a column."""
     start = cq.quantize(weight, scheme)
-    step = start.step().double().repeat_interleave(scheme.granularity.group_size or weight.shape[1], 1)
+    step = start.float_scale().double().repeat_interleave(scheme.granularity.group_size or weight.shape[1], 1)
     left, done = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
     h = hessian.double()
     inverse = torch.linalg.inv(h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64))
@@ -59,8 +58,11 @@ def test_each_step_helps(scheme: Scheme, layer) -> None:
     assert clipped <= nearest * 1.02  # groups are chosen one by one, which cannot see their correlation
     assert output_cost(weight, published, hessian) < nearest
     assert output_cost(weight, whole, hessian) < output_cost(weight, published, hessian) * 1.02
-    assert whole.scheme == cq.quantize(weight, scheme).scheme and whole.nbytes == published.nbytes
-    assert torch.equal(Grid(whole).encode(whole.dequantize()).codes, whole.codes)
+    assert whole.scheme == cq.quantize(weight, scheme).scheme
+    packed = whole.pack()
+    assert packed.nbytes == cq.quantize(weight, scheme).nbytes
+    assert torch.equal(packed.codes.view(torch.int8), whole.codes.view(torch.int8))
+    assert torch.equal(packed.dequantize(), whole.dequantize())
 
 
 def test_clip_is_the_best_of_all_its_ranges_by_brute_force(layer) -> None:
@@ -86,7 +88,7 @@ def test_refining_never_makes_it_worse(seed: int, bits: int, granularity: str, s
     x = torch.randn(k // 2, k, generator=generator)
     hessian = x.t() @ x / len(x)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(k)
-    start = cq.quantize(weight, Scheme(f"int{bits}", granularity, symmetric=symmetric))
+    start = quantize_unpacked(weight, Scheme(f"int{bits}", granularity, symmetric=symmetric))
     better = refine(weight, hessian, start, damping=0.01)
     assert output_cost(weight, better, damped) <= output_cost(weight, start, damped) * (1 + 1e-4) + 1e-6
 

@@ -7,9 +7,9 @@ import torch
 
 from canopyq.errors import CanopyError
 from canopyq.hadamard import hadamard, largest_power_of_two
+from canopyq.methods.equivalence import foldable, require_known, rescale, scale_pairs
 from canopyq.methods.rotation import random_rotation, rotate_
-from canopyq.methods.structure import foldable, require_known, rescale, sites
-from canopyq.methods.undo import Undo
+from canopyq.methods.transaction import Transaction
 
 
 @pytest.mark.parametrize("size", [1, 2, 16, 64])
@@ -42,8 +42,8 @@ def test_rotation_leaves_the_logits(name: str, online: bool, make, ids) -> None:
     model = make(name)
     before = model(ids[0]).logits
     loud = _loudness(model, ids[0])
-    with Undo() as undo:
-        notes = rotate_(model, undo, online=online)
+    with Transaction() as transaction:
+        notes = rotate_(model, transaction, online=online)
     after = model(ids[0]).logits
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     assert _loudness(model, ids[0]) < 0.7 * loud  # the loud channel is gone
@@ -60,16 +60,16 @@ def _loudness(model: torch.nn.Module, ids: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", ["llama tied", "qwen2", "qwen3", "mistral"])
 @torch.no_grad()
-def test_rescaling_every_site_leaves_the_logits(name: str, make, ids) -> None:
+def test_rescaling_every_pair_leaves_the_logits(name: str, make, ids) -> None:
     model = make(name)
     before = model(ids[0]).logits
     gains = [layer.input_layernorm.weight.clone() for layer in model.model.layers]
-    with Undo() as undo:
+    with Transaction() as transaction:
         for i in range(2):
-            for site in sites(model, f"model.layers.{i}"):
-                wished = torch.rand(len(site.groups)) * 4 + 0.1
-                scales = foldable(site, wished)
-                rescale(site, scales, undo)
+            for pair in scale_pairs(model, f"model.layers.{i}"):
+                wished = torch.rand(len(pair.groups)) * 4 + 0.1
+                scales = foldable(pair, wished)
+                rescale(pair, scales, transaction)
                 torch.testing.assert_close(scales.float(), wished, rtol=0.01, atol=0)
     torch.testing.assert_close(model(ids[0]).logits, before, rtol=1e-4, atol=1e-4)
     for layer, gain in zip(model.model.layers, gains, strict=True):

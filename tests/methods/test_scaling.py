@@ -11,6 +11,7 @@ from canopyq.methods.awq import awq_scales
 from canopyq.methods.hqq import hqq
 from canopyq.methods.smoothquant import smooth_scales
 from canopyq.scheme import Scheme
+from canopyq.tensor import UnpackedTensor
 from tests.methods.cost import output_cost
 
 
@@ -21,7 +22,7 @@ def test_hqq_fits_every_row_better(symmetric: bool, granularity: str) -> None:
     weight = torch.distributions.StudentT(2.0).sample((32, 64)) * 0.1
     scheme = Scheme("int3", granularity, symmetric=symmetric)
 
-    def cost(quantized: cq.QuantizedTensor) -> torch.Tensor:
+    def cost(quantized: cq.QuantizedTensor | UnpackedTensor) -> torch.Tensor:
         return scheme.granularity.rows(weight - quantized.dequantize()).square().sum(1)
 
     fitted, nearest = cost(hqq(weight, scheme)), cost(cq.quantize(weight, scheme))

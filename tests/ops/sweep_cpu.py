@@ -145,7 +145,7 @@ class Sweep:
             values = whole.dequantize(torch.float64)
             size = values.abs()
             if whole.zero_point is not None:
-                offsets = (whole.zero_point.double() * whole.step()).abs()
+                offsets = (whole.zero_point.double() * whole.float_scale()).abs()
                 size += offsets.repeat_interleave(-(-k // offsets.shape[1]), dim=1)[:, :k]
             for dtype in ROUNDOFF:
                 x = torch.randn(max(ROWS), k, generator=draw).to(dtype)

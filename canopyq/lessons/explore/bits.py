@@ -61,7 +61,7 @@ class Bits(Explorer):
 
     def _errors(self, q: QuantizedTensor) -> tuple[float, float, float]:
         error = (q.dequantize() - self.x).abs()
-        return q.step().item(), error.max().item(), error.mean().item()
+        return q.float_scale().item(), error.max().item(), error.mean().item()
 
 
 def levels(q: QuantizedTensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def levels(q: QuantizedTensor) -> torch.Tensor:
     low = q.scheme.format.qmin + q.scheme.restricted
     codes = torch.arange(low, q.scheme.format.qmax + 1)
     zero = 0 if q.zero_point is None else q.zero_point.item()
-    return (codes - zero) * q.step().item()
+    return (codes - zero) * q.float_scale().item()
 
 
 def nearest(x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 import canopyq as cq
 from canopyq.errors import CanopyError
 from canopyq.linear import quantized_layers
-from canopyq.methods import driver
-from canopyq.methods.method import Method
-from canopyq.methods.undo import Undo
+from canopyq.methods import pipeline
+from canopyq.methods.registry import Method
+from canopyq.methods.transaction import Transaction
 
 SAVED = ("gptq", "hqq", "awq", "smoothquant", "rotation", "rotation+gptq")
 
@@ -90,16 +90,18 @@ def test_smoothing_with_fixed_ranges(recipe: str, make, ids) -> None:
 def test_an_error_late_leaves_the_model_as_it_was(method: str, make, ids, monkeypatch) -> None:
     model = make("llama tied")
     before, hooks = copy.deepcopy(model.state_dict()), _hooks(model)
-    rounding = driver._round
+    blocks = pipeline.calibration_blocks
 
-    def fail(weight, hessian, scheme, how):
-        if weight.shape == (96, 128) and model.model.layers[1].mlp.down_proj.weight is weight:
-            raise CanopyError("something in the last block")
-        return rounding(weight, hessian, scheme, how)
+    def fail(*args, **options):
+        for block, statistics in blocks(*args, **options):
+            if block == "model.layers.1":
+                down = statistics["model.layers.1.mlp.down_proj"]
+                raise CanopyError(f"something in the last block, of {down.tokens} tokens")
+            yield block, statistics
 
-    monkeypatch.setattr(driver, "_round", fail)
+    monkeypatch.setattr(pipeline, "calibration_blocks", fail)
     recipe = "w8a8" if method == "smoothquant" else "w4a4-g32" if "rotation" in method else "w4a16-g32"
-    with pytest.raises(CanopyError, match=r"model.layers.1.mlp.down_proj: something in the last block"):
+    with pytest.raises(CanopyError, match="something in the last block, of 288 tokens"):
         cq.quantize_(model, recipe, method=method, calibration=ids)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
@@ -156,6 +158,6 @@ def test_names_of_methods() -> None:
     assert Method.parse("gptq+rotation").transforms == ("rotation",) and not Method.parse("rotation").needs_data
 
 
-def test_undo_refuses_weights_that_lie_elsewhere() -> None:
-    with pytest.raises(CanopyError, match="accelerate keeps elsewhere"), Undo() as undo:
-        undo.change(torch.empty(2, 2, device="meta"), torch.zeros(2, 2))
+def test_a_transaction_refuses_weights_that_lie_elsewhere() -> None:
+    with pytest.raises(CanopyError, match="accelerate keeps elsewhere"), Transaction() as transaction:
+        transaction.change(torch.empty(2, 2, device="meta"), torch.zeros(2, 2))

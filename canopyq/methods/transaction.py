@@ -11,7 +11,7 @@ from torch import Tensor
 from canopyq.errors import CanopyError
 
 
-class Undo:
+class Transaction:
     """A context in which a model is changed: if it is left by an error, every change is taken back, the last one first.
 
     Values that are changed are kept twice until the end.
@@ -38,10 +38,10 @@ class Undo:
         tensor.copy_(values)
 
     def on_failure(self, step: Callable[[], None]) -> None:
-        """Call ``step`` if it comes to that."""
+        """Call ``step`` if the context is left by an error, after the values are back."""
         self._steps.append(step)
 
-    def __enter__(self) -> Undo:
+    def __enter__(self) -> Transaction:
         return self
 
     @torch.no_grad()
