@@ -96,7 +96,7 @@ def to_blocks(weight: QuantizedTensor, rows: np.ndarray | None = None) -> Blocks
         scale = weight.scale.cpu().view(torch.uint8).reshape(n, k // 64, 4).numpy()[order]
         packed = _halves(codes.reshape(n, k // 16, 16)).reshape(n, k // 64, 32)
         return Blocks(_join(scale, packed), kind, float(weight.tensor_scale))
-    scale = _per_block(weight.step().cpu().numpy(), n, k)[order]
+    scale = _per_block(weight.float_scale().cpu().numpy(), n, k)[order]
     half = scale.astype(np.float16)
     if inexact := int((half.astype(np.float32) != scale).sum()):
         worst = scale[half.astype(np.float32) != scale][0]

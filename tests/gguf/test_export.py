@@ -106,7 +106,7 @@ def test_zero_points_become_minima_rounded_to_float16(recipe: str) -> None:
     weight = cq.quantize(torch.randn(48, 256) * 0.05, cq.Recipe.parse(recipe).weights)
     blocks = to_blocks(weight)
     got = gguf.quants.dequantize(blocks.data, gguf.GGMLQuantizationType.Q4_1)
-    step, zero_point = weight.step(), weight.zero_point.float()
+    step, zero_point = weight.float_scale(), weight.zero_point.float()
     bound = ((zero_point + 8).abs() * step).max().item() * 2.0**-11 + 1e-9  # half an ulp of the largest minimum
     assert np.abs(got - weight.dequantize(torch.float32).numpy()).max() <= bound
     assert blocks.rounded < 0.05 * blocks.count
