@@ -17,7 +17,7 @@ from canopyq.formats import IntFormat
 from canopyq.hadamard import online_hadamard
 from canopyq.kept_columns import OutlierLinear
 from canopyq.linear import QuantizedLinear
-from canopyq.methods.method import Method
+from canopyq.methods.registry import Method
 from canopyq.methods.rotation import needs_online
 from canopyq.offload import is_away, lies
 from canopyq.scheme import Recipe, Scheme
