@@ -15,6 +15,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed$(if $(CONSTRAINTS),,-newest)
 UNIT_TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore=tests/browser --ignore=tests/docs -n 2 --dist worksteal
+NUMERIC_TESTS := tests/ops tests/checkpoint tests/methods $(wildcard tests/test_kv_*.py) $(patsubst %,tests/test_%.py, \
+	affine calibration evaluate fused_attention generate linear model observers static_range tensor)
 LAB_AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # The environment is stale when pyproject.toml or constraints.txt is newer than the stamp (make's own rule), when its
@@ -30,7 +32,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test setup test-units test-fast test-browser notebooks check-notebooks check-docs train-tutor lint \
-	clean sweep fuzz
+	clean sweep fuzz test-lowest
 
 help: ## Show this list
 	@echo "Canopy Quantization: make <target>"
@@ -56,6 +58,10 @@ test-fast: $(STAMP) ## Unit tests only, without the slow ones
 
 fuzz: $(STAMP) ## Attack canopyq with 10,000 damaged and malicious checkpoints; ten minutes
 	$(RUN) tools/fuzz_checkpoints.py --count 10000
+
+test-lowest: $(STAMP) ## Unit tests of numbers only, as on a processor without AVX2 or anything newer
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 \
+		$(RUN) -m pytest $(NUMERIC_TESTS) -m "not slow" -n 2 --dist worksteal
 
 sweep: $(STAMP) ## Hold every CPU kernel to float64 over the whole grid of shapes, at each capability; an hour
 	$(RUN) tests/ops/sweep_cpu.py

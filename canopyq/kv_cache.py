@@ -62,8 +62,8 @@ class QuantizedCache(Cache):
         window: int = WINDOW,
         group: int | None = None,
     ) -> None:
-        self.format = get_cache_format(format or cache_of(config) or "kv8")
         self.config = config = checks.config(config)
+        self.format = get_cache_format((cache_of(config) or "kv8") if format is None else format)
         checks.choice("way to quantize keys", keys, ("channel", "token")), checks.count("window", window)
         self.limit = getattr(config, "max_position_embeddings", None)
         windows, layers = sliding_windows(config), []
