@@ -186,7 +186,8 @@ def meta_model(source: Checkpoint) -> nn.Module:
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
     config = read_model_config(source.folder, source.config, len(source.tensors))
-    named = getattr(transformers, str((config.architectures or [""])[0]), None)
+    names = config.architectures if isinstance(config.architectures, list) else []
+    named = getattr(transformers, str(next(iter(names), "")), None)
 
     def make() -> nn.Module:
         if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is type(config):

@@ -26,7 +26,8 @@ COMPUTED = 2**24  # values that buffers may have though no file holds them: rota
 COUNTS = re.compile(r"(?:^|_)(?:layer|depth|block|expert|head|label|stage|codebook)s?$")  # keys: so many of something
 # Keys: from, to. Beyond them roots of negative numbers and quotients by zero make every answer NaN.
 WORKING = {r"(?:^|_)(?:eps|epsilon)$": (0, 1), r"(?:^|_)theta$": (1e-3, 1e15), r"^factor$": (1e-6, 1e6)}
-FLAGS = re.compile(r"^(?:output_|return_|use_)")  # keys: asked for at every forward, as they are
+# Keys of what every forward is asked for.
+FLAGS = re.compile(r"^(?:output_(?:attentions|hidden_states|router_logits)|return_dict|use_cache)$")
 MANY = 10_000  # more of anything than a model has, unless its files say so
 SPARE = 1000  # parameters that a model may register beside the tensors that the files hold for it
 _ONE_AT_A_TIME = threading.Lock()
@@ -39,6 +40,7 @@ def read_model_config(folder: Path, content: Mapping[str, Any], tensors: int) ->
         content: of its config.json.
         tensors: how many tensors the checkpoint has. A config with more layers than that, or more of anything than a
             model has, is refused before anything is made of it: some configs make a list of their layers or labels.
+            So is one that names kernels on the hub, which transformers would fetch and run.
 
     Raises:
         CanopyError: for a config that transformers does not understand, or foreign code.
@@ -67,6 +69,10 @@ def _check_numbers(content: object, most: int, key: str = "") -> None:
     numbers with which every answer is NaN."""
     if isinstance(content, dict):
         for name, value in content.items():
+            if name.endswith("_implementation") and "/" in str(value):
+                raise CanopyError(
+                    f"config.json says {cut(name)}: {shown(value)}, which is code on the hub; do not trust it"
+                )
             if FLAGS.search(name) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
                 raise CanopyError(f"config.json says {cut(name)}: {shown(value)}, which is true or false; mend it")
             _check_numbers(value, most, name)
@@ -75,9 +81,7 @@ def _check_numbers(content: object, most: int, key: str = "") -> None:
             _check_numbers(value, most, key)
     elif isinstance(content, (int, float)):
         if COUNTS.search(key) and not content <= most:
-            raise CanopyError(
-                f"config.json says {key}: {shown(content)}, more than the files hold; mend it"
-            )
+            raise CanopyError(f"config.json says {key}: {shown(content)}, more than the files hold; mend it")
         low, high = next((own for keys, own in WORKING.items() if re.search(keys, key)), (-math.inf, math.inf))
         if not low <= content <= high:
             raise CanopyError(f"config.json says {key}: {shown(content)}, which gives no answers; mend it")

@@ -43,11 +43,16 @@ def load(
     It is the tutor model, read offline, unless ``CANOPYQ_MODEL`` names a folder or a model on the Hugging Face hub.
     By default it computes in float32 on the CPU, and in bfloat16 on a GPU.
     """
+    from canopyq.checkpoint.files import Checkpoint
+    from canopyq.checkpoint.plan import meta_model
+
     name = source()
     if name == TUTOR:
         return load_folder(path(), dtype, device)
     try:
         folder = _folder(name)
+        if folder is not None:
+            meta_model(Checkpoint(folder))  # it is one, no larger than its files, and runs no foreign code
         offline = folder is not None or _cache_only(name)
         return _read(folder or name, dtype, device, offline)
     except CanopyError:
@@ -178,7 +183,7 @@ def _read(
     source: Path | str, dtype: torch.dtype | str | None, device: torch.device | str | None, offline: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from canopyq.checkpoint.files import raise_not_finite
 
@@ -190,8 +195,13 @@ def _read(
     with _quiet():
         options = {"local_files_only": offline, "trust_remote_code": False}  # never ask whether to run foreign code
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(source, **options)
+        if "/" in str(config._attn_implementation):  # transformers would fetch and run it
+            raise CanopyError(
+                f"{source} asks for {shown(config._attn_implementation)}, code on the hub; do not trust it"
+            )
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     for problem in ("missing_keys", "mismatched_keys"):
         if report.get(problem):

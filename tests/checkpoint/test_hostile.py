@@ -110,6 +110,28 @@ def test_numbers_with_which_no_model_answers(key: str, value: object, quantized:
     both(quantized, source)
 
 
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "_experts_implementation"])
+def test_code_on_the_hub(key: str, quantized: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers fetches and runs a kernel of this name, if the package for it is there."""
+    for folder in (quantized, source):
+        edit(folder, **{key: "somebody/kernel"})
+    both(quantized, source, "somebody/kernel")
+    monkeypatch.setenv("CANOPYQ_MODEL", str(source))
+    refused(cq.tutor.load, "somebody/kernel")
+
+
+@pytest.mark.parametrize("architectures", [1, {}, [None], "LlamaForCausalLM", [["a"]]], ids=str)
+def test_architectures_that_are_none(architectures: object, source: Path) -> None:
+    edit(source, architectures=architectures)
+    with suppress(CanopyError):
+        quantize_checkpoint(source, RECIPE, source.with_name("out"))
+
+
+def test_codes_of_float8_are_no_infinity(saved: Callable) -> None:
+    """The largest is all that infinity can be cast to."""
+    assert torch.isfinite(cq.load(saved("fp8"))(torch.arange(3, 9)[None]).logits).all()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"])
 def test_values_that_are_no_numbers(name: str, bad: float, quantized: Path, source: Path) -> None:
