@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from canopyq.checkpoint.files import CONFIG, Checkpoint, as_path, move_into_place, read_json, refuse_not_empty, sync
+from canopyq.checkpoint.files import CONFIG, Checkpoint, as_path, move_into_place, read_json, refuse_not_empty
+from canopyq.disk import write_atomic
 from canopyq.errors import CanopyError
 
 MANIFEST, LOCK, MODEL = "manifest.json", "lock", "model"
-OURS = {MANIFEST, f".{MANIFEST}.part", LOCK, MODEL}
+OURS = (MANIFEST, f".{MANIFEST}.*.part", LOCK, MODEL)
 
 
 class Work:
@@ -42,7 +43,9 @@ class Work:
         """Read what an earlier run left, if it did. Nothing is written."""
         if not self.folder.exists():
             return
-        if not self.folder.is_dir() or {entry.name for entry in self.folder.iterdir()} - OURS:
+        if not self.folder.is_dir() or not all(
+            any(entry.match(pattern) for pattern in OURS) for entry in self.folder.iterdir()
+        ):
             raise CanopyError(f"{self.folder} is where the work goes, and it holds other things; move it away")
         try:
             found = read_json(self.folder / MANIFEST)
@@ -102,10 +105,8 @@ class Work:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _write_manifest(self) -> None:
-        part = self.folder / f".{MANIFEST}.part"
-        part.write_text(json.dumps({"terms": self.terms, "finished": self.finished}, indent=1))
-        sync(part)
-        os.replace(part, self.folder / MANIFEST)
+        content = json.dumps({"terms": self.terms, "finished": self.finished}, indent=1)
+        write_atomic(self.folder / MANIFEST, content.encode())
 
 
 def fingerprint(source: Checkpoint) -> dict[str, str]:
