@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from canopyq.errors import CanopyError, shown, unknown
+from canopyq.errors import CanopyError, cut, shown, unknown
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # the dtypes that torch computes in
 FARTHEST = 1.7e308  # a float ends there
@@ -95,7 +95,7 @@ def device(value: object) -> torch.device:
         torch.empty(1, device=place).tolist()  # the meta device, too, refuses to give values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise CanopyError(f"device {shown(str(value))} cannot be used here ({reason[:160]}); use 'cpu'") from None
+        raise CanopyError(f"device {shown(str(value))} cannot be used here ({cut(reason)}); use 'cpu'") from None
     return place
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -510,7 +511,10 @@ def paced(pauses: Sequence[float]) -> Iterator[int]:
         yield i
 
 
-def test_a_bar_appears_after_two_seconds_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_appears_after_two_seconds_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     pauses = [1.1, 1.1, 0.15]
     seen = []
     for i in track(paced(pauses), "counting sheep", len(pauses)):
