@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 import canopyq as cq
 from canopyq.cli import app
+from canopyq.gguf.architectures import ARCHITECTURES
+from canopyq.gguf.base import read
 from canopyq.gguf.blocks import to_blocks
-from canopyq.gguf.export import read
 
 gguf = pytest.importorskip("gguf")
 
@@ -33,7 +34,9 @@ FAMILIES = {
     "qwen2": {}, "yarn": {"family": "qwen2", "rope_parameters": YARN}, "qwen3": {"head_dim": 64},
     "gemma2": {"head_dim": 64, "sliding_window": 16, "query_pre_attn_scalar": 64},
     "gemma3_text": {"head_dim": 64, "sliding_window": 16, "query_pre_attn_scalar": 64, "num_hidden_layers": 7},
-    "phi3": {}, "biases": {"family": "llama", "attention_bias": True},
+    "phi3": {}, "partial": {"family": "phi3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                                  "partial_rotary_factor": 0.5}},
+    "biases": {"family": "llama", "attention_bias": True},
 }  # fmt: skip
 
 
@@ -215,13 +218,60 @@ def test_a_base_gives_metadata_and_what_did_not_change(tutor, tmp_path) -> None:
         assert tensors[tensor.name].tensor_type == tensor.tensor_type
         assert np.array_equal(tensors[tensor.name].data, tensor.data)
     for name, field in base.fields.items():
-        if not name.startswith("GGUF."):
+        if not name.startswith("GGUF.") and name != "general.file_type":
             assert over.fields[name].contents() == field.contents()
     with pytest.raises(cq.CanopyError, match=r"\(1280, 128\)"):
         cq.export_gguf(tiny(), tmp_path / "wrong.gguf", base=tmp_path / "base.gguf")
     with pytest.raises(cq.CanopyError, match="qwen2"):
         cq.export_gguf(tiny("qwen2"), tmp_path / "wrong.gguf", base=tmp_path / "base.gguf")
     assert not list(tmp_path.glob("*wrong*"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_a_family_that_is_not_described_takes_the_order_of_its_base(family, tutor, tmp_path, monkeypatch) -> None:
+    options = {**({"attention_bias": True} if family == "llama" else {}), **FAMILIES[family]}
+    cq.export_gguf(tiny(family, **options), tmp_path / "base.gguf", tutor[1])
+    model = tiny(family, **options)
+    cq.quantize_(model, "w2a16-g32")  # as far from its base as codes get
+    cq.export_gguf(model, tmp_path / "known.gguf", base=tmp_path / "base.gguf")
+    monkeypatch.delitem(ARCHITECTURES, family)
+    cq.export_gguf(model, tmp_path / "unknown.gguf", base=tmp_path / "base.gguf")
+    assert (tmp_path / "unknown.gguf").read_bytes() == (tmp_path / "known.gguf").read_bytes()
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight.mul_(1.1)  # as AWQ and SmoothQuant do
+    with pytest.raises(cq.CanopyError, match="blk.1.attn_norm"):
+        cq.export_gguf(model, tmp_path / "wrong.gguf", base=tmp_path / "base.gguf")
+    torch.manual_seed(1)
+    other = AutoModelForCausalLM.from_config(model.config)
+    cq.quantize_(other, "w4a16-g32")
+    with pytest.raises(cq.CanopyError, match="is not what the base has"):
+        cq.export_gguf(other, tmp_path / "wrong.gguf", base=tmp_path / "base.gguf")
+    assert not list(tmp_path.glob("*wrong*"))
+
+
+def test_a_base_of_nvfp4_leaves_no_scale_behind(tutor, tmp_path) -> None:
+    models = [tiny(), tiny(), tiny()]
+    for model, recipe, base, out in zip(
+        models, ["nvfp4", "w4a16-g32", "nvfp4"], [None, "0", "1"], ["0", "1", "2"], strict=True
+    ):
+        cq.quantize_(model, recipe)
+        file = None if base is None else tmp_path / f"{base}.gguf"
+        cq.export_gguf(model, tmp_path / f"{out}.gguf", None if file else tutor[1], base=file)
+    scales = [sum(t.name.endswith(".scale") for t in read(tmp_path / f"{n}.gguf").tensors) for n in "012"]
+    assert scales == [21, 0, 21]
+    ids = [1, 50, 600, 7]
+    ((_, _, logs),) = llama_cpp(tmp_path / "1.gguf", [ids]) or [(0, 0, None)]
+    assert logs is None or kl(models[1], ids, logs) < 3e-3
+
+
+def test_rows_that_fill_no_block_are_refused_or_left_in_16_bits(tutor, tmp_path) -> None:
+    model = tiny(intermediate_size=272)
+    cq.quantize_(model, "w8a16")
+    for requantize, says in [(None, "272"), ("q8_0", "272")]:
+        with pytest.raises(cq.CanopyError, match=says):
+            cq.export_gguf(model, tmp_path / "m.gguf", tutor[1], requantize=requantize)
+    assert cq.export_gguf(model, tmp_path / "m.gguf", tutor[1], requantize="bf16").types["BF16"] == 3
+    assert read(tmp_path / "m.gguf").fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q8_0
 
 
 def test_what_cannot_be_written_leaves_nothing(tutor, tmp_path) -> None:
