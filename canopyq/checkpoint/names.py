@@ -48,13 +48,11 @@ def names_of(model: nn.Module) -> Names:
         model: not quantized; may lie on the meta device.
 
     Raises:
-        CanopyError: if transformers cannot say it.
+        CanopyError: if transformers cannot say it of experts that are quantized one by one.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     fused = [name for name, module in model.named_modules() if is_experts(module)]
-    if not fused:
-        return Names({}, {})
     probes: dict[str, Tensor] = {}
     given: dict[str, range] = {}  # the numbers that stand for a tensor, one for each part of it
     first = 0
@@ -63,11 +61,13 @@ def names_of(model: nn.Module) -> Names:
         count = tensor.shape[0] * (2 if leaf == "gate_up_proj" else 1) if module in fused else 1
         given[name] = range(first, first + count)
         numbers = torch.arange(first, first + count)
-        probes[name] = numbers.reshape(tensor.shape[0], -1, 1) if module in fused else numbers
+        probes[name] = numbers.reshape((tensor.shape[0], -1, 1) if module in fused else (1,) * tensor.dim())
         first += count
     try:
         written = revert_weight_conversion(model, probes)
     except Exception as error:  # whatever a conversion of another shape raises
+        if not fused:  # experts that stay unquantized, and whose conversion takes no numbers: the model's own names
+            return Names({}, {})
         raise CanopyError(
             f"how {type(model).__name__} is written to files cannot be found out ({one_line(error)}); "
             "checkpoints of it are not written or read yet"

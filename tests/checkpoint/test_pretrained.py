@@ -28,6 +28,8 @@ MODELS = {
     "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2)),
     "qwen3 moe": lambda: tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(
         **SIZES, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16)),
+    "gpt neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(  # files call its head embed_out
+        **{name: size for name, size in SIZES.items() if name != "num_key_value_heads"})),
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=96, n_positions=64, n_embd=64, n_layer=2, n_head=4)),
 }  # fmt: skip
 
@@ -46,7 +48,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [("llama", "w4a16-g32"), ("llama", "w8a8"), ("llama tied", "w4a16-g32+head+embed"), ("llama tied", "fp8"),
-     ("mixtral", "w4a16-g32"), ("qwen3 moe", "fp8"), ("gpt2", "w8a16")],
+     ("mixtral", "w4a16-g32"), ("qwen3 moe", "fp8"), ("gpt2", "w8a16"), ("gpt neox", "w8a16")],
 )  # fmt: skip
 def test_it_writes_what_save_writes(name: str, recipe: str, tmp_path: Path, logits: Callable) -> None:
     model = quantized(name, recipe)
@@ -73,6 +75,17 @@ def test_the_cache_of_a_recipe_comes_back(way: str, tmp_path: Path) -> None:
         cq.save(model, tmp_path / "model") if way == "save" else model.save_pretrained(tmp_path / "model")
     assert cq.QuantizedCache(cq.load(tmp_path / "model").config).format.name == "kv4"
     assert cq.QuantizedCache(MODELS["llama"]().config).format.name == "kv8"
+
+
+def test_files_have_the_names_that_transformers_gives_them(tmp_path: Path, logits: Callable) -> None:
+    model = MODELS["gpt neox"]().eval()
+    model.save_pretrained(tmp_path / "original")
+    cq.quantize_(model, "w8a16")
+    cq.save(model, tmp_path / "saved", dtype=torch.float32)
+    quantize_checkpoint(tmp_path / "original", "w8a16", tmp_path / "streamed")
+    for way in ("saved", "streamed"):
+        assert "embed_out.weight" in tensors(tmp_path / way) and "embed_out.weight" in tensors(tmp_path / "original")
+        assert torch.allclose(logits(cq.load(tmp_path / way)), logits(model), atol=1e-5)
 
 
 def test_transformers_reads_it(tmp_path: Path, logits: Callable) -> None:
