@@ -116,7 +116,8 @@ def check_recipe(recipe: Recipe, method: Method) -> None:
 
 def ignored(model: nn.Module, layers: Iterable[Layer], files: Names) -> list[str]:
     """The layers of a model that stay as they are though the class of a group could mean them, by their names in the
-    files. A router is one of them: elsewhere it is a linear layer.
+    files and, where those differ, in the model too: transformers goes by the model's. A router is one of them:
+    elsewhere it is a linear layer.
 
     Args:
         model: quantized, or on its way to be.
@@ -130,7 +131,7 @@ def ignored(model: nn.Module, layers: Iterable[Layer], files: Names) -> list[str
             tensors = [f"{name}.gate_up_proj", f"{name}.down_proj"]
             found += [file.removesuffix(".weight") for tensor in tensors for file in files.of(tensor)]
         elif weight is not None and weight.dim() == 2 and (embeds or not isinstance(module, nn.Embedding)):
-            found.append(files.of_layer(name))
+            found += dict.fromkeys([file, name]) if (file := files.of_layer(name)) not in quantized else []
     return [name for name in found if name not in quantized]
 
 

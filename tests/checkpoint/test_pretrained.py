@@ -88,9 +88,10 @@ def test_files_have_the_names_that_transformers_gives_them(tmp_path: Path, logit
         assert torch.allclose(logits(cq.load(tmp_path / way)), logits(model), atol=1e-5)
 
 
-def test_transformers_reads_it(tmp_path: Path, logits: Callable) -> None:
+@pytest.mark.parametrize(("name", "recipe"), [("llama", "w4a16-g32"), ("gpt neox", "w8a16")])
+def test_transformers_reads_it(name: str, recipe: str, tmp_path: Path, logits: Callable) -> None:
     pytest.importorskip("compressed_tensors")
-    model = quantized("llama", "w4a16-g32")
+    model = quantized(name, recipe)
     model.save_pretrained(tmp_path)
     loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0.02, atol=0.02)
