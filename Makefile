@@ -63,7 +63,7 @@ test-lowest: $(STAMP) ## Unit tests of numbers only, as on a processor without A
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 \
 		$(RUN) -m pytest $(NUMERIC_TESTS) -m "not slow" -n 2 --dist worksteal
 
-sweep: $(STAMP) ## Hold every CPU kernel to float64 over the whole grid of shapes, at each capability; an hour
+sweep: $(STAMP) ## Hold every CPU kernel to float64 over the whole grid of shapes, at each capability; takes long
 	$(RUN) tests/ops/sweep_cpu.py
 
 test-browser: $(STAMP) ## Walk through the course in JupyterLab, in a real browser

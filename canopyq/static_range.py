@@ -32,7 +32,7 @@ def static_range(seen: ActivationStats, scheme: Scheme, **options: Any) -> tuple
       values are dear, and more than a few are needed (Wu et al. 2020, "Integer Quantization for Deep Learning
       Inference", section 4.2, compares 99.9 to 99.9999 %). Where that would cut off a value 30 times as far out,
       ``mse`` decides instead: many models have a few massive activations that stand for much (Sun et al. 2024,
-      "Massive Activations in Large Language Models"), and clipping them ruins the model
+      "Massive Activations in Large Language Models"), and clipping them ruins the model. A ``keep`` of your own counts
     * ``mse``, ``entropy``  on the histogram of all values; see `observers`
 
     Args:
@@ -44,7 +44,7 @@ def static_range(seen: ActivationStats, scheme: Scheme, **options: Any) -> tuple
         CanopyError: if the observer cannot work with the format.
     """
     ends = _range(seen, scheme, **options)
-    if scheme.observer == "percentile" and _reach(seen) > LOUD * max(map(abs, ends)):
+    if scheme.observer == "percentile" and not options and _reach(seen) > LOUD * max(map(abs, ends)):
         return _range(seen, replace(scheme, observer="mse"))
     return ends
 
