@@ -47,9 +47,7 @@ class UnpackedTensor:
 
     def float_scale(self) -> Tensor:
         """The float32 number of every stored scale, in its shape, whatever it is stored as."""
-        if self.scale is None:
-            raise CanopyError(f"{self.scheme.format.name} is a plain cast and has no scale")
-        return self.scheme.format.float_scale(self.scale, self.tensor_scale).to(torch.float32)
+        return _float_scale(self)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The real values that the codes stand for, in ``dtype`` (default: the original one)."""
@@ -125,7 +123,7 @@ class QuantizedTensor:
 
     def float_scale(self) -> Tensor:
         """The float32 number of every stored scale, in its shape, whatever it is stored as."""
-        return self.unpack().float_scale()
+        return _float_scale(self)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The real values that the codes stand for, in ``dtype`` (default: the original one)."""
@@ -137,6 +135,12 @@ class QuantizedTensor:
 
     def __repr__(self) -> str:
         return f"QuantizedTensor({tuple(self.shape)}, {self.scheme}, {self.bits_per_value:.3g} bits per value)"
+
+
+def _float_scale(x: UnpackedTensor | QuantizedTensor) -> Tensor:
+    if x.scale is None:
+        raise CanopyError(f"{x.scheme.format.name} is a plain cast and has no scale")
+    return x.scheme.format.float_scale(x.scale, x.tensor_scale).to(torch.float32)
 
 
 def quantize(
