@@ -13,26 +13,22 @@ use, where a prompt is read in one pass and only the answer goes through the cac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canopyq import checks
 from canopyq.errors import CanopyError
-from canopyq.kv_codes import BLOCK, get_cache_format
 from canopyq.memory import bytes_held, human
 from canopyq.mode import eval_mode
-from canopyq.offload import input_device
+from canopyq.predictions import CacheMaker, cache_maker, full_cache_bytes, kl_divergences, log_probs_of
 from canopyq.stats import Share, mcnemar
 from canopyq.tutor.chat import encode
 from canopyq.tutor.exam import Question
 from canopyq.utils import Preformatted, track
 
-CacheMaker = Callable[[Any], Any]  # from a model's config to a transformers cache
 BATCH_TOKENS = 8192  # padded tokens a batch, or fewer where the vocabulary is large: one logit takes 4 bytes
 BATCH_LOGITS = 2**27
 
@@ -239,7 +235,7 @@ class _Examiner:
         for name, model in zip(("reference", "model")[-len(models) :], models, strict=True):
             checks.language_model(name, model)
         self._check(models, kept)
-        tallies = [_Tally(model, _maker(cache), len(self.questions)) for model, cache in examined]
+        tallies = [_Tally(model, cache_maker(cache), len(self.questions)) for model, cache in examined]
         with eval_mode(*models):
             for number, batch in enumerate(track(self.batches, "evaluating")):
                 ids, real, graded = self._pad(batch)
@@ -249,10 +245,10 @@ class _Examiner:
                     if reference is None:
                         reference = log_probs
                     else:
-                        tally.add_kl(batch, _kl(reference, log_probs).split(real[:, 1:].sum(1).tolist()))
+                        tally.add_kl(batch, kl_divergences(reference, log_probs).split(real[:, 1:].sum(1).tolist()))
             if any(tally.make_cache for tally in tallies):  # beside it: what the others' takes
                 for tally in tallies:
-                    tally.cache_bytes = tally.cache_bytes or _full_cache_bytes(tally.model)
+                    tally.cache_bytes = tally.cache_bytes or full_cache_bytes(tally.model)
         return [(tally.evaluation(self.questions), tally.kl / tally.tokens, tuple(tally.kls)) for tally in tallies]
 
     def _check(self, models: Sequence[nn.Module], kept: Evaluation | None) -> None:
@@ -292,7 +288,7 @@ class _Tally:
     def add(self, batch: list[int], ids: Tensor, real: Tensor, graded: Tensor, keep: bool) -> Tensor:
         """Score a batch; its log-probabilities (tokens, vocabulary), without those of padding."""
         cache = self.make_cache(self.model.config) if self.make_cache else None
-        log_probs = _log_probs(self.model, ids, cache)
+        log_probs = log_probs_of(self.model, ids, cache)
         if hasattr(cache, "nbytes"):
             self.cache_bytes = cache.nbytes / ids.numel()  # the last batch is of the longest chats
         target, real, graded = (x[:, 1:].to(log_probs.device) for x in (ids, real, graded))
@@ -318,57 +314,6 @@ class _Tally:
         perplexity = math.exp(loss) if loss < 700 else math.inf  # a float ends at e^709
         right, kept = tuple(self.right), tuple(self.kept)
         return Evaluation(bytes_held(self.model), perplexity, self.tokens, right, questions, kept, self.cache_bytes)
-
-
-def _maker(cache: str | CacheMaker | None) -> CacheMaker | None:
-    if cache is None or (callable(cache) and not isinstance(cache, (type, nn.Module))):
-        return cache
-    from canopyq.kv_cache import QuantizedCache
-
-    format = get_cache_format(cache)
-    return lambda config: QuantizedCache(config, format)
-
-
-def _log_probs(model: nn.Module, ids: Tensor, cache: Any = None) -> Tensor:
-    """Next-token log-probabilities (B, T − 1, vocabulary), float32."""
-    ids = ids.to(input_device(model))
-    if cache is None:
-        logits = model(input_ids=ids, use_cache=False).logits
-    else:
-        from canopyq.kv_cache import as_argument
-
-        parts, tokens = [], 0
-        while tokens < ids.shape[1]:
-            new = ids[:, tokens : tokens + getattr(cache, "room", BLOCK)]
-            parts.append(model(input_ids=new, use_cache=True, **as_argument(cache)).logits)
-            tokens += new.shape[1]
-        logits = torch.cat(parts, 1)
-    log_probs = F.log_softmax(logits[:, :-1].float(), dim=-1)
-    if not bool(log_probs.isfinite().all()):
-        raise CanopyError("the model's logits are not finite; look for NaN or infinite weights or scales")
-    return log_probs
-
-
-def _full_cache_bytes(model: nn.Module) -> int:
-    """Storage that a token takes in transformers' own cache, in the dtype that the model computes in."""
-    from transformers import DynamicCache
-
-    from canopyq.kv_cache import as_argument, cache_nbytes
-
-    cache = DynamicCache(config=model.config)
-    token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
-    model(input_ids=token, use_cache=True, **as_argument(cache))
-    return cache_nbytes(cache)
-
-
-def _kl(reference: Tensor, model: Tensor) -> Tensor:
-    """Σ_v p(v) · (log p(v) − log q(v)) of each token, for log-probabilities (tokens, vocabulary)."""
-    if reference.shape[-1] != model.shape[-1]:
-        raise CanopyError(
-            f"vocabularies of {reference.shape[-1]} and {model.shape[-1]} tokens cannot be compared token by token"
-        )
-    reference = reference.to(model.device)
-    return (reference.exp() * (reference - model)).sum(-1)
 
 
 def _question_dict(question: Question) -> dict:

@@ -284,13 +284,13 @@ def test_batch_size_does_not_matter(tokens: int, tutor, tokenizer, asked, quanti
 def test_large_vocabularies_get_small_batches(tokenizer, asked, monkeypatch) -> None:
     """A vocabulary a hundred times larger must not take a hundred times the memory."""
     shapes: list[tuple[int, int]] = []
-    real = evaluate._log_probs
+    real = evaluate.log_probs_of
 
     def spy(model: nn.Module, ids: torch.Tensor, cache: object) -> torch.Tensor:
         shapes.append(tuple(ids.shape))
         return real(model, ids, cache)
 
-    monkeypatch.setattr(evaluate, "_log_probs", spy)
+    monkeypatch.setattr(evaluate, "log_probs_of", spy)
     monkeypatch.setattr(evaluate, "BATCH_LOGITS", 100 * len(tokenizer))
     examine(tiny(), tokenizer, asked)
     assert all(rows == 1 or rows * length <= 100 for rows, length in shapes)
@@ -300,7 +300,7 @@ def test_large_vocabularies_get_small_batches(tokenizer, asked, monkeypatch) -> 
 def test_comparing_keeps_no_predictions_of_models(tokenizer, asked, monkeypatch) -> None:
     """Keeping all predictions of a model with a large vocabulary would fill the memory."""
     alive: list[int] = []
-    real = evaluate._log_probs
+    real = evaluate.log_probs_of
 
     def spy(model: nn.Module, ids: torch.Tensor, cache: object) -> torch.Tensor:
         import gc
@@ -308,7 +308,7 @@ def test_comparing_keeps_no_predictions_of_models(tokenizer, asked, monkeypatch)
         alive.append(sum(x.numel() for x in gc.get_objects() if type(x) is torch.Tensor and x.shape[-1:] == (1279,)))
         return real(model, ids, cache)
 
-    monkeypatch.setattr(evaluate, "_log_probs", spy)
+    monkeypatch.setattr(evaluate, "log_probs_of", spy)
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", 600)
     limited = tiny(vocab_size=1279)
     result = compare(limited, limited, tokenizer, asked)
