@@ -1,7 +1,12 @@
 """Every CPU kernel over a grid of shapes, held to float64, at every capability that this processor has.
 
-    python tests/ops/sweep_cpu.py               the whole grid: a process for each capability, and a table at the end
-    python tests/ops/sweep_cpu.py --sample 40   so many shapes a form, and those at the edges
+    python tests/ops/sweep_cpu.py           the whole grid: a process for each capability, and a table at the end
+    python tests/ops/sweep_cpu.py --brief   a few shapes of each form, which the tests run too
+
+The grid of a form of weights and inputs, for every kernel that takes it, contiguous and strided each time: every
+in_features, each with a third of the out_features, the next third in the next form, while rows and dtype rotate; so
+that every two values of two of these axes meet. And at the edges, where vectors and blocks are just full or just not,
+every in_features, out_features and rows together.
 
 A process that ends by a signal is a failure like any other: an operator that reads past its row may do that.
 """
@@ -14,6 +19,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,29 +43,29 @@ EDGE_OUTS = (1, 2, 3, 8, 15, 16, 17, 31, 32, 33, 52, 63, 64, 65, 70, 128, 192)
 EDGE_ROWS = (1, 2, 3, 4, 5, 8, 16, 17, 33, 64)
 
 
-Shapes = dict[int, list[tuple[int, tuple[int, ...]]]]  # in_features -> [(out_features, numbers of rows)]
+DTYPES = tuple(ROUNDOFF)
+Shape = tuple[int, tuple[int, ...], tuple[torch.dtype, ...]]  # out_features, numbers of rows, dtypes of the input
+Shapes = dict[int, list[Shape]]  # by in_features
 
 
 @dataclass(frozen=True)
 class Form:
-    """A weight's scheme and its input's, static if so. All kernels that can run it are swept over the grid's edges,
-    those in ``whole`` over all of the grid."""
+    """A weight's scheme and its input's, static if so."""
 
     weights: Scheme
     inputs: Scheme | None = None
     static: bool = False
-    whole: tuple[Kernel, ...] = ()
 
 
 INT8, FP8 = Scheme("int8", "channel", scale_dtype=BF16), Scheme("fp8", "channel", scale_dtype=BF16)
 FORMS = {
-    "int8": Form(INT8, whole=(cpu_int8.WEIGHT_ONLY, sliced.SLICED, reference.REFERENCE)),
+    "int8": Form(INT8),
     "int8 float32 scales": Form(Scheme("int8", "channel", scale_dtype=torch.float32)),
     "int8 asymmetric": Form(Scheme("int8", "channel", symmetric=False, scale_dtype=BF16)),
     "int8 tensor": Form(Scheme("int8", "tensor", scale_dtype=BF16)),
     "int8 g32": Form(Scheme("int8", "g32", scale_dtype=BF16)),
     "int8 by column": Form(Scheme("int8", Granularity("channel", axis=1), scale_dtype=BF16)),
-    "int4 g32": Form(Scheme("int4", "g32", scale_dtype=BF16), whole=(cpu_int4.PACKED, cpu_int4.SLICED)),
+    "int4 g32": Form(Scheme("int4", "g32", scale_dtype=BF16)),
     "int4 g32 asymmetric": Form(Scheme("int4", "g32", symmetric=False, scale_dtype=BF16)),
     "int4 g48": Form(Scheme("int4", "g48", scale_dtype=BF16)),
     "int4 channel": Form(Scheme("int4", "channel", scale_dtype=BF16)),
@@ -69,7 +75,7 @@ FORMS = {
     "nf4": Form(Scheme("nf4", scale_dtype=BF16)),
     "mxfp4": Form(Scheme("mxfp4")),
     "nvfp4": Form(Scheme("nvfp4")),
-    "int8 by int8": Form(INT8, Scheme("int8", "token"), whole=(cpu_int8.INT8, cpu_int8.CODES)),
+    "int8 by int8": Form(INT8, Scheme("int8", "token")),
     "int8 by int8 asymmetric": Form(INT8, Scheme("int8", "token", symmetric=False)),
     "int8 by int8 static": Form(INT8, Scheme("int8", "tensor"), static=True),
     "int8 by int8 static asymmetric": Form(INT8, Scheme("int8", "tensor", symmetric=False), static=True),
@@ -133,30 +139,30 @@ class Sweep:
         self.worst: dict[str, float] = {}
         self.wrong: list[str] = []
 
-    def form(self, name: str, shapes: Shapes, kernels: tuple[Kernel, ...] = KERNELS) -> None:
-        """Hold the kernels to float64 on a form of weights and inputs."""
+    def form(self, name: str, shapes: Shapes) -> None:
+        """Hold the kernels that take it to float64 on a form of weights and inputs."""
         form, ranges = FORMS[name], static_range(FORMS[name])
         granularity = form.weights.granularity
         for k, outs in shapes.items():
             if granularity.kind == "group" and granularity.group_size > k:
                 continue
             draw = torch.Generator().manual_seed(k)
-            whole = quantize(torch.randn(max(n for n, _ in outs), k, generator=draw) / k**0.5, form.weights)
+            whole = quantize(torch.randn(max(n for n, *_ in outs), k, generator=draw) / k**0.5, form.weights)
             values = whole.dequantize(torch.float64)
             size = values.abs()
             if whole.zero_point is not None:
                 offsets = (whole.zero_point.double() * whole.float_scale()).abs()
                 size += offsets.repeat_interleave(-(-k // offsets.shape[1]), dim=1)[:, :k]
-            for dtype in ROUNDOFF:
+            for dtype in DTYPES:
                 x = torch.randn(max(ROWS), k, generator=draw).to(dtype)
                 codes = None if form.inputs is None else input_codes(x, form, ranges)
                 stand_for = x if codes is None else activations.rounded(x, form.inputs, *ranges)
                 seen = x.double() if codes is None else codes.dequantize(torch.float64)
                 exact, total = seen @ values.t(), seen.abs() @ size.t()
-                for n, rows in outs:
+                for n, rows in ((n, rows) for n, rows, dtypes in outs if dtype in dtypes):
                     weight = sliced._rows(whole, 0, n)
                     problem = Problem.of(weight, form.inputs)
-                    for kernel in kernels:
+                    for kernel in KERNELS:
                         if kernel.refuse(problem) is None:
                             layer = QuantizedLinear(weight, None, form.inputs, *ranges)
                             layer.hold(kernel.layout.arrange(weight), kernel.layout)
@@ -194,26 +200,32 @@ class Sweep:
         self.counts[kernel.name] = self.counts.get(kernel.name, 0) + len(row_counts) + 1
 
 
-def some_shapes(count: int, seed: int, ins: tuple[int, ...]) -> Shapes:
-    """``ins``, each with a few outs and rows, then ``count`` of the grid."""
-    draw, shapes = random.Random(seed), {}
-    for k in ins:
-        shapes[k] = [(draw.choice((64, 128) if k % 32 == 0 else EDGE_OUTS), (1, draw.choice(EDGE_ROWS)))]
-    for _ in range(count):
-        shapes.setdefault(draw.choice(INS), []).append((draw.choice(OUTS), tuple(draw.sample(ROWS, 2))))
-    return shapes
+def brief(form: int) -> Shapes:
+    """Each second of the edges, with one out_features and two numbers of rows."""
+    draw = random.Random(form)
+    return {
+        k: [(draw.choice((64, 128) if k % 32 == 0 else EDGE_OUTS), (1, draw.choice(EDGE_ROWS)), DTYPES)]
+        for k in EDGE_INS[form % 2 :: 2]
+    }
 
 
-def sweep(sample: int | None) -> Sweep:
+def grid(form: int) -> Shapes:
+    """The whole grid of the form of this number; ``test_the_grid_has_every_pair`` holds it to what is said above."""
+    return {
+        k: [(n, EDGE_ROWS, (DTYPES[(i + j) % 3],)) for j, n in enumerate(EDGE_OUTS) if k in EDGE_INS]
+        + [
+            (n, (ROWS[(7 * i + j) % len(ROWS)],), (DTYPES[(i // 3 + j // 3) % 3],))
+            for j, n in enumerate(OUTS)
+            if (i + j + form) % 3 == 0
+        ]
+        for i, k in enumerate(INS)
+    }
+
+
+def sweep(in_brief: bool) -> Sweep:
     found = Sweep()
-    for number, (name, form) in enumerate(FORMS.items()):
-        if sample is not None:
-            found.form(name, some_shapes(sample, number, EDGE_INS if form.whole else EDGE_INS[number % 2 :: 2]))
-            continue
-        found.form(name, {k: [(n, EDGE_ROWS) for n in EDGE_OUTS] for k in EDGE_INS})
-        found.form(name, {k: [(n, (1, 3, 17)) for n in (1, 17, 52, 64)] for k in INS})
-        if form.whole:
-            found.form(name, {k: [(n, ROWS) for n in OUTS] for k in INS}, form.whole)
+    for number, name in enumerate(FORMS):
+        found.form(name, (brief if in_brief else grid)(number))
     return found
 
 
@@ -222,11 +234,11 @@ SETTINGS = (("default", ""), ("avx2", ""), ("avx512", ""), ("default", "SSE41"),
             ("avx512", "AVX512_CORE"))  # fmt: skip
 
 
-def run(capability: str, onednn: str, sample: int | None = None) -> dict:
+def run(capability: str, onednn: str, in_brief: bool = False) -> dict:
     """What a process of its own finds: ``{"counts", "worst", "wrong"}``, or ``{"missing": capability}``."""
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(Path(__file__).parents[2])}
     environment |= {"ONEDNN_MAX_CPU_ISA": onednn} if onednn else {}
-    command = [sys.executable, __file__, "--here", *([] if sample is None else ["--sample", str(sample)])]
+    command = [sys.executable, __file__, "--here", *(["--brief"] if in_brief else [])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         wrong = f"the process ended with {done.returncode}: {done.stderr[-1500:]}"
@@ -236,7 +248,7 @@ def run(capability: str, onednn: str, sample: int | None = None) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, help="so many shapes of the grid, and those at its edges")
+    parser.add_argument("--brief", action="store_true", help="a few shapes of each form")
     parser.add_argument("--here", action="store_true", help="in this process, at the capability that it has")
     chosen = parser.parse_args()
     if chosen.here:
@@ -245,23 +257,27 @@ def main() -> int:
             print(json.dumps({"missing": wanted}))
             return 0
         torch.set_grad_enabled(False)
-        found = sweep(chosen.sample)
+        found = sweep(chosen.brief)
         print(json.dumps({"counts": found.counts, "worst": found.worst, "wrong": found.wrong}))
         return 0
-    failed = 0
+    results = {}
     for capability, onednn in SETTINGS:
-        found = run(capability, onednn, chosen.sample)
-        print(f"{capability}{f', oneDNN {onednn}' if onednn else ''}")
+        name = capability + (f", oneDNN {onednn}" if onednn else "")
+        begin, found = time.monotonic(), run(capability, onednn, chosen.brief)
         if "missing" in found:
-            print("  this processor has it not")
+            print(f"{name}: this processor has it not", flush=True)
             continue
-        for name, count in found["counts"].items():
-            print(f"  {count:>9,} shapes, error at most {found['worst'][name]:.2f} of its bound  {name}")
+        results[name] = found
         for line in found["wrong"][:20]:
             print(f"  WRONG {line}")
-        failed += len(found["wrong"])
-        print(f"  {len(found['wrong'])} wrong", flush=True)
-    return min(failed, 1)
+        print(f"{name}: {len(found['wrong'])} wrong, {time.monotonic() - begin:.0f} s", flush=True)
+    print("\nresults compared, by kernel and capability, and the largest error as a share of its bound")
+    for kernel in KERNELS:
+        print(kernel.name)
+        for name, found in results.items():
+            if kernel.name in found["counts"]:
+                print(f"  {found['counts'][kernel.name]:>9,}  {found['worst'][kernel.name]:.2f}  {name}")
+    return int(any(found["wrong"] for found in results.values()))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -81,10 +82,25 @@ def test_every_kernel_that_can_run_is_right(scheme: Scheme, n: int, k: int, dtyp
 @pytest.mark.parametrize(("capability", "onednn"), [("default", "SSE41"), ("avx2", ""), ("avx512", "AVX512_CORE")])
 def test_every_kernel_is_right_at_every_capability(capability: str, onednn: str) -> None:
     """At the edges of the grid that `make sweep` covers, strided inputs included, in a process that may crash."""
-    found = sweep_cpu.run(capability, onednn, sample=0)
+    found = sweep_cpu.run(capability, onednn, in_brief=True)
     if "missing" in found:
         pytest.skip(f"this processor or this build of torch has no {capability}")
     assert not found["wrong"] and sum(found["counts"].values()) > 3000, found["wrong"][:5]
+
+
+def test_the_grid_has_every_pair() -> None:
+    """Of in_features, out_features, rows and dtype every two values meet: the first two in three forms in a row, all
+    others in each form."""
+    axes = (sweep_cpu.INS, sweep_cpu.OUTS, sweep_cpu.ROWS, sweep_cpu.DTYPES)
+    forms = [
+        {(k, n, m, d) for k, shapes in sweep_cpu.grid(form).items() for n, rows, dtypes in shapes
+         for m in rows for d in dtypes}
+        for form in range(3)
+    ]  # fmt: skip
+    for a, b in itertools.combinations(range(4), 2):
+        every = set(itertools.product(axes[a], axes[b]))
+        for points in [set().union(*forms)] if (a, b) == (0, 1) else forms:
+            assert {(point[a], point[b]) for point in points} == every, (a, b)
 
 
 known_blocks = pytest.mark.skipif(
