@@ -15,8 +15,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed$(if $(CONSTRAINTS),,-newest)
 UNIT_TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore=tests/browser --ignore=tests/docs -n 2 --dist worksteal
-NUMERIC_TESTS := tests/ops tests/checkpoint tests/methods $(wildcard tests/test_kv_*.py) $(patsubst %,tests/test_%.py, \
-	affine calibration evaluate fused_attention generate linear model observers static_range tensor)
+NUMERIC_TESTS := tests/tensor tests/kernels tests/nn tests/calibration tests/methods tests/checkpoint tests/model \
+	$(wildcard tests/test_kv_*.py) tests/test_fused_attention.py tests/test_generate.py tests/evaluate/test_evaluate.py
 LAB_AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # The environment is stale when pyproject.toml or constraints.txt is newer than the stamp (make's own rule), when its
@@ -64,7 +64,7 @@ test-lowest: $(STAMP) ## Unit tests of numbers only, as on a processor without A
 		$(RUN) -m pytest $(NUMERIC_TESTS) -m "not slow" -n 2 --dist worksteal
 
 sweep: $(STAMP) ## Hold every CPU kernel to float64 over the whole grid of shapes, at each capability; takes long
-	$(RUN) tests/ops/sweep_cpu.py
+	$(RUN) tests/kernels/sweep_cpu.py
 
 test-browser: $(STAMP) ## Walk through the course in JupyterLab, in a real browser
 	bash tools/install_browser.sh $(RUN)

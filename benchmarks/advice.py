@@ -13,7 +13,7 @@ import torch
 
 import canopyq as cq
 from canopyq.advisor.measured import ORIGINAL, RECORDED, Measurement, write
-from canopyq.machine import describe
+from canopyq.evaluate.machine import describe
 
 # No 4-bit weights with a scale per channel: the tutor's serve 256 or 1,024 weights each and those of a 7B model 4,096
 # and more, so what is measured here would not carry over. At 8 bits the damage is below that of 16-bit arithmetic.

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from canopyq.kv_codes import QuantizedStates, get_cache_format
-from canopyq.machine import describe
-from canopyq.ops.cuda import attention
-from canopyq.timing import microseconds, rotations
+from canopyq.evaluate.machine import describe
+from canopyq.kernels.cuda import attention
+from canopyq.kernels.timing import microseconds, rotations
+from canopyq.tensor.kv_codes import QuantizedStates, get_cache_format
 
 HEADS, KV_HEADS, D, RECENT = 32, 8, 128, 64
 CASES = [(1, 4096), (1, 32768), (16, 4096), (16, 32768)]

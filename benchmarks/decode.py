@@ -28,10 +28,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import canopyq as cq
-from canopyq.generate import Decoder
-from canopyq.linear import QuantizedLinear
-from canopyq.machine import describe
+from canopyq.evaluate.generate import Decoder
+from canopyq.evaluate.machine import describe
 from canopyq.memory import bytes_held
+from canopyq.nn.linear import QuantizedLinear
 
 PROMPT, STEPS = 128, 256
 

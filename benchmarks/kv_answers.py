@@ -27,8 +27,8 @@ import torch
 from transformers import DynamicCache
 
 import canopyq as cq
-from canopyq.machine import describe
-from canopyq.stats import Share
+from canopyq.evaluate.machine import describe
+from canopyq.evaluate.stats import Share
 from canopyq.tutor.chat import prompt_ids
 from canopyq.tutor.exam import Question
 from canopyq.utils import track

@@ -35,9 +35,9 @@ from transformers import DynamicCache
 from transformers import QuantizedCache as TheirCache
 
 import canopyq as cq
-from canopyq.evaluate import compare, examine
-from canopyq.kv_codes import BLOCK, CACHE_FORMATS
-from canopyq.machine import describe
+from canopyq.evaluate.machine import describe
+from canopyq.evaluate.quality import compare, examine
+from canopyq.tensor.kv_codes import BLOCK, CACHE_FORMATS
 from canopyq.utils import track
 
 RESULT = Path(__file__).parent / "results" / "kv_cache.json"

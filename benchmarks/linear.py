@@ -21,13 +21,13 @@ from torch import Tensor
 
 import canopyq as cq
 from benchmarks.peers import available
-from canopyq.machine import describe
-from canopyq.ops import select
-from canopyq.ops.kernel import Problem
-from canopyq.ops.reference import REFERENCE
-from canopyq.scheme import Recipe
-from canopyq.tensor import QuantizedTensor
-from canopyq.timing import microseconds, rotations
+from canopyq.evaluate.machine import describe
+from canopyq.kernels import select
+from canopyq.kernels.kernel import Problem
+from canopyq.kernels.reference import REFERENCE
+from canopyq.kernels.timing import microseconds, rotations
+from canopyq.tensor.quantized_tensor import QuantizedTensor
+from canopyq.tensor.scheme import Recipe
 
 # (in_features, out_features) of the layers of 7B to 70B models
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (14336, 4096), (4096, 28672), (8192, 8192),

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 
 import canopyq as cq
-from canopyq import affine
-from canopyq.machine import describe
-from canopyq.ops import select
-from canopyq.scheme import Recipe
+from canopyq.evaluate.machine import describe
+from canopyq.kernels import select
+from canopyq.tensor import affine
+from canopyq.tensor.scheme import Recipe
 
 SIZE = 4096
 ROWS = (1, 4, 16, 32, 64)

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.peers import load_vllm
-from canopyq.linear import QuantizedLinear
-from canopyq.machine import describe
-from canopyq.ops import select
-from canopyq.ops.cuda import eight_bits
-from canopyq.scheme import Recipe
-from canopyq.tensor import quantize
-from canopyq.timing import microseconds, rotations
+from canopyq.evaluate.machine import describe
+from canopyq.kernels import select
+from canopyq.kernels.cuda import eight_bits
+from canopyq.kernels.timing import microseconds, rotations
+from canopyq.nn.linear import QuantizedLinear
+from canopyq.tensor.quantized_tensor import quantize
+from canopyq.tensor.scheme import Recipe
 
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (14336, 4096), (4096, 28672), (8192, 8192),
           (8192, 28672)]  # fmt: skip

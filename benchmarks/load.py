@@ -27,7 +27,7 @@ from torch import nn
 import canopyq as cq
 from benchmarks.stream import random_checkpoint
 from canopyq.checkpoint.stream import quantize_checkpoint
-from canopyq.machine import describe
+from canopyq.evaluate.machine import describe
 
 RESULT = Path(__file__).parent / "results" / "load.json"
 

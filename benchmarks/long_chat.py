@@ -24,13 +24,13 @@ import torch
 from torch import nn
 
 import canopyq as cq
-from canopyq.conversation import Conversation
 from canopyq.errors import CanopyError
-from canopyq.evaluate import CacheMaker, compare, examine
-from canopyq.machine import describe
+from canopyq.evaluate.chat import Conversation
+from canopyq.evaluate.machine import describe
+from canopyq.evaluate.quality import CacheMaker, compare, examine
+from canopyq.evaluate.stats import Share, bootstrap
 from canopyq.memory import MODEL_SHAPES, cache_bytes, model_bytes
-from canopyq.scheme import Recipe
-from canopyq.stats import Share, bootstrap
+from canopyq.tensor.scheme import Recipe
 from canopyq.tutor.exam import questions as draw
 from canopyq.utils import track
 

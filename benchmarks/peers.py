@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from canopyq import packing
+from canopyq.tensor import packing
 
 BF16, FP16 = torch.bfloat16, torch.float16
 VARIABLE = "CANOPYQ_VLLM"

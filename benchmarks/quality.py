@@ -40,9 +40,9 @@ from torch import nn
 import canopyq as cq
 from benchmarks.quality_table import RESULT, SETTINGS, WITH_ZERO_POINTS, plot, table
 from canopyq.disk import write_atomic
-from canopyq.machine import describe
-from canopyq.ops.activations import rounded
-from canopyq.scheme import Recipe
+from canopyq.evaluate.machine import describe
+from canopyq.kernels.activations import rounded
+from canopyq.tensor.scheme import Recipe
 
 WEIGHT_ONLY = ("gptq", "awq", "rotation+gptq", "awq+gptq", "rtn", "hqq", "clip", "rotation")
 WITH_INPUTS = ("smoothquant+gptq", "gptq", "smoothquant", "rotation+smoothquant+gptq", "rotation+gptq", "rtn",

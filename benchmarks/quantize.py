@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from canopyq.machine import describe
-from canopyq.tensor import quantize
+from canopyq.evaluate.machine import describe
+from canopyq.tensor.quantized_tensor import quantize
 
 TARGET = 3.0
 RESULT = Path(__file__).parent / "results" / "quantize.json"

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import canopyq as cq
-from canopyq.machine import describe
-from canopyq.stats import Share
+from canopyq.evaluate.machine import describe
+from canopyq.evaluate.stats import Share
 
 RECIPES = ("w8a16", "w4a16-g32", "nvfp4", "nf4", "w4a16-g128", "mxfp4", "w4a16-channel", "w3a16-g128", "w4a16-tensor",
            "w2a16-g32", "w3a16-tensor", "w2a16-tensor")  # fmt: skip

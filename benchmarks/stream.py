@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from canopyq.checkpoint.writer import Writer
-from canopyq.machine import describe
+from canopyq.evaluate.machine import describe
 
 LIMIT = 1_000_000_000  # bytes resident at most
 RESULT = Path(__file__).parent / "results" / "stream.json"

@@ -5,8 +5,8 @@
 Kernels are compiled first, on all processor cores. Each tile's result is compared with the library's before it is
 timed, in a process of its own that a fault of one tile cannot take the others with. Numbers of rows at which
 dequantizing and cuBLAS is the fastest, and all larger ones, are left out of the table: that is how
-`canopyq.ops.cuda.tiles` knows. What is not named keeps its rows. Layers of 8-bit codes are timed with the quantization
-of their input.
+`canopyq.kernels.cuda.tiles` knows. What is not named keeps its rows. Layers of 8-bit codes are timed with the
+quantization of their input.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from torch import Tensor
 
 from benchmarks.linear import SHAPES
 from canopyq.errors import CanopyError
-from canopyq.ops.cuda import eight_bits, nvrtc, products, tiles, warpgroup_codes, wide_int8
-from canopyq.ops.cuda.tiles import DecodeTile, WarpgroupTile, Weight
-from canopyq.ops.cuda.warpgroup_codes import CodesTile
-from canopyq.ops.cuda.wide_int8 import WideTile
-from canopyq.timing import microseconds, rotations
+from canopyq.kernels.cuda import eight_bits, nvrtc, products, tiles, warpgroup_codes, wide_int8
+from canopyq.kernels.cuda.tiles import DecodeTile, WarpgroupTile, Weight
+from canopyq.kernels.cuda.warpgroup_codes import CodesTile
+from canopyq.kernels.cuda.wide_int8 import WideTile
+from canopyq.kernels.timing import microseconds, rotations
 
 BF16 = torch.bfloat16
 ROWS = {

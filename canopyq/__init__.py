@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from canopyq import advisor, lessons, tutor
     from canopyq.advisor import advise
-    from canopyq.calibration import Calibration, calibrate
+    from canopyq.calibration.calibrate import Calibration, calibrate
     from canopyq.checkpoint.inspect import inspect
     from canopyq.checkpoint.load import load
     from canopyq.checkpoint.save import save
     from canopyq.errors import CanopyError
-    from canopyq.evaluate import compare, examine
-    from canopyq.explanation import explain
-    from canopyq.formats import FORMATS, get_format
+    from canopyq.evaluate.generate import fast_generate
+    from canopyq.evaluate.quality import compare, examine
     from canopyq.fused_attention import fuse_attention
-    from canopyq.generate import fast_generate
     from canopyq.gguf.export import export_gguf
-    from canopyq.granularity import Granularity
     from canopyq.kv_cache import QuantizedCache
     from canopyq.kv_static import StaticQuantizedCache
-    from canopyq.linear import QuantizedLinear
     from canopyq.methods.mixed import mixed_precision, sensitivity
-    from canopyq.model import plan, quantize_
-    from canopyq.report import Plan, Report
-    from canopyq.scheme import RECIPES, Recipe, Scheme
-    from canopyq.tensor import QuantizedTensor, quantize
+    from canopyq.model.quantize import plan, quantize_
+    from canopyq.model.report import Plan, Report
+    from canopyq.nn.explanation import explain
+    from canopyq.nn.linear import QuantizedLinear
+    from canopyq.tensor.formats import FORMATS, get_format
+    from canopyq.tensor.granularity import Granularity
+    from canopyq.tensor.quantized_tensor import QuantizedTensor, quantize
+    from canopyq.tensor.scheme import RECIPES, Recipe, Scheme
 
 __version__ = "0.1.0"
 
@@ -35,26 +35,26 @@ __version__ = "0.1.0"
 _WHERE = {
     "": ("advisor", "lessons", "tutor"),
     ".advisor": ("advise",),
-    ".calibration": ("Calibration", "calibrate"),
+    ".calibration.calibrate": ("Calibration", "calibrate"),
     ".checkpoint.inspect": ("inspect",),
     ".checkpoint.load": ("load",),
     ".checkpoint.save": ("save",),
     ".errors": ("CanopyError",),
-    ".evaluate": ("compare", "examine"),
-    ".explanation": ("explain",),
-    ".formats": ("FORMATS", "get_format"),
+    ".evaluate.generate": ("fast_generate",),
+    ".evaluate.quality": ("compare", "examine"),
     ".fused_attention": ("fuse_attention",),
-    ".generate": ("fast_generate",),
     ".gguf.export": ("export_gguf",),
-    ".granularity": ("Granularity",),
     ".kv_cache": ("QuantizedCache",),
     ".kv_static": ("StaticQuantizedCache",),
-    ".linear": ("QuantizedLinear",),
     ".methods.mixed": ("mixed_precision", "sensitivity"),
-    ".model": ("plan", "quantize_"),
-    ".report": ("Plan", "Report"),
-    ".scheme": ("RECIPES", "Recipe", "Scheme"),
-    ".tensor": ("QuantizedTensor", "quantize"),
+    ".model.quantize": ("plan", "quantize_"),
+    ".model.report": ("Plan", "Report"),
+    ".nn.explanation": ("explain",),
+    ".nn.linear": ("QuantizedLinear",),
+    ".tensor.formats": ("FORMATS", "get_format"),
+    ".tensor.granularity": ("Granularity",),
+    ".tensor.quantized_tensor": ("QuantizedTensor", "quantize"),
+    ".tensor.scheme": ("RECIPES", "Recipe", "Scheme"),
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names}
 

@@ -2,7 +2,7 @@
 
 transformers lets a model's attention be chosen by name. Under the name that is registered here a cache hands out codes
 instead of dequantized keys and values, for passes over few tokens. On an NVIDIA GPU the CUDA kernel takes them, on a
-CPU `ops/cpu_attention.py`. Every other pass is transformers' own attention on dequantized values.
+CPU `kernels/cpu_attention.py`. Every other pass is transformers' own attention on dequantized values.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from canopyq import checks
 from canopyq.errors import CanopyError
-from canopyq.kv_codes import GROUP, CacheFormat, get_cache_format
+from canopyq.kernels import cpu_attention
+from canopyq.kernels.cuda import attention
 from canopyq.kv_states import ATTENTION, CachedStates
-from canopyq.ops import cpu_attention
-from canopyq.ops.cuda import attention
+from canopyq.tensor.kv_codes import GROUP, CacheFormat, get_cache_format
 
 
 def fuse_attention(model: nn.Module, format: str | CacheFormat = "kv8") -> nn.Module:

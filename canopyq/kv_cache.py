@@ -17,10 +17,10 @@ from transformers.cache_utils import Cache
 
 from canopyq import checks
 from canopyq.errors import CanopyError
-from canopyq.kv_codes import BLOCK, GROUP, WINDOW, CacheFormat, get_cache_format
 from canopyq.kv_layer import QuantizedLayer
 from canopyq.kv_shapes import heads_of, sliding_windows
 from canopyq.kv_states import ATTENTION
+from canopyq.tensor.kv_codes import BLOCK, GROUP, WINDOW, CacheFormat, get_cache_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from canopyq.errors import CanopyError
-from canopyq.kv_codes import BLOCK, CacheFormat, QuantizedStates
 from canopyq.kv_states import FEW, CachedStates
+from canopyq.tensor.kv_codes import BLOCK, CacheFormat, QuantizedStates
 
 
 class QuantizedLayer(CacheLayerMixin):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from canopyq.kv_codes import QuantizedStates
+from canopyq.tensor.kv_codes import QuantizedStates
 
 ATTENTION = "canopyq"  # the attention implementation that reads codes, see `fused_attention`
 FEW = 16  # new tokens of a pass, up to which it does

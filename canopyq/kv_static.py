@@ -16,10 +16,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and
 
 from canopyq import checks
 from canopyq.errors import CanopyError
-from canopyq.kv_codes import BLOCK, GROUP, WINDOW, CacheFormat, QuantizedStates, get_cache_format
+from canopyq.kernels.cuda.append import append, store
 from canopyq.kv_shapes import heads_of
 from canopyq.kv_states import FEW, CachedStates
-from canopyq.ops.cuda.append import append, store
+from canopyq.tensor.kv_codes import BLOCK, GROUP, WINDOW, CacheFormat, QuantizedStates, get_cache_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

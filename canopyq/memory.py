@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from canopyq import checks
 from canopyq.errors import CanopyError, shown, unknown
-from canopyq.formats import BlockFormat, Format, IntFormat, TableFormat, get_format
-from canopyq.kv_codes import BLOCK, GROUP, WINDOW, get_cache_format
-from canopyq.scheme import Recipe
-from canopyq.tensor import part_bytes
+from canopyq.tensor.formats import BlockFormat, Format, IntFormat, TableFormat, get_format
+from canopyq.tensor.kv_codes import BLOCK, GROUP, WINDOW, get_cache_format
+from canopyq.tensor.quantized_tensor import part_bytes
+from canopyq.tensor.scheme import Recipe
 
 
 @dataclass(frozen=True)

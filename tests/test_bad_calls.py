@@ -19,13 +19,15 @@ import transformers as tf
 from torch import nn
 
 import canopyq as cq
-from canopyq import affine, bench, memory, packing, stats
+from canopyq import memory
 from canopyq.advisor import Needs
 from canopyq.checkpoint.stream import quantize_checkpoint
-from canopyq.conversation import Conversation
 from canopyq.errors import CanopyError, shown
-from canopyq.generate import Decoder
+from canopyq.evaluate import bench, stats
+from canopyq.evaluate.chat import Conversation
+from canopyq.evaluate.generate import Decoder
 from canopyq.lessons import outliers, roofline, saturation
+from canopyq.tensor import affine, packing
 
 NAN, INF = float("nan"), float("inf")
 SIZES = {"vocab_size": 1280, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,

@@ -25,8 +25,8 @@ from canopyq import cli
 from canopyq.cli.examine import MOST_QUESTIONS
 from canopyq.cli.output import console
 from canopyq.errors import CanopyError, shown
-from canopyq.formats import FORMATS
-from canopyq.machine import Check
+from canopyq.evaluate.machine import Check
+from canopyq.tensor.formats import FORMATS
 from canopyq.tutor import SKILLS, loading
 from canopyq.tutor.exam import up_to
 
@@ -166,7 +166,7 @@ def test_doctor_as_json(canopyq) -> None:
 @pytest.mark.parametrize("option", [[], ["--json"]], ids=["table", "json"])
 def test_doctor_ends_with_1_if_something_needed_is_missing(option, canopyq, monkeypatch) -> None:
     checks = [Check("python", True, "3"), Check("tutor", False, "the tutor model is missing")]
-    monkeypatch.setattr("canopyq.machine.checks", lambda: checks)
+    monkeypatch.setattr("canopyq.evaluate.machine.checks", lambda: checks)
     done = canopyq("doctor", *option)
     assert done.code == 1 and done.err == "" and "the tutor model is missing" in done.out
 
@@ -175,7 +175,7 @@ def test_doctor_shows_a_cure_with_brackets_in_it(canopyq, monkeypatch) -> None:
     """`[course]` looks like markup to the library that colours the output."""
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ipywidgets" else real(name))
-    monkeypatch.setattr("canopyq.machine.gpu", lambda: "[/bold] card [red]")
+    monkeypatch.setattr("canopyq.evaluate.machine.gpu", lambda: "[/bold] card [red]")
     done = canopyq("doctor")
     assert done.code == 1 and "not installed; pip install 'canopyq[course]'" in done.out
     assert "[/bold] card [red]" in done.out

@@ -31,7 +31,7 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 
 
 def floor_of(file: str) -> str:
-    """``tutor/chat.py`` lives on the floor ``tutor``, ``affine.py`` on ``affine``."""
+    """``tutor/chat.py`` lives on the floor ``tutor``, ``memory.py`` on ``memory``."""
     return file.split("/")[0].removesuffix(".py")
 
 
@@ -139,19 +139,20 @@ def test_nothing_imports_the_top_floor() -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("formats.py", "from canopyq.affine import quantize"),
-        ("formats.py", "from canopyq import affine"),
-        ("formats.py", "from . import affine"),
-        ("formats.py", "from .affine import quantize"),
-        ("formats.py", "import canopyq.affine"),
-        ("formats.py", "import canopyq.formats"),
-        ("formats.py", "import canopyq as cq"),
-        ("formats.py", "from canopyq import quantize"),
-        ("formats.py", "from canopyq.attic import box"),
-        ("formats.py", "def late():\n    from canopyq.affine import quantize"),
-        ("formats.py", "class A:\n    def late(self):\n        if self:\n            import canopyq.model"),
-        ("formats.py", "from importlib import import_module\nimport_module('canopyq.model')"),
-        ("formats.py", "if TYPE_CHECKING:\n    pass\nelse:\n    from canopyq import model"),
+        ("memory.py", "from canopyq.kernels import select"),
+        ("memory.py", "from canopyq import nn"),
+        ("memory.py", "from . import nn"),
+        ("memory.py", "from .nn import linear"),
+        ("memory.py", "import canopyq.nn.linear"),
+        ("memory.py", "import canopyq.memory"),
+        ("memory.py", "import canopyq as cq"),
+        ("memory.py", "from canopyq import quantize"),
+        ("memory.py", "from canopyq.attic import box"),
+        ("memory.py", "def late():\n    from canopyq.nn import linear"),
+        ("memory.py", "class A:\n    def late(self):\n        if self:\n            import canopyq.model"),
+        ("memory.py", "from importlib import import_module\nimport_module('canopyq.model')"),
+        ("memory.py", "if TYPE_CHECKING:\n    pass\nelse:\n    from canopyq import model"),
+        ("tensor/affine.py", "from canopyq.memory import human"),
         ("tutor/chat.py", "from ..cli import main"),
         ("tutor/chat.py", "from .. import lessons"),
         ("tutor/deep/er.py", "from ...cli import main"),
@@ -164,10 +165,11 @@ def test_imports_that_go_up_are_seen(file: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("affine.py", "from canopyq.errors import CanopyError\nfrom . import formats\nimport torch"),
-        ("affine.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from canopyq.model import Report"),
+        ("memory.py", "from canopyq.errors import CanopyError\nfrom . import tensor\nimport torch"),
+        ("memory.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from canopyq.nn import linear"),
+        ("tensor/affine.py", "from canopyq.tensor import formats\nfrom .formats import get_format"),
         ("tutor/chat.py", "from . import loading\nfrom .loading import load\nfrom canopyq.tutor import questions"),
-        ("tutor/chat.py", "from ..errors import CanopyError\nfrom .. import formats"),
+        ("tutor/chat.py", "from ..errors import CanopyError\nfrom .. import memory"),
         (
             "cli.py",
             "import canopyq as cq\nfrom canopyq import __version__, model\ndef f():\n    from canopyq import tutor",

@@ -10,11 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import canopyq as cq
 from canopyq import fused_attention
-from canopyq.generate import Decoder
+from canopyq.evaluate.generate import Decoder
+from canopyq.kernels import cpu_attention
+from canopyq.kernels.cuda import attention
 from canopyq.kv_cache import as_argument
-from canopyq.kv_codes import QuantizedStates, get_cache_format
-from canopyq.ops import cpu_attention
-from canopyq.ops.cuda import attention
+from canopyq.tensor.kv_codes import QuantizedStates, get_cache_format
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU that torch can use")
 

@@ -10,9 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import canopyq as cq
 from canopyq.errors import CanopyError
-from canopyq.generate import Decoder, fast_generate
-from canopyq.joined import Separate, join
+from canopyq.evaluate.generate import Decoder, fast_generate
 from canopyq.memory import bytes_held
+from canopyq.nn.fused_linear import Separate, join
 
 SIZES = dict(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=96, max_position_embeddings=128, pad_token_id=0, eos_token_id=5)  # fmt: skip

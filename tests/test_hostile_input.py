@@ -125,6 +125,6 @@ def test_ctrl_c_is_no_traceback(canopyq, monkeypatch: pytest.MonkeyPatch) -> Non
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("canopyq.machine.describe", interrupted)
+    monkeypatch.setattr("canopyq.evaluate.machine.describe", interrupted)
     code, out, err = canopyq("doctor")
     assert code in (1, 130) and out == "" and "Traceback" not in err and err.count("\n") <= 2

@@ -25,8 +25,8 @@ from transformers.utils import logging
 import canopyq as cq
 from canopyq.errors import CanopyError
 from canopyq.kv_cache import QuantizedCache, as_argument
-from canopyq.kv_codes import CACHE_FORMATS, get_cache_format
 from canopyq.kv_layer import QuantizedLayer
+from canopyq.tensor.kv_codes import CACHE_FORMATS, get_cache_format
 
 FORMATS = tuple(CACHE_FORMATS)
 SLIDING = ["full_attention", "sliding_attention"]

@@ -35,7 +35,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     questions = cq.tutor.questions
     monkeypatch.setattr(cq.tutor, "questions", lambda n, **options: questions(min(n, 34), **options))
     monkeypatch.setattr(calibrated, "CHATS", 4)
-    monkeypatch.setattr("canopyq.bench.SHAPES", {"cpu": [(256, 128)], "cuda": [(256, 128)]})
+    monkeypatch.setattr("canopyq.evaluate.bench.SHAPES", {"cpu": [(256, 128)], "cuda": [(256, 128)]})
     return tmp_path
 
 

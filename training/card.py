@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from canopyq.stats import wilson
+from canopyq.evaluate.stats import wilson
 from canopyq.tutor.skills import SKILLS
 from training.batches import CURRICULUM
 

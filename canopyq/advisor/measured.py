@@ -11,9 +11,9 @@ from pathlib import Path
 from canopyq.checkpoint.files import as_path
 from canopyq.disk import write_atomic
 from canopyq.errors import CanopyError, one_line, shown
-from canopyq.evaluate import Comparison
-from canopyq.scheme import Recipe
-from canopyq.stats import Share
+from canopyq.evaluate.quality import Comparison
+from canopyq.evaluate.stats import Share
+from canopyq.tensor.scheme import Recipe
 
 RECORDED = Path(__file__).with_name("measurements.json")
 ORIGINAL = "bf16"  # how the model that is not quantized is called

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from canopyq import checks
 from canopyq.checkpoint.files import as_path
 from canopyq.errors import CanopyError, shown, unknown
-from canopyq.formats import FloatFormat, IntFormat
 from canopyq.memory import MODEL_SHAPES, ModelShape, human, parameter_count
-from canopyq.scheme import Recipe
+from canopyq.tensor.formats import FloatFormat, IntFormat
+from canopyq.tensor.scheme import Recipe
 
 # Lesson 06 divides the damage that a step avoids by the memory that it costs, both in per cent. A priority is the rate
 # at which a step is worth taking: "balanced" pays one per cent of memory if at least 10 % of the damage go away.

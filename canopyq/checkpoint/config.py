@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from canopyq.checkpoint.layout import DISK_FORMATS, FLOAT, INT, PACKED, disk_format
 from canopyq.checkpoint.patterns import check, matching
 from canopyq.errors import CanopyError, prefixed, shown, unknown
-from canopyq.formats import IntFormat
-from canopyq.scheme import Scheme
+from canopyq.tensor.formats import IntFormat
+from canopyq.tensor.scheme import Scheme
 
 VERSION = "0.20.0"  # of compressed-tensors, whose form this is
 NOT_READ = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "marlin-24", "dense",

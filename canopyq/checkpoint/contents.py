@@ -17,7 +17,7 @@ from canopyq.checkpoint.names import Names, names_of
 from canopyq.checkpoint.skeleton import build
 from canopyq.checkpoint.wanted import tied
 from canopyq.errors import CanopyError, shown
-from canopyq.linear import QuantizedLinear
+from canopyq.nn.linear import QuantizedLinear
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,18 @@ from torch import nn
 from canopyq.checkpoint.config import Group
 from canopyq.checkpoint.layout import disk_format
 from canopyq.checkpoint.names import Names
-from canopyq.embedding import QuantizedEmbedding, is_embedding
 from canopyq.errors import CanopyError, prefixed
-from canopyq.experts import is_experts
-from canopyq.formats import IntFormat
-from canopyq.hadamard import online_hadamard
-from canopyq.kept_columns import OutlierLinear
-from canopyq.linear import QuantizedLinear
 from canopyq.methods.registry import Method
 from canopyq.methods.rotation import needs_online
-from canopyq.offload import is_away, lies
-from canopyq.scheme import Recipe, Scheme
-from canopyq.targets import linear_kind
+from canopyq.nn.embedding import QuantizedEmbedding, is_embedding
+from canopyq.nn.experts import is_experts
+from canopyq.nn.hadamard import online_hadamard
+from canopyq.nn.linear import QuantizedLinear
+from canopyq.nn.offload import is_away, lies
+from canopyq.nn.outlier_linear import OutlierLinear
+from canopyq.nn.targets import linear_kind
+from canopyq.tensor.formats import IntFormat
+from canopyq.tensor.scheme import Recipe, Scheme
 
 
 @dataclass(frozen=True)

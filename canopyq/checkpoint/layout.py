@@ -22,11 +22,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from canopyq import packing
 from canopyq.errors import CanopyError
-from canopyq.formats import FloatFormat, IntFormat
-from canopyq.scheme import Scheme
-from canopyq.tensor import QuantizedTensor
+from canopyq.tensor import packing
+from canopyq.tensor.formats import FloatFormat, IntFormat
+from canopyq.tensor.quantized_tensor import QuantizedTensor
+from canopyq.tensor.scheme import Scheme
 
 PACKED, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 DISK_FORMATS = (PACKED, INT, FLOAT)

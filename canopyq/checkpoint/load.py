@@ -20,10 +20,10 @@ from canopyq.checkpoint.names import Names, names_of
 from canopyq.checkpoint.pretrained import teach_transformers
 from canopyq.checkpoint.skeleton import build, quiet, read_model_config
 from canopyq.checkpoint.wanted import Wanted, part_shape, plain, quantized, tied
-from canopyq.embedding import QuantizedEmbedding
 from canopyq.errors import CanopyError, and_more, one_line, prefixed, shown
-from canopyq.experts import QuantizedExperts
-from canopyq.linear import QuantizedLinear
+from canopyq.nn.embedding import QuantizedEmbedding
+from canopyq.nn.experts import QuantizedExperts
+from canopyq.nn.linear import QuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

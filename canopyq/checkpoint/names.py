@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from canopyq.errors import CanopyError, one_line
-from canopyq.experts import is_experts
+from canopyq.nn.experts import is_experts
 
 
 @dataclass(frozen=True)

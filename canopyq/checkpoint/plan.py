@@ -21,9 +21,9 @@ from canopyq.checkpoint.skeleton import on_meta, read_model_config
 from canopyq.checkpoint.wanted import part_shape
 from canopyq.errors import CanopyError, and_more, by_reason, prefixed, shown
 from canopyq.memory import human
-from canopyq.scheme import Recipe
-from canopyq.targets import find_targets
-from canopyq.tensor import quantize
+from canopyq.nn.targets import find_targets
+from canopyq.tensor.quantized_tensor import quantize
+from canopyq.tensor.scheme import Recipe
 
 SHARD_BYTES = 2_000_000_000  # an interrupted run loses at most the file that it was writing
 WORK = 64_000_000  # bytes that quantizing a chunk takes, and the tables around it

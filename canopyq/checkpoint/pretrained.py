@@ -18,8 +18,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 
 from canopyq.checkpoint.config import write_config
 from canopyq.checkpoint.contents import contents, own_memory, tensors_of
-from canopyq.embedding import QuantizedEmbedding
-from canopyq.linear import QuantizedLinear
+from canopyq.nn.embedding import QuantizedEmbedding
+from canopyq.nn.linear import QuantizedLinear
 
 
 def teach_transformers(model: nn.Module) -> None:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from canopyq.calibration.mode import eval_mode
 from canopyq.checkpoint.load import load_as
 from canopyq.errors import CanopyError
-from canopyq.linear import QuantizedLinear, quantized_layers
-from canopyq.mode import eval_mode
+from canopyq.nn.linear import QuantizedLinear, quantized_layers
 
 MOST = 0.05  # of the logits' norm: from run to run kernels differ by less, and another model by more
 TOKENS = 64

@@ -25,8 +25,8 @@ from canopyq.checkpoint.readers import readers
 from canopyq.checkpoint.skeleton import quiet
 from canopyq.checkpoint.wanted import tied
 from canopyq.errors import CanopyError, one_line
-from canopyq.linear import QuantizedLinear, quantized_layers
 from canopyq.memory import human
+from canopyq.nn.linear import QuantizedLinear, quantized_layers
 
 NOTE = "canopyq.json"  # what canopyq itself says of a checkpoint
 

@@ -23,8 +23,8 @@ from canopyq.checkpoint.work import Work, fingerprint
 from canopyq.checkpoint.writer import Writer
 from canopyq.errors import CanopyError, prefixed
 from canopyq.memory import human
-from canopyq.scheme import Recipe
-from canopyq.tensor import quantize
+from canopyq.tensor.quantized_tensor import quantize
+from canopyq.tensor.scheme import Recipe
 from canopyq.utils import track
 
 # What a model needs beside its weights. Never code.

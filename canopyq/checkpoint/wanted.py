@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from canopyq.checkpoint.config import Group, Quantization
 from canopyq.checkpoint.files import Checkpoint
 from canopyq.checkpoint.names import Names
-from canopyq.embedding import is_embedding
 from canopyq.errors import CanopyError
-from canopyq.experts import expert_weights
-from canopyq.targets import linear_kind
+from canopyq.nn.embedding import is_embedding
+from canopyq.nn.experts import expert_weights
+from canopyq.nn.targets import linear_kind
 
 
 @dataclass(frozen=True)

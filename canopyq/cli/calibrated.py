@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import canopyq as cq
-from canopyq.calibration import calibrate
+from canopyq.calibration.calibrate import calibrate
 from canopyq.checkpoint.files import Checkpoint, as_path, refuse_not_empty
 from canopyq.checkpoint.layout import SCALE_DTYPES
 from canopyq.errors import CanopyError, one_line
 from canopyq.methods.registry import Method
-from canopyq.scheme import Recipe
+from canopyq.tensor.scheme import Recipe
 from canopyq.tutor.loading import TUTOR, load_other
 
 if TYPE_CHECKING:
-    from canopyq.report import Report
+    from canopyq.model.report import Report
 
 
 CHATS = 64  # of the tutor's own; after half as many its ranges hardly change

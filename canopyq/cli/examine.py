@@ -16,7 +16,7 @@ from canopyq.errors import CanopyError, shown
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from canopyq.conversation import Conversation
+    from canopyq.evaluate.chat import Conversation
 
 MOST_QUESTIONS = 816  # of 17 skills, the one with the fewest held-out questions has 48
 BAR = 30  # characters of the longer bar
@@ -40,7 +40,7 @@ def evaluate(
     """
     from canopyq.checkpoint.files import as_path
     from canopyq.cli.calibrated import quantize_tutor
-    from canopyq.evaluate import compare, examine
+    from canopyq.evaluate.quality import compare, examine
     from canopyq.kv_cache import cache_of
     from canopyq.tutor.loading import TUTOR, VARIABLE, source
 
@@ -128,7 +128,7 @@ def chat(
 
     /new starts a new chat; /quit or end of input (Ctrl-D) ends. Questions may come from a pipe, one a line.
     """
-    from canopyq.conversation import Conversation
+    from canopyq.evaluate.chat import Conversation
     from canopyq.kv_cache import cache_of
     from canopyq.memory import human
 

@@ -14,7 +14,7 @@ from canopyq.cli.output import JsonFlag, cell, console, print_json, print_plain
 
 def doctor(as_json: JsonFlag = False) -> None:
     """Say what this machine has, and what of the course runs on it."""
-    from canopyq.machine import checks, describe
+    from canopyq.evaluate.machine import checks, describe
 
     machine, found = describe(), checks()
     if as_json:
@@ -41,8 +41,8 @@ def size(
     as_json: JsonFlag = False,
 ) -> None:
     """How many bytes a model's weights take: codes, scales, total, and the other formats beside it."""
-    from canopyq.formats import FORMATS, get_format
     from canopyq.memory import human, parameter_count, weight_bytes
+    from canopyq.tensor.formats import FORMATS, get_format
 
     count, chosen = parameter_count(model), get_format(format).name
     rows = {chosen: weight_bytes(count, chosen, group_size, symmetric=not asymmetric)}
@@ -128,8 +128,8 @@ def bench(
     """Time quantized linear layers on this machine beside the unquantized one. Takes a minute or less."""
     import torch
 
-    from canopyq.bench import bench as run
-    from canopyq.machine import describe
+    from canopyq.evaluate.bench import bench as run
+    from canopyq.evaluate.machine import describe
 
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     timed = run(tuple(recipe or ("w4a16-g128", "w8a16")), place)

@@ -13,7 +13,7 @@ from canopyq.errors import CanopyError, shown
 
 if TYPE_CHECKING:
     from canopyq.methods.registry import Method
-    from canopyq.scheme import Recipe
+    from canopyq.tensor.scheme import Recipe
 
 
 def quantize(
@@ -39,7 +39,7 @@ def quantize(
     from canopyq.checkpoint.files import as_path
     from canopyq.checkpoint.stream import prepare, quantize_checkpoint
     from canopyq.methods.registry import Method
-    from canopyq.scheme import Recipe
+    from canopyq.tensor.scheme import Recipe
 
     say = (lambda line: None) if as_json else print_plain
     out, more = as_path(out), "continues"

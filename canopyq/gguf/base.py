@@ -12,7 +12,7 @@ import numpy as np
 from canopyq.checkpoint.files import as_path
 from canopyq.errors import CanopyError, one_line
 from canopyq.gguf.tensors import FileTensor, library
-from canopyq.linear import QuantizedLinear
+from canopyq.nn.linear import QuantizedLinear
 
 if TYPE_CHECKING:
     import gguf

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from canopyq.errors import CanopyError
-from canopyq.formats import IntFormat
-from canopyq.scheme import Scheme
-from canopyq.tensor import QuantizedTensor
+from canopyq.tensor.formats import IntFormat
+from canopyq.tensor.quantized_tensor import QuantizedTensor
+from canopyq.tensor.scheme import Scheme
 
 BLOCK = {"Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "MXFP4": 32, "NVFP4": 64}
 

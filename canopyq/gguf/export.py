@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from canopyq import checks
 from canopyq.checkpoint.files import as_path
 from canopyq.errors import CanopyError, shown, unknown
-from canopyq.experts import QuantizedExperts, is_experts
 from canopyq.gguf.architectures import ARCHITECTURES, Architecture, context_of, describe
 from canopyq.gguf.base import copy_fields, over, read
 from canopyq.gguf.tensors import REQUANTIZED, Tally, library, tensors_of, write
 from canopyq.gguf.tokenizer import add_tokenizer
-from canopyq.linear import QuantizedLinear
 from canopyq.memory import human
+from canopyq.nn.experts import QuantizedExperts, is_experts
+from canopyq.nn.linear import QuantizedLinear
 from canopyq.utils import Preformatted, track
 
 if TYPE_CHECKING:

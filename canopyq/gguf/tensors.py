@@ -14,7 +14,7 @@ from torch import Tensor
 from canopyq.errors import CanopyError, prefixed, unknown
 from canopyq.gguf.architectures import Architecture
 from canopyq.gguf.blocks import Blocks, to_blocks
-from canopyq.linear import QuantizedLinear
+from canopyq.nn.linear import QuantizedLinear
 
 if TYPE_CHECKING:
     import gguf

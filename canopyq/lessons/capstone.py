@@ -169,7 +169,7 @@ def _not_mine(place: Path, started: float) -> Finding | None:
 
 def _answers(place: Path, size: int, spec: Capstone) -> Finding:
     from canopyq.checkpoint.load import load
-    from canopyq.evaluate import compare
+    from canopyq.evaluate.quality import compare
     from canopyq.tutor.exam import questions
     from canopyq.tutor.loading import load_folder, path
 

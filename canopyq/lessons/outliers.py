@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from canopyq import checks
 from canopyq.errors import CanopyError
-from canopyq.linear import QuantizedLinear
 from canopyq.methods.equivalence import KNOWN, ScalePair, scale_pairs
+from canopyq.nn.linear import QuantizedLinear
 
 
 def spread(absmax: Tensor) -> float:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from canopyq import affine, checks
+from canopyq import checks
 from canopyq.errors import CanopyError
-from canopyq.formats import Format, IntFormat, get_format
+from canopyq.tensor import affine
+from canopyq.tensor.formats import Format, IntFormat, get_format
 
 
 def wrap(codes: Tensor, bits: int = 8) -> Tensor:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from canopyq.scheme import Scheme
-from canopyq.tensor import quantize_unpacked
+from canopyq.tensor.quantized_tensor import quantize_unpacked
+from canopyq.tensor.scheme import Scheme
 
 STEPS = 20  # α = 0, 1/20 … 19/20
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from canopyq.granularity import Granularity
-from canopyq.observers import minmax
-from canopyq.scheme import Scheme
-from canopyq.tensor import UnpackedTensor, quantize_unpacked
+from canopyq.tensor.granularity import Granularity
+from canopyq.tensor.observers import minmax
+from canopyq.tensor.quantized_tensor import UnpackedTensor, quantize_unpacked
+from canopyq.tensor.scheme import Scheme
 
 SHRINK = (1.0, 0.35, 14)  # first, last and number of the factors by which a min-max range is tried
 

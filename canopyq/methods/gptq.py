@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from canopyq.errors import CanopyError
-from canopyq.formats import IntFormat
-from canopyq.granularity import Granularity
 from canopyq.methods.clip import clip
-from canopyq.scheme import Scheme
-from canopyq.tensor import UnpackedTensor, quantize_unpacked
+from canopyq.tensor.formats import IntFormat
+from canopyq.tensor.granularity import Granularity
+from canopyq.tensor.quantized_tensor import UnpackedTensor, quantize_unpacked
+from canopyq.tensor.scheme import Scheme
 
 MAX_DAMPING = 10.0  # as a share of the mean of H's diagonal: above it the inputs' correlations no longer count
 BLOCK = 64  # columns after which the changes to all later ones are applied at once, as a matrix product

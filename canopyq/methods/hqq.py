@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from canopyq.errors import CanopyError
-from canopyq.formats import IntFormat
-from canopyq.observers import minmax
-from canopyq.scheme import Scheme
-from canopyq.tensor import UnpackedTensor, quantize_unpacked
+from canopyq.tensor.formats import IntFormat
+from canopyq.tensor.observers import minmax
+from canopyq.tensor.quantized_tensor import UnpackedTensor, quantize_unpacked
+from canopyq.tensor.scheme import Scheme
 
 
 def hqq(

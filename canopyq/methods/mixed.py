@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canopyq import checks
-from canopyq.batches import Batch, read_batches
+from canopyq.calibration.data import Batch, read_batches
+from canopyq.calibration.mode import eval_mode
 from canopyq.errors import CanopyError, shown
-from canopyq.mode import eval_mode
-from canopyq.scheme import Recipe
-from canopyq.targets import Target, find_targets
-from canopyq.tensor import quantize_unpacked, quantized_bytes
+from canopyq.nn.targets import Target, find_targets
+from canopyq.tensor.quantized_tensor import quantize_unpacked, quantized_bytes
+from canopyq.tensor.scheme import Recipe
 from canopyq.utils import track
 
 CHOICES = ("w2a16-g64", "w4a16-g128", "w8a16-g128")

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from canopyq.batches import Batch
-from canopyq.calibration import calibration_blocks
+from canopyq.calibration.calibrate import calibration_blocks
+from canopyq.calibration.data import Batch
+from canopyq.calibration.statistics import ActivationStats
 from canopyq.errors import CanopyError, prefixed
-from canopyq.inputs import ActivationStats
 from canopyq.methods.awq import awq_scales
 from canopyq.methods.clip import clip
 from canopyq.methods.equivalence import ScalePair, foldable, require_known, rescale, scale_pairs
@@ -19,10 +19,9 @@ from canopyq.methods.hqq import hqq
 from canopyq.methods.registry import Method
 from canopyq.methods.smoothquant import smooth_scales
 from canopyq.methods.transaction import Transaction
-from canopyq.report import sqnr_db
-from canopyq.scheme import Recipe, Scheme
-from canopyq.targets import Target
-from canopyq.tensor import QuantizedTensor, UnpackedTensor, quantize_unpacked
+from canopyq.nn.targets import Target
+from canopyq.tensor.quantized_tensor import QuantizedTensor, UnpackedTensor, quantize_unpacked, sqnr_db
+from canopyq.tensor.scheme import Recipe, Scheme
 from canopyq.utils import track
 
 OUTLIERS = 0.01  # of a layer's inputs, the loudest, that ``outliers`` keeps in 16 bits; at least one

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from canopyq.errors import CanopyError, shown, unknown
-from canopyq.formats import BlockFormat, IntFormat
-from canopyq.scheme import Recipe
+from canopyq.tensor.formats import BlockFormat, IntFormat
+from canopyq.tensor.scheme import Recipe
 
 TRANSFORMS = ("rotation", "smoothquant", "awq", "outliers")
 ROUNDINGS = ("rtn", "clip", "gptq", "hqq")

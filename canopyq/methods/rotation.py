@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from canopyq.hadamard import OnlineHadamard, hadamard, largest_power_of_two
 from canopyq.methods.equivalence import require_known
 from canopyq.methods.transaction import Transaction
-from canopyq.scheme import Recipe
+from canopyq.nn.hadamard import OnlineHadamard, hadamard, largest_power_of_two
+from canopyq.tensor.scheme import Recipe
 
 
 def random_rotation(size: int, generator: torch.Generator) -> Tensor:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from canopyq.scheme import Scheme
-from canopyq.tensor import quantize_unpacked
+from canopyq.tensor.quantized_tensor import quantize_unpacked
+from canopyq.tensor.scheme import Scheme
 
 ALPHAS = tuple(step / 10 for step in range(2, 10))  # 0.2 … 0.9
 

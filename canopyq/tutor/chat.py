@@ -54,7 +54,7 @@ def ask(
     """The model's answer, each token the most likely one. A ``Question`` brings its own history."""
     import torch
 
-    from canopyq.offload import input_device
+    from canopyq.nn.offload import input_device
 
     checks.language_model("model", model), checks.tokenizer(tokenizer)
     if hasattr(question, "turns"):

@@ -21,7 +21,7 @@ from canopyq.advisor.needs import (
 )
 from canopyq.errors import CanopyError
 from canopyq.memory import MODEL_SHAPES, ModelShape
-from canopyq.scheme import Recipe
+from canopyq.tensor.scheme import Recipe
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from canopyq.checkpoint.config import Group, Quantization, read_config, write_co
 from canopyq.checkpoint.groups import Layer, grouped
 from canopyq.checkpoint.layout import FLOAT, INT, PACKED
 from canopyq.errors import CanopyError
-from canopyq.scheme import Recipe, Scheme
+from canopyq.tensor.scheme import Recipe, Scheme
 
 RECIPES = ["w4a16-g128", "w4a16-g32", "w4a16-channel", "w4a16-g64-asym", "w8a16", "w8a16-g32-asym", "w2a16-g32",
            "w4a16-tensor", "w8a8", "w8a8-static", "w8a8-asym", "w8a8-static-asym", "w4a8-g32", "w4a4-g128", "fp8",

@@ -19,7 +19,7 @@ from canopyq.checkpoint.files import SINGLE
 from canopyq.checkpoint.layout import FLOAT, INT, PACKED
 from canopyq.checkpoint.readers import DEQUANTIZE, YES, notes, readers
 from canopyq.errors import CanopyError
-from canopyq.scheme import Scheme
+from canopyq.tensor.scheme import Scheme
 from canopyq.tutor import loading
 
 

@@ -18,11 +18,11 @@ import canopyq as cq
 from canopyq.checkpoint.files import SINGLE, Checkpoint
 from canopyq.checkpoint.readers import VLLM_FLOAT16, VLLM_NEWER, VLLM_YES
 from canopyq.checkpoint.stream import quantize_checkpoint
-from canopyq.embedding import QuantizedEmbedding
 from canopyq.errors import CanopyError
-from canopyq.experts import QuantizedExperts
-from canopyq.linear import quantized_layers
-from canopyq.scheme import Recipe, Scheme
+from canopyq.nn.embedding import QuantizedEmbedding
+from canopyq.nn.experts import QuantizedExperts
+from canopyq.nn.linear import quantized_layers
+from canopyq.tensor.scheme import Recipe, Scheme
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # what dequantize=True always says
 

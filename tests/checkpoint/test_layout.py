@@ -12,9 +12,9 @@ from torch import Tensor
 
 from canopyq.checkpoint.layout import FLOAT, INT, PACKED, check, disk_format, expected, from_disk, to_disk
 from canopyq.errors import CanopyError
-from canopyq.packing import pack
-from canopyq.scheme import Scheme
-from canopyq.tensor import QuantizedTensor, quantize
+from canopyq.tensor.packing import pack
+from canopyq.tensor.quantized_tensor import QuantizedTensor, quantize
+from canopyq.tensor.scheme import Scheme
 
 
 def weight(n: int = 24, k: int = 64, seed: int = 0) -> Tensor:

@@ -26,7 +26,7 @@ from benchmarks.load import measure
 from canopyq import cli
 from canopyq.checkpoint.files import INDEX, SINGLE
 from canopyq.errors import CanopyError
-from canopyq.linear import QuantizedLinear, quantized_layers
+from canopyq.nn.linear import QuantizedLinear, quantized_layers
 
 Q = "model.layers.0.self_attn.q_proj"
 NORM = "model.norm.weight"

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import canopyq as cq
 from canopyq import cli
-from canopyq.linear import quantized_layers
 from canopyq.memory import bytes_held
-from canopyq.scheme import Recipe
+from canopyq.nn.linear import quantized_layers
+from canopyq.tensor.scheme import Recipe
 
 oracle = pytest.importorskip("compressed_tensors")
 

@@ -26,8 +26,8 @@ from canopyq.checkpoint import save as saving
 from canopyq.checkpoint.files import INDEX, SINGLE, Checkpoint
 from canopyq.checkpoint.load import load_as
 from canopyq.errors import CanopyError
-from canopyq.linear import QuantizedLinear
-from canopyq.scheme import Recipe, Scheme
+from canopyq.nn.linear import QuantizedLinear
+from canopyq.tensor.scheme import Recipe, Scheme
 from canopyq.tutor import loading
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0,

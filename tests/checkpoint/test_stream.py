@@ -31,7 +31,7 @@ from canopyq.checkpoint.load import load
 from canopyq.checkpoint.save import save
 from canopyq.checkpoint.stream import prepare, quantize_checkpoint
 from canopyq.errors import CanopyError
-from canopyq.scheme import Recipe, Scheme
+from canopyq.tensor.scheme import Recipe, Scheme
 from canopyq.tutor import loading
 
 SIZES = {

@@ -6,8 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from canopyq.evaluate import Comparison, Evaluation
-from canopyq.formats import get_format
+from canopyq.evaluate.quality import Comparison, Evaluation
 from canopyq.lessons import explore
 from canopyq.lessons.explore.bits import levels, nearest
 from canopyq.lessons.explore.clip import Clip
@@ -17,7 +16,8 @@ from canopyq.lessons.explore.outlier import Outlier
 from canopyq.lessons.explore.rounding import Rounding
 from canopyq.lessons.explore.static import Static
 from canopyq.lessons.explore.words import Words
-from canopyq.tensor import quantize
+from canopyq.tensor.formats import get_format
+from canopyq.tensor.quantized_tensor import quantize
 from canopyq.tutor.exam import Question
 
 X = torch.randn(1500, generator=torch.Generator().manual_seed(0))

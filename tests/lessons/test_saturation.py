@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from canopyq import affine
 from canopyq.errors import CanopyError
 from canopyq.lessons.saturation import clipped, quantize_without_clamp, wrap
-from canopyq.tensor import quantize
+from canopyq.tensor import affine
+from canopyq.tensor.quantized_tensor import quantize
 
 
 def test_150_becomes_minus_106_without_the_clamp_and_127_with_it() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from canopyq.tensor import QuantizedTensor, UnpackedTensor
+from canopyq.tensor.quantized_tensor import QuantizedTensor, UnpackedTensor
 
 
 def output_cost(weight: Tensor, quantized: QuantizedTensor | UnpackedTensor, hessian: Tensor) -> float:

@@ -12,8 +12,8 @@ import canopyq as cq
 from canopyq.errors import CanopyError
 from canopyq.methods.clip import clip
 from canopyq.methods.gptq import gptq, refine
-from canopyq.scheme import Scheme
-from canopyq.tensor import quantize_unpacked
+from canopyq.tensor.quantized_tensor import quantize_unpacked
+from canopyq.tensor.scheme import Scheme
 from tests.methods.cost import output_cost
 
 SCHEMES = [Scheme("int4", "channel"), Scheme("int3", "g16"), Scheme("int4", "g20", symmetric=False),

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import canopyq as cq
 from canopyq.errors import CanopyError
-from canopyq.kept_columns import OutlierLinear
-from canopyq.linear import quantized_layers
+from canopyq.nn.linear import quantized_layers
+from canopyq.nn.outlier_linear import OutlierLinear
 
 CHOICES = ("w2a16-g32", "w4a16-g32", "w8a16-g32")
 

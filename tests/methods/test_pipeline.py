@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 import canopyq as cq
 from canopyq.errors import CanopyError
-from canopyq.linear import quantized_layers
 from canopyq.methods import pipeline
 from canopyq.methods.registry import Method
 from canopyq.methods.transaction import Transaction
+from canopyq.nn.linear import quantized_layers
 
 SAVED = ("gptq", "hqq", "awq", "smoothquant", "rotation", "rotation+gptq")
 

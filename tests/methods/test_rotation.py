@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from canopyq.errors import CanopyError
-from canopyq.hadamard import hadamard, largest_power_of_two
 from canopyq.methods.equivalence import foldable, require_known, rescale, scale_pairs
 from canopyq.methods.rotation import random_rotation, rotate_
 from canopyq.methods.transaction import Transaction
+from canopyq.nn.hadamard import hadamard, largest_power_of_two
 
 
 @pytest.mark.parametrize("size", [1, 2, 16, 64])

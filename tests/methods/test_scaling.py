@@ -10,8 +10,8 @@ from canopyq.errors import CanopyError
 from canopyq.methods.awq import awq_scales
 from canopyq.methods.hqq import hqq
 from canopyq.methods.smoothquant import smooth_scales
-from canopyq.scheme import Scheme
-from canopyq.tensor import UnpackedTensor
+from canopyq.tensor.quantized_tensor import UnpackedTensor
+from canopyq.tensor.scheme import Scheme
 from tests.methods.cost import output_cost
 
 

@@ -8,7 +8,7 @@ from ipywidgets import SelectionSlider, Widget
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
-from canopyq.evaluate import Comparison
+from canopyq.evaluate.quality import Comparison
 from canopyq.memory import human
 from canopyq.tutor.exam import Question
 

@@ -6,7 +6,7 @@ import torch
 from ipywidgets import IntSlider, Widget
 from matplotlib.figure import Figure
 
-from canopyq.tensor import QuantizedTensor, quantize
+from canopyq.tensor.quantized_tensor import QuantizedTensor, quantize
 
 from ..html import box, buttons
 from ..plots import histogram_with_grid, staircase

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from canopyq.memory import MODEL_SHAPES, cache_bytes, human, model_bytes
-from canopyq.scheme import Recipe
+from canopyq.tensor.scheme import Recipe
 
 from ..canvas import BLUE, INK, ORANGE, new_figure, styled
 from ..html import box, buttons

@@ -9,7 +9,7 @@ import torch
 from ipywidgets import FloatText, Widget
 from matplotlib.figure import Figure
 
-from canopyq.formats import FloatFormat, get_format
+from canopyq.tensor.formats import FloatFormat, get_format
 
 from ..html import KINDS, box, buttons
 from .explorer import Explorer

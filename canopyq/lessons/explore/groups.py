@@ -10,8 +10,8 @@ from ipywidgets import IntSlider, SelectionSlider, Widget
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from canopyq.granularity import Granularity
-from canopyq.tensor import quantize
+from canopyq.tensor.granularity import Granularity
+from canopyq.tensor.quantized_tensor import quantize
 
 from ..canvas import BLUE, FAINT, INK, RED, new_figure, numbers, styled
 from ..html import box

@@ -9,7 +9,7 @@ import torch
 from ipywidgets import FloatLogSlider, IntSlider, Widget
 from matplotlib.figure import Figure
 
-from canopyq.tensor import quantize
+from canopyq.tensor.quantized_tensor import quantize
 
 from ..canvas import BLUE, FAINT, INK, RED, new_figure, numbers, styled
 from ..html import box

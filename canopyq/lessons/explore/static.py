@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from torch import Tensor
 
-from canopyq import affine
+from canopyq.tensor import affine
 
 from ..canvas import BLUE, INK, RED, new_figure, numbers, styled
 from ..html import box

@@ -9,8 +9,8 @@ from ipywidgets import IntSlider, Widget
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from canopyq.packing import pack
-from canopyq.tensor import quantize
+from canopyq.tensor.packing import pack
+from canopyq.tensor.quantized_tensor import quantize
 
 from ..canvas import INK, new_figure, styled
 from ..html import box, buttons

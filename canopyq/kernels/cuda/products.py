@@ -1,0 +1,143 @@
+"""Launching the kernels of weight-only products: their constants, their arguments, and how many blocks there are."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from canopyq.errors import CanopyError
+from canopyq.kernels.cuda import tiles
+from canopyq.kernels.cuda.fragments import SLAB
+from canopyq.kernels.cuda.launch import Function, multiprocessors
+from canopyq.kernels.cuda.tiles import DecodeTile, WarpgroupTile, Weight
+
+
+def constants(bits: int, group: int, asymmetric: bool, element: torch.dtype, scale: torch.dtype) -> dict[str, int]:
+    return {
+        "ELEMENT_BF16": int(element == torch.bfloat16),
+        "SCALE_BF16": int(scale == torch.bfloat16),
+        "BITS": bits,
+        "GROUP": group,
+        "ASYMMETRIC": int(asymmetric),
+    }
+
+
+def decode_constants(tile: DecodeTile) -> dict[str, int]:
+    return {
+        "COLUMN_TILES": tile.columns,
+        "TILE_BLOCKS": tile.blocks,
+        "WARPS": tile.warps,
+        "DEPTH": tile.depth,
+        "CLUSTER": tile.cluster,
+    }
+
+
+def warpgroup_constants(tile: WarpgroupTile) -> dict[str, int]:
+    return {
+        "TOKENS": tile.tokens,
+        "TALL": tile.tall,
+        "BESIDE": tile.beside,
+        "DEEP": tile.deep,
+        "STAGES": tile.stages,
+        "BATCH": tile.batch,
+        "CLUSTER": tile.cluster,
+        "BLOCKS_PER_SM": tile.per_sm,
+    }
+
+
+@cache
+def _decode(bits: int, group: int, asymmetric: bool, x: torch.dtype, scale: torch.dtype, tile: DecodeTile, device: int):
+    every = constants(bits, group, asymmetric, x, scale) | decode_constants(tile)
+    return Function("decode.cu", "decode", every, "PPPPPiiiiii", device, tile.warps * 32, cluster=tile.cluster)
+
+
+@cache
+def _warpgroup(
+    bits: int, group: int, asymmetric: bool, x: torch.dtype, scale: torch.dtype, tile: WarpgroupTile, device: int
+):
+    every = constants(bits, group, asymmetric, x, scale) | warpgroup_constants(tile)
+    extra = tiles.product_source(tile.tokens, x == torch.bfloat16)
+    arguments = "128sPPPPiiiii"
+    kind = {"cluster": tile.cluster, "extra": extra}
+    return Function("warpgroup.cu", "warpgroup", every, arguments, device, tile.threads, **kind)
+
+
+@cache
+def _dequantize(bits: int, group: int, asymmetric: bool, out: torch.dtype, scale: torch.dtype, device: int):
+    # For float32 the codes become float16 first: every code and its difference to the zero point is exact there.
+    every = constants(bits, group, asymmetric, out, scale) | {"WIDE": int(out == torch.float32)}
+    return Function("dequantize.cu", "dequantize", every, "PPPPiiiii", device, 256)
+
+
+@lru_cache(maxsize=4096)
+def _tensor_map(pointer: int, rows: int, k: int, dtype: torch.dtype, tokens: int) -> bytes:
+    """Tells the copy engine where x (rows, k) lies and that it comes in boxes of ``tokens`` rows by 2 · 64 columns."""
+    from cuda.bindings import driver as d
+
+    kind = d.CUtensorMapDataType
+    result, made = d.cuTensorMapEncodeTiled(
+        kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if dtype == torch.bfloat16 else kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        3,
+        pointer,
+        [d.cuuint64_t(64), d.cuuint64_t(rows), d.cuuint64_t(k // 64)],
+        [d.cuuint64_t(2 * k), d.cuuint64_t(128)],
+        [d.cuuint32_t(64), d.cuuint32_t(tokens), d.cuuint32_t(2)],
+        [d.cuuint32_t(1)] * 3,
+        d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if result != 0:
+        raise CanopyError(f"the driver does not describe an input of shape ({rows}, {k}): {result.name}")
+    return ctypes.string_at(made.getPtr(), 128)
+
+
+def describe(codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, bits: int, group: int) -> Weight:
+    return Weight(n, codes.shape[0], codes.shape[1], scale.shape[1], bits, group, zero is not None)
+
+
+def _pointers(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[int, int, int]:
+    """Of the weight's tensors; a zero point that does not exist is never read."""
+    return codes.data_ptr(), scale.data_ptr(), codes.data_ptr() if zero is None else zero.data_ptr()
+
+
+def run_decode(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Weight, tile: DecodeTile
+) -> Tensor:
+    device, rows = x.device.index, x.shape[0]
+    function = _decode(weight.bits, weight.group, weight.asymmetric, x.dtype, scale.dtype, tile, device)
+    y = x.new_empty(rows, weight.n)
+    most = max(1, multiprocessors(device) * tile.per_sm // tile.cluster)
+    grid = (min(-(-weight.blocks // tile.blocks), most), 1, tile.cluster)
+    values = (*_pointers(codes, scale, zero), x.data_ptr(), y.data_ptr(), rows, weight.n, x.shape[1])
+    function(grid, *values, weight.blocks, weight.steps, weight.groups, shared=tile.shared(weight, rows))
+    return y
+
+
+def run_warpgroup(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Weight, tile: WarpgroupTile
+) -> Tensor:
+    device, (rows, k) = x.device.index, x.shape
+    function = _warpgroup(weight.bits, weight.group, weight.asymmetric, x.dtype, scale.dtype, tile, device)
+    y = x.new_empty(rows, weight.n)
+    grid = (-(-rows // tile.tokens), -(-weight.slabs // (tile.rows // SLAB)), tile.cluster)
+    sizes = (rows, weight.n, weight.slabs, weight.steps, weight.groups)
+    x_map = _tensor_map(x.data_ptr(), rows, k, x.dtype, tile.tokens)
+    function(grid, x_map, *_pointers(codes, scale, zero), y.data_ptr(), *sizes, shared=tile.shared(weight))
+    return y
+
+
+def run_dequantize(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Weight, k: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight (n, k) in bfloat16, float16 or float32."""
+    out = torch.empty(weight.n, k, dtype=dtype, device=codes.device)
+    function = _dequantize(weight.bits, weight.group, weight.asymmetric, dtype, scale.dtype, codes.device.index)
+    grid = (-(-weight.blocks * weight.steps // 8), 1, 1)
+    sizes = (weight.n, k, weight.blocks, weight.steps, weight.groups)
+    function(grid, *_pointers(codes, scale, zero), out.data_ptr(), *sizes)
+    return out

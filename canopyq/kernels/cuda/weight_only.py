@@ -1,0 +1,198 @@
+"""4- and 8-bit integer weights under 16-bit activations on NVIDIA GPUs: three ways to multiply, by number of rows.
+
+Few rows go to ``decode.cu``, more to ``warpgroup.cu`` (compute capability 9.0 alone has its instructions). For very
+many the arithmetic takes so long that writing the weight out in 16 bits first costs little: then `LIBRARY` dequantizes
+it and torch multiplies. `tiles` knows from how many rows on which of them is the fastest.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from canopyq.errors import CanopyError
+from canopyq.kernels.cuda import products, tiles
+from canopyq.kernels.cuda.fragments import FRAGMENTS, SLAB, STEP, padded
+from canopyq.kernels.cuda.launch import unavailable
+from canopyq.kernels.cuda.products import describe
+from canopyq.kernels.cuda.tiles import DecodeTile, Weight
+from canopyq.kernels.kernel import Held, Kernel, Problem
+from canopyq.tensor.formats import IntFormat
+
+GROUPS = (32, 64, 128, 256)
+NARROW = (torch.bfloat16, torch.float16)
+HOPPER = (9, 0)
+
+
+# --- what they can run -----------------------------------------------------------------------------------------------
+
+
+def refuse(problem: Problem) -> str | None:
+    fmt, granularity = problem.weights.format, problem.weights.granularity
+    if reason := unavailable(problem.device):
+        return reason
+    if not (isinstance(fmt, IntFormat) and fmt.bits in (4, 8)):
+        return f"it takes int4 and int8 weights; these are {fmt.name}"
+    if problem.activations is not None:
+        return "it leaves activations in 16 bits, and this recipe quantizes them"
+    if problem.weights.scale_dtype not in NARROW:
+        return f"it takes bfloat16 and float16 scales; these are {problem.weights.scale_dtype}"
+    if granularity.kind not in ("group", "channel") or granularity.axis != 0:
+        return f"it takes a scale per group or output channel; these have one per {granularity}"
+    if granularity.kind == "group" and (granularity.group_size not in GROUPS or problem.k % granularity.group_size):
+        return f"it takes groups of 32, 64, 128 or 256 that divide in_features; {granularity} and {problem.k} do not"
+    if problem.n * problem.k >= 2**31:
+        return f"it takes fewer than 2^31 weights; this layer has {problem.n * problem.k}"
+    return None
+
+
+def refuse_warpgroup(problem: Problem) -> str | None:
+    if reason := refuse(problem):
+        return reason
+    if (have := _capability(problem.device.index)) != HOPPER:
+        return f"it uses products that only compute capability 9.0 has; this GPU has {have[0]}.{have[1]}"
+    return None
+
+
+def most_rows_decode(problem: Problem) -> int:
+    weight, device = _weight_of(problem), problem.device.index
+    if _capability(device) == HOPPER:
+        return tiles.most_rows(weight, "decode")
+    return max((rows for rows in range(1, 17) if _decode_tile(weight, rows, device)), default=0)
+
+
+def most_rows_warpgroup(problem: Problem) -> int:
+    return tiles.most_rows(_weight_of(problem), "warpgroup")
+
+
+@cache
+def _capability(device: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def _decode_tile(weight: Weight, rows: int, device: int | None) -> DecodeTile | None:
+    if _capability(device) == HOPPER:
+        return tiles.choose(weight, "decode", rows)
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return DecodeTile(-(-rows // 8), 1, 8, 4, 1, 2).fitted(weight, rows, limit)
+
+
+def _weight_of(problem: Problem) -> Weight:
+    group = problem.weights.granularity.group_size or 0
+    slabs, steps = padded(problem.n, SLAB) // SLAB, padded(problem.k, STEP) // STEP
+    groups = steps * STEP // group if group else 1
+    return Weight(problem.n, slabs, steps, groups, problem.weights.format.bits, group, not problem.weights.symmetric)
+
+
+# --- the operators ---------------------------------------------------------------------------------------------------
+
+
+def _check_weight(codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+    for part in (codes, scale) if zero is None else (codes, scale, zero):
+        if part.device.type != "cuda" or part.device != codes.device:
+            raise CanopyError(f"the weight's tensors must be on one NVIDIA GPU; one is on {part.device}")
+        if part.data_ptr() % 16 or not part.is_contiguous():
+            raise CanopyError("the weight's tensors must be contiguous and begin at a multiple of 16 bytes; copy them")
+
+
+def _check_input(x: Tensor, codes: Tensor, n: int) -> Tensor:
+    """x as the kernels read it: rows one after the other, whole half steps long, at multiples of 16 bytes."""
+    if x.device != codes.device:
+        raise CanopyError(f"the input is on {x.device} and the weight on {codes.device}; move one of them")
+    if x.dtype not in NARROW:
+        raise CanopyError(f"the kernel takes bfloat16 and float16 input, not {x.dtype}; cast it")
+    if x.dim() != 2 or padded(x.shape[1], STEP) != codes.shape[1] * STEP:
+        raise CanopyError(f"the kernel takes an input (rows, {codes.shape[1] * STEP} at most), got {tuple(x.shape)}")
+    if x.shape[0] * max(n, x.shape[1]) >= 2**31:
+        raise CanopyError(f"{x.shape[0]} rows make 2^31 elements or more; split the input")
+    if x.shape[1] % 64:
+        return F.pad(x, (0, -x.shape[1] % 64))
+    return x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 16 else x.contiguous()
+
+
+@torch.library.custom_op("canopyq::decode_linear", mutates_args=())
+def decode_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, bits: int, group: int
+) -> Tensor:
+    """x (M, K) · Wᵀ with ``decode.cu``: (M, n). Raises `CanopyError` for input that the kernel does not take."""
+    _check_weight(codes, scale, zero)
+    x = _check_input(x, codes, n)
+    if not len(x):
+        return x.new_empty(0, n)
+    weight = describe(codes, scale, zero, n, bits, group)
+    if (tile := _decode_tile(weight, len(x), x.device.index)) is None:
+        raise CanopyError(f"the decode kernel does not take {len(x)} rows of {x.shape[1]}; use fewer")
+    return products.run_decode(x, codes, scale, zero, weight, tile)
+
+
+@torch.library.custom_op("canopyq::warpgroup_linear", mutates_args=())
+def warpgroup_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, bits: int, group: int
+) -> Tensor:
+    """x (M, K) · Wᵀ with ``warpgroup.cu``: (M, n). Raises `CanopyError` for input that the kernel does not take."""
+    _check_weight(codes, scale, zero)
+    x = _check_input(x, codes, n)
+    if not len(x):
+        return x.new_empty(0, n)
+    weight = describe(codes, scale, zero, n, bits, group)
+    tile = tiles.choose(weight, "warpgroup", len(x)) or tiles.choose(weight, "warpgroup", 1024)
+    return products.run_warpgroup(x, codes, scale, zero, weight, tile)
+
+
+@torch.library.custom_op("canopyq::dequantize_fragments", mutates_args=())
+def dequantize_fragments(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, k: int, bits: int, group: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight (n, k) in bfloat16, float16 or float32."""
+    _check_weight(codes, scale, zero)
+    weight = describe(codes, scale, zero, n, bits, group)
+    return products.run_dequantize(codes, scale, zero, weight, k, dtype)
+
+
+@decode_linear.register_fake
+@warpgroup_linear.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, bits: int, group: int) -> Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+@dequantize_fragments.register_fake
+def _(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, k: int, bits: int, group: int, dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty(n, k, dtype=dtype)
+
+
+# --- the kernels that `select` lists ---------------------------------------------------------------------------------
+
+
+def _arguments(held: Held, problem: Problem) -> tuple:
+    group = problem.weights.granularity.group_size or 0
+    parts = held["weight_fragments"], held["weight_scale"], held.get("weight_zero_point")
+    return *parts, problem.n, problem.weights.format.bits, group
+
+
+def decode(x: Tensor, held: Held, problem: Problem) -> Tensor:
+    """x · Wᵀ with sums in float32: (M, K) -> (M, N). float32 input goes to `library`."""
+    return decode_linear(x, *_arguments(held, problem)) if x.dtype in NARROW else library(x, held, problem)
+
+
+def warpgroup(x: Tensor, held: Held, problem: Problem) -> Tensor:
+    """x · Wᵀ with sums in float32: (M, K) -> (M, N). float32 input goes to `library`."""
+    return warpgroup_linear(x, *_arguments(held, problem)) if x.dtype in NARROW else library(x, held, problem)
+
+
+def library(x: Tensor, held: Held, problem: Problem) -> Tensor:
+    """x · Wᵀ with W dequantized to x's dtype in memory of its own for as long as the call takes: (M, K) -> (M, N)."""
+    codes, scale, zero, n, bits, group = _arguments(held, problem)
+    return F.linear(x, dequantize_fragments(codes, scale, zero, n, problem.k, bits, group, x.dtype))
+
+
+DECODE = Kernel("int4/int8 decode (CUDA)", FRAGMENTS, refuse, decode, most_rows_decode, device="cuda")
+WARPGROUP = Kernel(
+    "int4/int8 on warpgroups (CUDA)", FRAGMENTS, refuse_warpgroup, warpgroup, most_rows_warpgroup, device="cuda"
+)
+LIBRARY = Kernel("int4/int8 dequantized, then cuBLAS (CUDA)", FRAGMENTS, refuse, library, device="cuda")

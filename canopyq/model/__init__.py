@@ -1,0 +1,1 @@
+"""A whole model, quantized in place, and the report of it."""

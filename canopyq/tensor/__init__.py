@@ -1,0 +1,1 @@
+"""One tensor: number formats, which values share a scale, ranges, codes, and codes packed into words."""

@@ -1,0 +1,84 @@
+"""Every kernel of the table of tiles, and of other weights and architectures, compiles without spilling registers."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from canopyq.kernels.cuda import nvrtc, products, tiles
+from canopyq.kernels.cuda.tiles import DecodeTile, WarpgroupTile
+
+pytestmark = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
+BF16, FP16 = torch.bfloat16, torch.float16
+Job = tuple[str, dict, str, str]
+
+
+def decode(tile: DecodeTile, arch: str, bits: int, group: int, asymmetric: bool, x: torch.dtype) -> Job:
+    constants = products.constants(bits, group, asymmetric, x, BF16) | products.decode_constants(tile)
+    return "decode.cu", constants, arch, ""
+
+
+def warpgroup(tile: WarpgroupTile, bits: int, group: int, asymmetric: bool, x: torch.dtype) -> Job:
+    constants = products.constants(bits, group, asymmetric, x, BF16) | products.warpgroup_constants(tile)
+    return "warpgroup.cu", constants, "sm_90a", tiles.product_source(tile.tokens, x == BF16)
+
+
+def compile_all(jobs: list[Job]) -> dict[str, nvrtc.Compiled]:
+    """NVRTC runs without Python's lock, so threads suffice."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda job: nvrtc.compile(*job[:3], extra=job[3]), jobs)
+        return {f"{job[0]} {job[1]} {job[2]}": one for job, one in zip(jobs, found, strict=True)}
+
+
+def check(found: dict[str, nvrtc.Compiled]) -> None:
+    wrong = {
+        name: (one.registers, one.spilled, one.warnings) for name, one in found.items() if one.spilled or one.warnings
+    }
+    assert not wrong, wrong
+
+
+def table(kernel: str, matters: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """One tile of the table for each combination of the constants at these places; others hardly change the code."""
+    found = [tuple(row["tile"]) for row in tiles.measured() if row["kernel"] == kernel]
+    return list({tuple(tile[i] for i in matters): tile for tile in found}.values())
+
+
+@pytest.mark.slow
+def test_every_kind_of_tile_in_the_table() -> None:
+    """All but the lengths of rings and clusters."""
+    jobs = [decode(DecodeTile(*tile), "sm_90a", 4, 128, False, BF16) for tile in table("decode", (0, 1, 2))]
+    jobs += [warpgroup(WarpgroupTile(*tile), 4, 128, False, BF16) for tile in table("warpgroup", (0, 1, 2, 3, 5, 7))]
+    assert len(jobs) > 10
+    check(compile_all(jobs))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100"])
+def test_the_decode_kernel_for_every_weight(arch: str) -> None:
+    """Two rows of tokens are what older GPUs take; the groups and zero points change the inner loop."""
+    weights = [
+        (4, 128, False, BF16),
+        (4, 32, True, FP16),
+        (8, 0, False, BF16),
+        (8, 64, True, FP16),
+        (4, 256, True, BF16),
+    ]
+    columns = (1, 2) if arch == "sm_90a" else (2,)
+    check(compile_all([decode(DecodeTile(n, 1, 8, 4, 1, 2), arch, *w) for w in weights for n in columns]))
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 128])
+def test_the_warpgroup_kernel_for_every_weight(tokens: int) -> None:
+    tile = WarpgroupTile(tokens, 1, 2, 1, 4, 2, 1, 1)
+    weights = [(4, 32, True, FP16), (8, 0, False, BF16)]
+    check(compile_all([warpgroup(tile, *weight) for weight in weights]))
+
+
+def test_dequantizing() -> None:
+    jobs = []
+    for arch, bits, out in (("sm_80", 4, BF16), ("sm_90a", 8, FP16), ("sm_100", 4, torch.float32)):
+        constants = products.constants(bits, 128, True, out, BF16) | {"WIDE": int(out == torch.float32)}
+        jobs.append(("dequantize.cu", constants, arch, ""))
+    check(compile_all(jobs))

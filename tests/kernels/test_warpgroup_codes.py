@@ -1,0 +1,188 @@
+"""8-bit products on warpgroups: right for every kind of tile and odd shape on a GPU; tiles that fit, anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from canopyq.errors import CanopyError
+from canopyq.kernels import cublas, many_codes, select, skinny
+from canopyq.kernels.cuda import eight_bits, launch, nvrtc, tiles, warpgroup_codes, wide_int8
+from canopyq.kernels.cuda.warpgroup_codes import CodesTile
+from canopyq.kernels.cuda.wide_int8 import WideTile
+from canopyq.kernels.kernel import Problem
+from canopyq.tensor.quantized_tensor import quantize
+from canopyq.tensor.scheme import Recipe
+
+BF16, FP16 = torch.bfloat16, torch.float16
+# tokens, tall, warpgroups, stages, cluster, per_sm: every constant takes each of its values
+TILES = [
+    CodesTile(*tile).fitted(4096)
+    for tile in (
+        (8, 1, 1, 4, 1, 2), (16, 1, 1, 20, 2, 2), (16, 2, 1, 8, 3, 1), (32, 1, 2, 2, 4, 2), (64, 1, 2, 8, 1, 1),
+        (64, 1, 1, 3, 2, 3),
+    )
+]  # fmt: skip
+LARGE = [
+    CodesTile(*tile).fitted(4096)
+    for tile in ((64, 2, 2, 8, 1, 1), (128, 2, 2, 8, 1, 1), (128, 1, 2, 3, 1, 2), (256, 1, 2, 3, 2, 1))
+]
+WIDE = [WideTile(256, 1, 4), WideTile(128, 2, 4), WideTile(128, 1, 6), WideTile(128, 1, 2)]
+EVERY = [("int8", tile) for tile in TILES + LARGE] + [("fp8_e4m3", tile) for tile in TILES]
+
+
+def codes(rows: int, k: int, format: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales, and what they stand for in float64."""
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(seed))
+    found = quantize(x, format, "token")
+    return found.data.cuda(), found.scale.cuda(), found.dequantize(torch.float64).cuda()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU that torch can use")
+class TestOnAGpu:
+    @pytest.fixture(autouse=True)
+    def hopper(self) -> None:
+        if torch.cuda.get_device_capability() != warpgroup_codes.HOPPER:
+            pytest.skip("needs compute capability 9.0")
+
+    @pytest.mark.parametrize(("format", "tile"), EVERY, ids=str)
+    def test_every_tile_is_right_for_odd_shapes(self, format: str, tile: CodesTile) -> None:
+        for m, n, k in ((1, 64, 128), (5, 40, 1072), (67, 333, 528), (300, 1000, 2064), (130, 4096, 4096)):
+            x, x_scale, exact_x = codes(m, k, format, 1)
+            w, w_scale, exact_w = codes(n, k, format, 2)
+            fitted = tile.fitted(k)
+            y = warpgroup_codes.run(x, x_scale, w, w_scale, torch.float32, fitted)
+            exact = exact_x @ exact_w.t()
+            error = float((y.double() - exact).norm() / exact.norm())
+            assert error < (1e-6 if format == "int8" else 2e-3), (m, n, k, error)
+            assert torch.equal(y, warpgroup_codes.run(x, x_scale, w, w_scale, torch.float32, fitted))
+
+    @pytest.mark.parametrize("tile", WIDE, ids=str)
+    @pytest.mark.parametrize("output", [FP16, BF16], ids=str)
+    def test_every_tile_for_many_rows_is_right(self, tile: WideTile, output: torch.dtype) -> None:
+        """One tile and many to a block; results cut off on both sides; one step and many."""
+        for m, n, k in ((1, 64, 128), (67, 328, 528), (300, 1000, 2064), (3000, 4096, 1024), (1500, 7000, 16)):
+            x, x_scale, exact_x = codes(m, k, "int8", 1)
+            w, w_scale, exact_w = codes(n, k, "int8", 2)
+            y = wide_int8.run(x, x_scale, w, w_scale, output, tile)
+            exact = exact_x @ exact_w.t()
+            assert float((y.double() - exact).norm() / exact.norm()) < {FP16: 6e-4, BF16: 4e-3}[output], (m, n, k)
+            assert torch.equal(y, wide_int8.run(x, x_scale, w, w_scale, output, tile))
+            plain = warpgroup_codes.run(x, x_scale, w, w_scale, output, LARGE[0].fitted(k))
+            assert torch.equal(y, plain)
+
+    @pytest.mark.parametrize("output", [FP16, BF16, torch.float32], ids=str)
+    @pytest.mark.parametrize("scale", [FP16, BF16, torch.float32], ids=str)
+    def test_every_dtype(self, output: torch.dtype, scale: torch.dtype) -> None:
+        x, x_scale, exact_x = codes(40, 512, "int8", 3)
+        w, w_scale, _ = codes(200, 512, "int8", 4)
+        w_scale = w_scale.to(scale)
+        exact = exact_x @ (w.double() * w_scale.double()).t()
+        y = warpgroup_codes.multiply_many_codes(x, x_scale, w, w_scale, output)
+        assert y.dtype == output
+        assert float((y.double() - exact).norm() / exact.norm()) < {FP16: 6e-4, BF16: 4e-3, torch.float32: 1e-6}[output]
+
+    def test_it_reads_what_the_kernel_before_it_wrote(self) -> None:
+        """It starts before the quantization has ended."""
+        w, w_scale, exact_w = codes(512, 512, "int8", 5)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for m in (1, 16, 64, 300):
+                for seed in range(20):
+                    x = torch.randn(m, 512, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)).to(BF16)
+                    found = eight_bits.quantize_rows(x, "int8")
+                    y = warpgroup_codes.multiply_many_codes(*found, w, w_scale, BF16)
+                    exact = (found[0].double() * found[1].double()) @ exact_w.t()
+                    assert float((y.double() - exact).norm() / exact.norm()) < 4e-3
+
+    def test_it_works_in_a_graph_and_is_well_formed(self) -> None:
+        x, x_scale, _ = codes(20, 256, "int8", 6)
+        w, w_scale, _ = codes(64, 256, "int8", 7)
+        arguments = (x, x_scale, w, w_scale, BF16)
+        expected = warpgroup_codes.multiply_many_codes(*arguments)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = warpgroup_codes.multiply_many_codes(*arguments)
+        graph.replay()
+        assert torch.equal(y, expected)
+        torch.library.opcheck(warpgroup_codes.multiply_many_codes, arguments)
+
+    def test_bad_input_is_refused(self) -> None:
+        x, x_scale, _ = codes(20, 256, "int8", 6)
+        for arguments, words in (
+            ((x[:, :40].contiguous(), x_scale, x[:, :40].contiguous(), x_scale, BF16), "multiples of 16"),
+            ((x, x_scale, x.cpu(), x_scale, BF16), "move them together"),
+            ((x, x_scale[:3], x, x_scale, BF16), "as many scales"),
+        ):
+            with pytest.raises(CanopyError, match=words):
+                warpgroup_codes.multiply_many_codes(*arguments)
+        assert warpgroup_codes.multiply_many_codes(x[:0], x_scale[:0], x, x_scale, BF16).shape == (0, 20)
+
+
+@pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
+@pytest.mark.parametrize(("format", "tile"), EVERY[::2], ids=str)
+def test_it_compiles_without_spilling(format: str, tile: CodesTile) -> None:
+    constants = warpgroup_codes.constants(format, torch.float32, BF16, tile)
+    extra = tiles.codes_product_source(format == "int8", tile.tokens)
+    found = nvrtc.compile("warpgroup_codes.cu", constants, "sm_90a", extra=extra)
+    assert found.spilled == 0 and not found.warnings
+
+
+@pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
+@pytest.mark.parametrize("tile", WIDE, ids=str)
+def test_the_kernel_for_many_rows_compiles_without_spilling(tile: WideTile) -> None:
+    constants, extra = wide_int8.constants(torch.float32, BF16, tile), tiles.codes_product_source(True, tile.tokens)
+    found = nvrtc.compile("wide_int8.cu", constants, "sm_90a", extra=extra)
+    assert found.spilled == 0 and not found.warnings
+    assert tile.shared + 640 <= tiles.SHARED  # barriers and scales beside it
+
+
+@given(st.sampled_from(["int8", "fp8_e4m3"]), st.integers(1, 5000), st.integers(1, 40_000), st.integers(1, 2500))
+def test_every_shape_gets_a_tile_that_fits(format: str, m: int, n: int, sixteens: int) -> None:
+    k = 16 * sixteens
+    tile = warpgroup_codes.choose(format, m, n, k, torch.float32)
+    assert tile.stages >= 2 and (tile.shared + tiles.RESERVED) * tile.per_sm <= tiles.SHARED
+    assert tile.threads * tile.per_sm <= 2048 and tile.cluster <= -(-k // 128)
+    across, down, deep = tile.blocks(m, n)
+    assert across * tile.tokens >= m and down * tile.rows >= n
+    assert deep == tile.cluster
+
+
+def test_results_that_the_copy_engine_cannot_store_go_to_the_other_kernel() -> None:
+    assert wide_int8.refuse(4096, BF16) is None
+    assert "float32" in wide_int8.refuse(4096, torch.float32) and "multiples of 8" in wide_int8.refuse(4100, BF16)
+    for n, dtype in ((4096, torch.float32), (4100, BF16)):
+        assert isinstance(warpgroup_codes.choose("int8", 5000, n, 4096, dtype), CodesTile)
+
+
+def test_a_stage_never_holds_less_than_two_tiles() -> None:
+    assert replace(TILES[0], stages=100).fitted(4096).stages > 10
+
+
+def problem(recipe: str, n: int = 4096, k: int = 4096) -> Problem:
+    found = Recipe.parse(recipe)
+    return Problem(found.weights, found.activations, n, k, BF16, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("capability", "many"), [((9, 0), many_codes.INT8), ((8, 0), cublas.INT8)])
+def test_int8_takes_our_kernels_and_cublas_elsewhere(capability, many, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "unavailable", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    kernels = select.usable(problem("w8a8"))
+    assert select.pick(kernels, 1) is kernels[0] and kernels[0].name == skinny.INT8.name
+    assert select.pick(kernels, 5000).name == many.name
+
+
+def test_fp8_goes_to_cublas_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "unavailable", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    kernels = select.usable(problem("fp8"))
+    assert select.pick(kernels, 5000).name == cublas.FP8.name
+    assert many_codes.FP8.name in [select.pick(kernels, rows).name for rows in (16, 32, 64)]
