@@ -31,7 +31,8 @@ def test_recall_by_cache_and_length(tutor) -> None:
     assert kv4.to_dict()["share"]["n"] == len(kv4.to_dict()["kls"]) == 6
     assert "KL" in str(kv4)
     late = long_chat(*tutor, ("kv4",), fillers=(6,), questions=2, first=4)
-    assert (late[1].right, late[1].kls) == (kv4.right[4:], pytest.approx(kv4.kls[4:], rel=1e-3))
+    # A KL of 3e-6 is of logits some 2e-3 apart; their float32 sums, in another order, are some 1e-5 off: 1e-5 / 2e-3
+    assert (late[1].right, late[1].kls) == (kv4.right[4:], pytest.approx(kv4.kls[4:], rel=1e-2))
 
 
 @pytest.mark.parametrize(("caches", "fillers"), [((), (0,)), (("kv4",), ())])

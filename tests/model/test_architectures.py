@@ -231,9 +231,10 @@ def test_explain_says_what_runs_and_why_not() -> None:
         assert layer.runs and layer.refused
         assert 8 * layer.nbytes / (layer.shape[0] * layer.shape[1]) <= 4.3
     text = str(found)
-    assert "runs    packed int4" in text and "refused int8 by int8" in text
+    assert "refused int8 by int8" in text
+    for kernel in found.layers[0].runs:  # which ones differs from processor to processor
+        assert text.count(f"runs    {kernel}:") == 1, "layers that run alike share a paragraph"
     assert text.startswith("model.layers.0.self_attn.q_proj and 13 more: 128x128, 64x128, 256x128, 128x256, int4 g128")
-    assert text.count("packed int4, bfloat16") == 1, "layers that run alike share a paragraph"
 
 
 @pytest.mark.parametrize("recipe", ["w8a8", "fp8"])
