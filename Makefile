@@ -17,6 +17,8 @@ STAMP := $(VENV)/.installed$(if $(CONSTRAINTS),,-newest)
 UNIT_TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore=tests/browser --ignore=tests/docs -n 2 --dist worksteal
 NUMERIC_TESTS := tests/tensor tests/kernels tests/nn tests/calibration tests/methods tests/checkpoint tests/model \
 	$(wildcard tests/test_kv_*.py) tests/test_fused_attention.py tests/test_generate.py tests/evaluate/test_evaluate.py
+# JupyterLab's settings for the course: a saved lesson keeps its cards.
+LAB_SETTINGS := JUPYTER_CONFIG_PATH="$(CURDIR)/jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}"
 LAB_AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # The environment is stale when pyproject.toml or constraints.txt is newer than the stamp (make's own rule), when its
@@ -39,7 +41,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 lab: $(STAMP) ## Open the course in JupyterLab
-	$(RUN) -m jupyterlab notebooks/00_start_here.ipynb $(LAB_AS_ROOT) $(LABFLAGS)
+	$(LAB_SETTINGS) $(RUN) -m jupyterlab notebooks/00_start_here.ipynb $(LAB_AS_ROOT) $(LABFLAGS)
 
 test: ## Check everything: lint, unit tests, notebooks, and the course in a real browser
 	@for stage in setup lint test-units check-notebooks test-browser; do \

@@ -90,19 +90,25 @@ def buttons(options: Sequence[str] | Mapping[str, object], value: object = ...) 
     )
 
 
-def frame(children: Sequence[Widget], *names: str) -> VBox:
+def verdict(body: str = "") -> HTML:
+    """Where a card says what it thinks of an answer."""
+    place = HTML(body)
+    place.add_class("canopyq-verdict")
+    return place
+
+
+def frame(children: Sequence[Widget], *names: str, border: str = "1px solid #c9d1d9") -> VBox:
     """The frame around a live card; ``names`` become CSS classes, so that tests can find it."""
-    layout = Layout(
-        border="1px solid #c9d1d9", padding="8px 14px", margin="4px 0", max_width="800px", overflow="visible"
-    )
+    layout = Layout(border=border, padding="8px 14px", margin="4px 0", max_width="800px", overflow="visible")
     card = VBox([HTML(_STYLE, layout=Layout(display="none")), *children], layout=layout)
     for name in ("canopyq-card", *names):
         card.add_class(name)
     return card
 
 
-# Choices stand in a column and wrap; the chosen one is framed; what has the keyboard's focus can be seen.
-_STYLE = """<style>
+# Choices stand in a column and wrap; the chosen one is framed; what has the keyboard's focus can be seen. Without its
+# kernel, after a restart or in a notebook that is opened again, a card says so once and shows no verdict.
+_CSS = """
 .canopyq-card .widget-html-content { line-height: 1.5; white-space: normal; }
 .canopyq-choices .widget-toggle-button { display: block; width: 100%; height: auto; min-height: 30px; margin: 3px 0;
   padding: 4px 12px; text-align: left; line-height: 1.5; white-space: normal; border: 1px solid rgba(110,118,129,.35);
@@ -110,8 +116,32 @@ _STYLE = """<style>
 .canopyq-choices .widget-toggle-button.mod-active { background: #dcebfb; color: #0d2c4d; border-color: #1f6feb;
   box-shadow: inset 3px 0 0 #1f6feb; }
 .canopyq-choices > div { flex-direction: column; width: 100%; }
-.canopyq-card button:focus-visible { outline: 2px solid #1f6feb; outline-offset: 1px; }
-</style>"""
+.canopyq-card button:focus-visible, .canopyq-card .noUi-handle:focus-visible { outline: 2px solid #1f6feb;
+  outline-offset: 1px; }
+.canopyq-card .jupyter-widgets-disconnected::before { content: none; }
+.canopyq-card.jupyter-widgets-disconnected::before {
+  content: "Not connected: run this cell. If a name is missing, Run → Run All Above Selected Cell helps.";
+  display: block; align-self: stretch; font: 14px/1.5 var(--jp-ui-font-family, sans-serif); color: #4a3500;
+  background: #fff6df; border-left: 4px solid #b7791f; border-radius: 4px; padding: 4px 12px; }
+.canopyq-card.jupyter-widgets-disconnected .canopyq-verdict { display: none; }
+.canopyq-card.jupyter-widgets-disconnected button, .canopyq-card.jupyter-widgets-disconnected input,
+.canopyq-card.jupyter-widgets-disconnected .noUi-target { pointer-events: none; opacity: .5; }
+"""
+
+# What ipywidgets leaves out for those who do not see the page: names of sliders and pictures, which button is pressed,
+# that a verdict has come.
+_NAMES = """
+const card = this.closest('.canopyq-card'), each = (at, what) => card.querySelectorAll(at).forEach(what);
+const name = () => {
+  each('.noUi-handle', it => { const row = it.closest('.widget-inline-hbox'), part = at => row.querySelector(at);
+    it.setAttribute('aria-label', part('.widget-label')?.textContent || 'value');
+    it.setAttribute('aria-valuetext', part('.widget-readout')?.textContent || it.getAttribute('aria-valuenow')); });
+  each('.widget-toggle-button', it => it.setAttribute('aria-pressed', it.classList.contains('mod-active')));
+  each('.canopyq-verdict, .canopyq-line', it => it.setAttribute('aria-live', 'polite'));
+  each('img', it => it.alt = card.querySelector('.canopyq-line')?.textContent || 'picture'); };
+name(); new MutationObserver(name).observe(card, {childList: true, subtree: true, attributeFilter: ['class']});
+"""
+_STYLE = f'<style onload="{html.escape(_NAMES)}">{_CSS}</style>'
 
 
 class Card:

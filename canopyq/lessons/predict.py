@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from functools import cached_property
+from weakref import WeakSet
 
 from ipywidgets import HTML, Button, HBox, Layout, Text, VBox
 
 from canopyq import checks
 from canopyq.errors import CanopyError, shown
 
-from .html import Card, box, details, frame, heading, section
+from .html import Card, box, details, frame, heading, section, verdict
 from .store import store
 from .text import block, inline, shorten
+
+_displayed: defaultdict[str, WeakSet[Reveal]] = defaultdict(WeakSet)  # a guess opens every measurement of its question
 
 
 class Predict(Card):
@@ -31,7 +35,7 @@ class Predict(Card):
     def say(self, number: float) -> Predict:
         """Guess without the widget: ``guess.say(0.3)``."""
         guess = checks.number("number", _number(number))
-        store().record("predictions", self.id, guess=guess)
+        self._record(guess)
         if "_live" in self.__dict__:
             self._entry.value = f"{guess:g}"
         return self
@@ -53,7 +57,7 @@ class Predict(Card):
         )
         self._entry.add_class("canopyq-guess")
         keep = Button(description="Keep my guess", layout=Layout(width="auto"))
-        self._answer = HTML("" if self.guess is None else self._noted(self.guess))
+        self._answer = verdict("" if self.guess is None else self._noted(self.guess))
         self._entry.observe(lambda change: self._keep(change["new"]), "value")
         keep.on_click(lambda _button: self._keep(self._entry.value))
         row = HBox(
@@ -71,9 +75,14 @@ class Predict(Card):
         if number is None:
             self._answer.value = box("bad", f"{inline(text)!s} does not read as a number. Write it as 0.5 or 3e-4.")
             return
-        store().record("predictions", self.id, guess=number)
+        self._record(number)
         notice = store().notice()
         self._answer.value = self._noted(number) + (box("note", inline(notice)) if notice else "")
+
+    def _record(self, guess: float) -> None:
+        store().record("predictions", self.id, guess=guess)
+        for reveal in _displayed[self.id]:
+            reveal._refresh()
 
     def _noted(self, number: float) -> str:
         return box("info", f"Your guess: <b>{number:g}{_unit(self.unit)}</b>. Now run the cells below.")
@@ -86,25 +95,38 @@ class Predict(Card):
 
 
 class Reveal(Card):
-    """The measured number; live, with the guess beside it."""
+    """The measured number; live, hidden until there is a guess, and then with the guess beside it."""
 
     def __init__(self, predict: Predict, value: float, fmt: str) -> None:
-        self.value, self.measured, self.unit = value, format(value, fmt), predict.unit
-        self.guess = predict.guess
+        self.predict, self.value, self.unit = predict, value, predict.unit
+        self.measured = format(value, fmt)
 
     def widget(self) -> VBox:
         return self._live
 
     @cached_property
     def _live(self) -> VBox:
-        measured = f"measured: <b>{self.measured}{_unit(self.unit)}</b>"
-        if self.guess is None:
-            body = box("info", f"No guess yet; {measured}")
-        else:
-            body = box("info", f"You said <b>{self.guess:g}</b>; {measured}{distance(self.guess, self.value)}")
-        answer = VBox([HTML(body)], layout=Layout(overflow="visible", max_width="800px"))
-        answer.add_class("canopyq-reveal")
-        return answer
+        self._answer = verdict()
+        self._show = Button(description="Show it without a guess", layout=Layout(width="auto", align_self="flex-start"))
+        self._show.on_click(lambda _button: self._open(f"Measured: <b>{self.measured}{_unit(self.unit)}</b>."))
+        card = frame([self._answer, self._show], "canopyq-reveal", border="none")
+        self._refresh()
+        _displayed[self.predict.id].add(self)
+        return card
+
+    def _refresh(self) -> None:
+        guess = self.predict.guess
+        if guess is None:
+            self._answer.value = box("info", "Measured. Make your guess on the card above, and it opens here.")
+            return
+        self._open(
+            f"You said <b>{guess:g}</b>; measured: <b>{self.measured}{_unit(self.unit)}</b>"
+            f"{distance(guess, self.value)}"
+        )
+
+    def _open(self, body: str) -> None:
+        self._answer.value = box("info", body)
+        self._show.layout.display = "none"
 
     def static_html(self) -> str:
         return details("Open when you have guessed", box("info", f"Measured: <b>{self.measured}{_unit(self.unit)}</b>"))
@@ -143,14 +165,14 @@ def parse(text: str) -> float | None:
 
 
 def distance(guess: float, value: float) -> str:
-    """How far off, in words."""
+    """How far off, in words: as a share of what was measured, or as a factor."""
     if guess == value or (value and abs(guess - value) <= 0.02 * abs(value)):
         return ". Spot on."
     if guess * value <= 0:
         return ""
-    ratio = max(guess / value, value / guess)
-    side = "high" if abs(guess) > abs(value) else "low"
-    by = f"{(ratio - 1):.0%}" if ratio < 2 else f"a factor of {ratio:.3g}"
+    ratio = guess / value
+    side = "high" if ratio > 1 else "low"
+    by = f"{abs(ratio - 1):.0%}" if 0.5 < ratio < 2 else f"a factor of {max(ratio, 1 / ratio):.3g}"
     return f" ({by} too {side})"
 
 

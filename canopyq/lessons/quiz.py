@@ -6,7 +6,7 @@ from functools import cached_property
 
 from ipywidgets import HTML, Button, Layout, ToggleButtons, VBox
 
-from .html import Card, StaticCard, box, details, frame, heading, section
+from .html import Card, StaticCard, box, details, frame, heading, section, verdict
 from .quizzes import Choice, Question, load
 from .store import store
 from .text import block, inline, plain, shorten
@@ -45,10 +45,15 @@ class Quiz(Card):
         check = Button(description="Check", button_style="primary", tooltip="Check the chosen answer")
         check.add_class("canopyq-check")
         check.on_click(self._on_check)
-        self._feedback = HTML(_feedback(q.choice(chosen)) if chosen else "")
+        self._feedback = verdict(_feedback(q.choice(chosen)) if chosen else "")
         self._feedback.add_class("canopyq-feedback")
+        self._options.observe(self._on_choose, "value")
         text = HTML(heading("Quiz", q.title) + f'<div style="font-size:14px">{block(q.question)}</div>' + _notice())
         return frame([text, self._options, check, self._feedback], "canopyq-quiz", f"canopyq-quiz-{q.id}")
+
+    def _on_choose(self, _change: object) -> None:
+        """What was said is of another choice."""
+        self._feedback.value = ""
 
     def _on_check(self, _button: Button) -> None:
         if self._options.value is None:

@@ -56,6 +56,7 @@ def lab_server(work: Path, folder: Path) -> Iterator[str]:
         environment[f"JUPYTER_{name}"] = str(work / name.lower())
     environment["JUPYTERLAB_SETTINGS_DIR"] = str(work / "settings")
     environment["JUPYTERLAB_WORKSPACES_DIR"] = str(work / "workspaces")
+    environment["JUPYTER_CONFIG_PATH"] = str(ROOT / "jupyter")  # as `make lab` does
     environment["IPYTHONDIR"] = str(work / "ipython")
     environment["CANOPYQ_PROGRESS"] = str(work / PROGRESS)
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -156,16 +157,20 @@ class LabPage:
             return False
         return True
 
-    def restart_and_run(self) -> None:
-        """Reload the page in the browser, start a fresh kernel, and run everything again."""
-        self.page.evaluate(
-            """async ([base, token]) => { const at = base + '/api/sessions?token=' + token;
-                for (const s of await (await fetch(at)).json()) await fetch(
-                    base + '/api/kernels/' + s.kernel.id + '/restart?token=' + token, {method: 'POST'}); }""",
-            [self.address, TOKEN],
-        )
+    def save(self) -> None:
+        """File → Save Notebook."""
+        with self.page.expect_response(lambda r: r.request.method == "PUT" and self.notebook in r.url):
+            self.page.keyboard.press("Control+s")
+
+    def restart(self) -> None:
+        """Kernel → Restart Kernel."""
+        self.page.get_by_role("menuitem", name="Kernel", exact=True).click()
+        self.page.locator(".lm-Menu-item[data-command='kernelmenu:restart']").click()
+        self.page.locator(".jp-Dialog .jp-mod-accept").click()
+
+    def reopen(self) -> None:
+        """Open the notebook anew in the browser, as it was saved."""
         self._open()
-        self.run_all()
 
     def errors(self) -> list[str]:
         """The text of every error output, which JupyterLab shows as it shows stderr."""

@@ -46,14 +46,31 @@ def test_answers_are_back_after_a_restart(visit, workplace: Path) -> None:
     (workplace / PROGRESS).unlink(missing_ok=True)
     with visit("restart.ipynb") as lab:
         lab.run_all()
-        assert len(lab.quizzes()) == 2
-        for quiz in lab.quizzes():
+        quizzes = lab.quizzes()
+        assert len(quizzes) == 2
+        for quiz in quizzes:
             lab.answer(quiz, load(quiz).right.letter)
-        lab.restart_and_run()
+        lab.save()
+        lab.restart()
+        say_they_are_not_connected(lab, quizzes)
+        lab.reopen()
+        say_they_are_not_connected(lab, quizzes)
+        lab.run_all()
         assert lab.errors() == []
-        for quiz in lab.quizzes():
+        for quiz in quizzes:
             assert lab.chosen(quiz) == load(quiz).right.letter
             assert plain(load(quiz).right.reason) in lab.feedback(quiz)
+
+
+def say_they_are_not_connected(lab: LabPage, quizzes: list[str]) -> None:
+    """Each card once, instead of a verdict that no kernel stands behind."""
+    before = "at => [at, ...at.querySelectorAll('*')].map(x => getComputedStyle(x, '::before').content)"
+    for quiz in quizzes:
+        lab.page.locator(f".canopyq-quiz-{quiz}.jupyter-widgets-disconnected").wait_for()
+        said = lab.quiz(quiz).evaluate(f"{before}.filter(x => x != 'none')")
+        assert len(said) == 1 and "Not connected" in said[0]
+        assert lab.chosen(quiz) and not lab.quiz(quiz).locator(".canopyq-feedback").is_visible()
+    assert lab.quizzes() == quizzes and lab.errors() == []
 
 
 def test_a_walk_fails_where_something_is_broken(visit, workplace: Path) -> None:

@@ -51,14 +51,26 @@ def test_typing_a_guess_keeps_it() -> None:
 def test_reveal_shows_both_live_and_only_the_measurement_otherwise() -> None:
     guess = lessons.predict("02-error", QUESTION, unit="steps").say(0.3)
     reveal = guess.reveal(0.5)
-    assert "You said <b>0.3</b>; measured: <b>0.5 steps</b>" in reveal.widget().children[0].value
+    reveal.widget()
+    assert "You said <b>0.3</b>; measured: <b>0.5 steps</b>" in reveal._answer.value
     assert repr(reveal) == "Measured: 0.5 steps" and "0.3" not in reveal.static_html()
     assert repr(guess.reveal(1 / 3, ".2g")) == "Measured: 0.33 steps"
 
 
-def test_reveal_without_a_guess() -> None:
+def test_a_measurement_is_hidden_until_there_is_a_guess() -> None:
+    guess = lessons.predict("02-error", QUESTION, unit="steps")
+    reveal = guess.reveal(0.75)
+    reveal.widget()
+    assert "0.75" not in reveal._answer.value
+    lessons.predict("02-error", QUESTION, unit="steps").say(0.5)  # on any card of the question
+    assert "You said <b>0.5</b>; measured: <b>0.75 steps</b> (33% too low)" in reveal._answer.value
+
+
+def test_a_measurement_is_shown_without_a_guess_if_wanted() -> None:
     reveal = lessons.predict("02-error", QUESTION).reveal(2)
-    assert "No guess yet; measured: <b>2</b>" in reveal.widget().children[0].value
+    reveal.widget()
+    reveal._show.click()
+    assert "<b>2</b>" in reveal._answer.value
 
 
 def test_the_static_form_does_not_know_the_guess() -> None:
@@ -71,6 +83,9 @@ def test_the_static_form_does_not_know_the_guess() -> None:
 def test_distance_in_words() -> None:
     assert distance(0.5, 0.5) == ". Spot on."
     assert distance(0.6, 0.5) == " (20% too high)"
+    assert distance(5, 9) == " (44% too low)"  # of what was measured
+    assert distance(-0.9, -0.5) == " (80% too high)"
+    assert distance(0.25, 0.5) == " (a factor of 2 too low)" and distance(1, 0.5) == " (a factor of 2 too high)"
     assert distance(1, 8) == " (a factor of 8 too low)"
     assert distance(-1, 8) == distance(0, 8) == ""
 

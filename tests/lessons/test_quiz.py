@@ -63,6 +63,13 @@ def test_nothing_chosen() -> None:
     assert "Choose an answer first" in press(lessons.quiz("memory"), None)
 
 
+def test_a_verdict_goes_when_another_choice_is_made() -> None:
+    quiz = lessons.quiz("memory")
+    press(quiz, "c")
+    quiz._options.value = "a"
+    assert quiz._feedback.value == ""
+
+
 def test_an_answer_is_kept_and_restored(progress_file: Path) -> None:
     press(lessons.quiz("memory"), "a")
     press(lessons.quiz("memory"), "c")
