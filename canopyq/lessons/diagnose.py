@@ -119,7 +119,7 @@ def _recognise(
         if len(found) == 1:
             return *next(iter(found.items())), True
     best = sorted(partly.items(), key=lambda item: -item[1][0])
-    if best and (len(best) == 1 or best[0][1][0] > best[1][1][0]):
+    if best and 2 * best[0][1][0] >= len(at) and (len(best) == 1 or best[0][1][0] > best[1][1][0]):
         return best[0][0], best[0][1][1], False
     return "", "", False
 

@@ -85,19 +85,25 @@ def describe(value: Any) -> str:
     if value.dim() == 0:
         return f"{value.item():.4g}"
     numbers = ", ".join(_number(v) for v in value.flatten()[:4].double().tolist())
-    if value.dim() == 1 and value.numel() <= 4:
+    if value.numel() > 4:
+        numbers += ", …"
+    elif value.dim() == 1:
         return f"tensor([{numbers}])"
-    return f"tensor of shape {tuple(value.shape)}: {numbers}, …"
+    return f"tensor of shape {tuple(value.shape)}: {numbers}"
 
 
 def differing(
     exercise: Exercise, case: tuple, mine: Tensor, right: Tensor, part: str
 ) -> list[tuple[str, str, str, str]]:
-    """Up to four places where the results differ: which, the value of the input there, expected, got."""
+    """Up to four places where the results differ: which, the value of the input there, expected, got.
+
+    The input's value stands there if exactly one argument has the result's shape: only then is it clear which one.
+    """
     if mine.shape != right.shape and not mine.numel() == right.numel() == 1:
         return [(f"shape of {part}", "", str(tuple(right.shape)), str(tuple(mine.shape)))]
     flat_mine, flat_right = mine.flatten(), right.flatten()
-    x = next((v for v in case if isinstance(v, Tensor) and v.numel() == right.numel()), None)
+    alike = [v for v in case if isinstance(v, Tensor) and v.shape == right.shape]
+    x = alike[0] if len(alike) == 1 else None
     bad = [i for i in range(right.numel()) if not same(flat_mine[i], flat_right[i])][:4]
     rows = []
     for i in bad:

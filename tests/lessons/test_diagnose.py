@@ -9,9 +9,10 @@ import torch
 from canopyq import lessons
 from canopyq.lessons.diagnose import diagnose
 from canopyq.lessons.exercises import load
+from canopyq.lessons.outcome import describe
 
 BYTES, SYMMETRIC, ASYMMETRIC = load("00-bytes"), load("02-symmetric"), load("02-quantize-asymmetric")
-ROUND = load("01-round-to-format")
+ROUND, LINEAR = load("01-round-to-format"), load("03-quantized-linear")
 SOLUTION = SYMMETRIC.build(SYMMETRIC.solution)
 
 
@@ -161,3 +162,34 @@ def test_results_are_escaped() -> None:
 
     result = lessons.exercise("00-bytes").check(function)
     assert "<script" not in result.static_html() and "&lt;script&gt;" in result.static_html()
+
+
+def test_the_input_is_shown_where_it_is_clear_which_one() -> None:
+    def outputs_off_by_one(x, codes, scale, bias):
+        return LINEAR.build(LINEAR.solution)(x, codes, scale, bias) + 1
+
+    def codes_off_by_one(x, scale=None):
+        codes, *rest = SOLUTION(x, scale)
+        return (codes + 1, *rest)
+
+    assert [row[1] for row in diagnose(LINEAR, outputs_off_by_one).rows] == ["", ""]  # a bias is no input of an output
+    assert diagnose(SYMMETRIC, codes_off_by_one).rows[0][1] == "-0.5"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (torch.tensor([1.0, 2.5]), "tensor([1, 2.5])"),
+        (torch.ones(2, 2), "tensor of shape (2, 2): 1, 1, 1, 1"),
+        (torch.ones(5), "tensor of shape (5,): 1, 1, 1, 1, …"),
+    ],
+)
+def test_a_whole_tensor_ends_without_dots(value: torch.Tensor, shown: str) -> None:
+    assert describe(value) == shown
+
+
+def test_a_partial_likeness_is_named_only_if_it_explains_most() -> None:
+    """Places in a list are few: two wrong ways often meet by chance."""
+    end = load("08-best-end")
+    rounded_up = end.solution.replace("torch.round", "torch.ceil")
+    assert "absolute error" not in diagnose(end, end.build(rounded_up)).message

@@ -36,6 +36,12 @@ _MISTAKES = (
     _wrong("truncation instead of rounding", _TRUNCATED, ("torch.round", "torch.trunc")),
     _wrong("truncation instead of rounding", _TRUNCATED, ("torch.round", "torch.floor")),
     _wrong(
+        "always rounded up",
+        "You always go up to the next step, so every result is at least as large as `x`. The nearest one is asked for: "
+        "`torch.round`.",
+        ("torch.round", "torch.ceil"),
+    ),
+    _wrong(
         "one step for all sizes",
         "Your step is the same everywhere, which makes this a fixed-point format. In a floating-point format "
         "the step grows "

@@ -82,6 +82,12 @@ _MISTAKES = (
     _wrong("truncation instead of rounding", _TRUNCATED, ("torch.round", "torch.trunc")),
     _wrong("truncation instead of rounding", _TRUNCATED, ("torch.round", "torch.floor")),
     _wrong(
+        "always rounded up",
+        "You always go up to the next code, so the error reaches a whole step instead of half of one. Use "
+        "`torch.round`.",
+        ("torch.round", "torch.ceil"),
+    ),
+    _wrong(
         "largest value, not largest magnitude",
         "Your scale comes from `x.max()`. A large negative value counts as much: use `x.abs().max()`.",
         ("x.abs().max()", "x.max()"),

@@ -29,6 +29,10 @@ def _wrong(name: str, message: str, *changes: tuple[str, str]) -> Mistake:
 _TRUNCATED = (
     "You cut off instead of rounding, so the error reaches a whole step instead of half of one. Use `torch.round`."
 )
+_CUT = (
+    "Your zero point goes to the whole number on one side of it, as a cast to an integer does, and not to the nearest "
+    "one: it can be a whole code off. Round it: `torch.round(qmin - low / scale)`."
+)
 _MISTAKES = (
     _wrong(
         "no clamp",
@@ -84,6 +88,27 @@ _MISTAKES = (
         "Your zero point is not a whole number. It is a code, the one that stands for 0.0: round it.",
         ("torch.round(qmin - low / scale)", "qmin - low / scale"),
         (".to(torch.int8)", ""),
+    ),
+    _wrong(
+        "zero point not to the nearest",
+        _CUT,
+        ("torch.round(qmin - low / scale)", "(qmin - low / scale).to(torch.int8)"),
+    ),
+    _wrong(
+        "zero point not to the nearest", _CUT, ("torch.round(qmin - low / scale)", "torch.floor(qmin - low / scale)")
+    ),
+    _wrong("zero point not to the nearest", _CUT, ("torch.round(qmin - low / scale)", "qmin - low / scale")),
+    _wrong(
+        "zero point not to the nearest",
+        _CUT,
+        ("torch.round(qmin - low / scale)", "qmin - low / scale"),
+        ("torch.round(x / scale) + zero_point", "torch.round(x / scale + zero_point)"),
+    ),
+    _wrong(
+        "always rounded up",
+        "You always go up to the next code, so the error reaches a whole step instead of half of one. Use "
+        "`torch.round`.",
+        ("torch.round(x / scale)", "torch.ceil(x / scale)"),
     ),
     _wrong(
         "zero point subtracted",

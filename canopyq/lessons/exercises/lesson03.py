@@ -174,6 +174,23 @@ quantized.
             "linear * (bits + 16 / group_size) + other * 2",
         ),
         _bytes(
+            "the others' bytes taken for bits",
+            "You divide everything by 8, but two bytes for a BF16 number are bytes already. Divide the linear layers "
+            "alone.",
+            "(linear * (bits + 16 / group_size) + other * 2) / 8",
+        ),
+        _bytes(
+            "fraction cut off",
+            "`//` (or `int`) cuts off the fraction: three codes of 3 bits end in the middle of a byte. Divide with "
+            "`/`.",
+            "linear * (bits + 16 / group_size) // 8 + other * 2",
+        ),
+        _bytes(
+            "the others in bits",
+            "The linear layers are counted in bytes and the others in bits. 16 bits are two bytes.",
+            "linear * (bits + 16 / group_size) / 8 + other * 16",
+        ),
+        _bytes(
             "one byte for BF16",
             "You count one byte for a BF16 number. It has 16 bits: two bytes.",
             "linear * (bits + 16 / group_size) / 8 + other",
@@ -195,6 +212,8 @@ quantized.
         (7_864_320, 332_032, 8, 256),
         (1_000_000, 50_000, 2, 32),
         (640_000, 64_000, 3, 64),
+        (1_001, 10, 3, 128),
+        (77, 3, 4, 32),
     ],
 )
 

@@ -26,8 +26,24 @@ def _matmul(name: str, message: str, *changes: tuple[str, str]) -> Mistake:
     return Mistake(name, message, altered(MATMUL, *changes))
 
 
+_FLOATS = (
+    "You multiply and add in float32, which holds whole numbers exactly only up to 2^24, 16.8 million. Long sums of "
+    "products go "
+    "beyond that and lose their last digits. Add up in int32, which holds them all: `.int()`."
+)
+
+
+def _beyond_floats(seed: int, k: int = 20_000) -> tuple:
+    """One token of 2 k codes whose products pass 2^24 on the way and nearly cancel: float32 cannot add them up."""
+    draw = torch.Generator().manual_seed(seed)
+    qx, qw = torch.randint(100, 127, (1, k), generator=draw), torch.randint(90, 128, (2, k), generator=draw)
+    more = (torch.rand(1, k, generator=draw) < 0.01).int()
+    codes = torch.cat([qx, qx + more], dim=1).to(torch.int8), torch.cat([qw, -qw], dim=1).to(torch.int8)
+    return codes[0], torch.tensor([[-100]], dtype=torch.int8), torch.tensor([[0.5]]), codes[1], torch.full((2, 1), 0.01)
+
+
 def matmul_cases() -> list[tuple]:
-    """One token and two outputs first; then random codes, long enough for sums beyond 16 bits."""
+    """One token and two outputs first; then random codes, long enough for sums beyond 16 bits, and beyond float32."""
     made: list[tuple] = [
         (
             torch.tensor([[100, -28, 4]], dtype=torch.int8),
@@ -45,7 +61,7 @@ def matmul_cases() -> list[tuple]:
 
         scales = normal(seed + 10, m, 1).abs() + 0.1, (normal(seed + 20, n, 1).abs() + 0.1) / 64
         made.append((codes(m, k), codes(m, 1), scales[0], codes(n, k), scales[1]))
-    return made
+    return [*made, _beyond_floats(5), _beyond_floats(6)]
 
 
 INT8_MATMUL = Exercise(
@@ -85,6 +101,15 @@ Write `int8_matmul(qx, zero_point, x_scale, qw, w_scale)`: the output of a W8A8 
             "You multiply int8 tensors as they are, and PyTorch adds int8 up in int8: everything wraps around. Widen "
             "both first: `.int()`.",
             (_PRODUCT, "(qx @ qw.T).int()"),
+        ),
+        _matmul("sums in float32", _FLOATS, (_PRODUCT, "qx.float() @ qw.float().T")),
+        _matmul("sums in float32", _FLOATS, (_PRODUCT, "(qx.float() - zero_point) @ qw.float().T"), (_CORRECTION, "")),
+        _matmul(
+            "sums in float32",
+            _FLOATS,
+            (_PRODUCT, "((qx.float() - zero_point) * x_scale) @ (qw * w_scale).T"),
+            (_CORRECTION, ""),
+            ("sums * x_scale * w_scale.T", "sums"),
         ),
         _matmul(
             "zero point forgotten",

@@ -88,9 +88,15 @@ of a chat.
             "2 * layers * kv_heads * head_dim * 2",
         ),
         _bytes(
-            "fraction cut off",
+            "bits divided first",
             "`bits // 8` is 0 for 4 bits. Divide with `/`: two INT4 codes share a byte.",
             "2 * layers * kv_heads * head_dim * (bits // 8)",
+        ),
+        _bytes(
+            "fraction cut off",
+            "`//` (or `int`) cuts off the fraction: a cache of 4 bits may end in the middle of a byte. Divide with "
+            "`/`.",
+            "2 * layers * kv_heads * head_dim * bits // 8",
         ),
         _bytes(
             "heads divided",
@@ -100,7 +106,7 @@ of a chat.
         ),
     ),
     cases=lambda: [(8, 4, 2, 64, 16), (8, 4, 2, 64, 4), (32, 32, 32, 128, 16), (32, 32, 8, 128, 8), (80, 64, 8, 128, 4),
-                   (3, 10, 5, 24, 2)],
+                   (3, 10, 5, 24, 2), (1, 3, 1, 5, 2), (3, 2, 1, 3, 2)],
 )  # fmt: skip
 
 KEYS_STUB = """\
@@ -120,6 +126,25 @@ def quantize_keys(keys, bits):
 
 def _keys(name: str, message: str, *changes: tuple[str, str]) -> Mistake:
     return Mistake(name, message, altered(KEYS, *changes))
+
+
+_SYMMETRIC = (
+    "Your range runs from minus to plus the largest magnitude. Many key channels lie on one side of zero, and half of "
+    "the "
+    "codes would stay unused: take the smallest and the largest value."
+)
+
+
+def _no_offset(steps: str) -> tuple[tuple[str, str], ...]:
+    """Symmetric codes as weights have them, with a scale that reaches the largest magnitude in so many steps."""
+    return (
+        ("low = keys.amin(dim=0, keepdim=True)", "high = keys.abs().amax(dim=0, keepdim=True)"),
+        ("    high = keys.amax(dim=0, keepdim=True)\n", ""),
+        ("(high - low) / (2**bits - 1)", f"high / ({steps})"),
+        ("(keys - low)", "keys"),
+        ("clamp(0, 2**bits - 1).to(torch.uint8)", "clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int8)"),
+        ("scale, low", "scale, torch.zeros_like(scale)"),
+    )
 
 
 def key_cases() -> list[tuple]:
@@ -171,11 +196,12 @@ Write `quantize_keys(keys, bits)` for a block of keys of shape (tokens, channels
         ),
         _keys(
             "symmetric range",
-            "Your range runs from minus to plus the largest magnitude. Many key channels lie on one side of zero, and "
-            "half of the codes would stay unused: take the smallest and the largest value.",
+            _SYMMETRIC,
             ("low = keys.amin(dim=0, keepdim=True)", "low = -keys.abs().amax(dim=0, keepdim=True)"),
             ("high = keys.amax(dim=0, keepdim=True)", "high = keys.abs().amax(dim=0, keepdim=True)"),
         ),
+        _keys("symmetric range", _SYMMETRIC, *_no_offset("2 ** (bits - 1) - 1")),
+        _keys("symmetric range", _SYMMETRIC, *_no_offset("(2**bits - 1) / 2")),
         _keys(
             "range stretched to zero",
             "Your range always contains zero. That is the rule for weights, where zero must stay exact. Here the "

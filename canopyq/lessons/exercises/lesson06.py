@@ -46,6 +46,13 @@ _MISTAKES = (
         (_CUT, "w.reshape(rows, group_size, columns // group_size).transpose(1, 2)"),
     ),
     _scales(
+        "group size and number of groups swapped",
+        "You cut each row into `group_size` groups of `columns // group_size` values, so both numbers have changed "
+        "places. "
+        "The values of a group are the *last* dimension: `w.reshape(rows, columns // group_size, group_size)`.",
+        (_CUT, "w.reshape(rows, group_size, columns // group_size)"),
+    ),
+    _scales(
         "one scale for all",
         "You have a single scale: the ruler of the largest value for everyone. That is per tensor. Take the largest "
         "magnitude along the last dimension only.",

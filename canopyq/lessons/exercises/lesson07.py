@@ -148,6 +148,11 @@ def _bytes(name: str, message: str, *changes: tuple[str, str]) -> Mistake:
 
 
 _ZERO = "4 * math.ceil(rows / 8) * groups if asymmetric else 0"
+_LEFT_OVER = (
+    "`//` rounds down, so what is left over at the end of a row, or below the last eight rows, has no word. It takes a "
+    "whole "
+    "one: round up, `math.ceil(columns / 8)`."
+)
 LAYER_BYTES = Exercise(
     id="07-layer-bytes",
     title="To the byte",
@@ -203,6 +208,14 @@ checkpoint, all of its tensors together.
             "`4 * math.ceil(columns / 8)` bytes.",
             ("4 * rows * math.ceil(columns / 8)", "rows * columns // 2"),
         ),
+        _bytes(
+            "what is left over has no word",
+            _LEFT_OVER,
+            ("math.ceil(columns / 8)", "(columns // 8)"),
+            ("math.ceil(rows / 8)", "(rows // 8)"),
+        ),
+        _bytes("what is left over has no word", _LEFT_OVER, ("math.ceil(columns / 8)", "(columns // 8)")),
+        _bytes("what is left over has no word", _LEFT_OVER, ("math.ceil(rows / 8)", "(rows // 8)")),
         _bytes(
             "words without their bytes",
             "You count words. A word has four bytes.",

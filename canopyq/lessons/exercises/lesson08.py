@@ -95,7 +95,7 @@ Write `smooth_scales(x, w, alpha)`: SmoothQuant's scale for each input feature o
         _smooth(
             "largest input, not largest magnitude",
             "You took the largest input. An outlier may be negative: `abs()` first.",
-            ("x.abs().amax(dim=0)", "x.amax(dim=0).clamp(min=1e-5)"),
+            ("x.abs().amax(dim=0)", "x.amax(dim=0)"),
         ),
         _smooth(
             "rows of the weight, not its columns",
@@ -112,6 +112,28 @@ Write `smooth_scales(x, w, alpha)`: SmoothQuant's scale for each input feature o
             "average instead of largest",
             "You took the mean magnitude of the inputs. The range has to hold the largest: `amax`.",
             ("x.abs().amax(dim=0)", "x.abs().mean(dim=0)"),
+        ),
+        _smooth(
+            "average weight instead of largest",
+            "You took the mean magnitude of the weights. Their range has to hold the largest, too: `amax`.",
+            ("w.abs().amax(dim=0)", "w.abs().mean(dim=0)"),
+        ),
+        _smooth(
+            "averages instead of largest",
+            "You took mean magnitudes, of inputs and of weights. Both ranges have to hold the largest: `amax`.",
+            ("x.abs().amax(dim=0)", "x.abs().mean(dim=0)"),
+            ("w.abs().amax(dim=0)", "w.abs().mean(dim=0)"),
+        ),
+        _smooth(
+            "largest weight, not largest magnitude",
+            "You took the largest weight. A large weight below zero counts as much: `abs()` first.",
+            ("w.abs().amax(dim=0)", "w.amax(dim=0)"),
+        ),
+        _smooth(
+            "largest values, not largest magnitudes",
+            "You took the largest input and the largest weight. Large values below zero count as much: `abs()` first.",
+            ("x.abs().amax(dim=0)", "x.amax(dim=0)"),
+            ("w.abs().amax(dim=0)", "w.amax(dim=0)"),
         ),
     ),
     cases=_smooth_cases,
@@ -138,18 +160,31 @@ _ERROR = "((codes * scale - x) ** 2).mean()"
 _BEST = "ends[torch.stack(errors).argmin()]"
 
 
+_INSIDE = (
+    "You clamp, and then count only the values that lie inside. What the others lose by the clamp is the price of a "
+    "narrow "
+    "range: without it the narrowest looks best. Take the mean over all of `x`."
+)
+
+
 def _end(name: str, message: str, *changes: tuple[str, str]) -> Mistake:
     return Mistake(name, message, altered(END, *changes))
 
 
 def _end_cases() -> list[tuple]:
-    """Values with long tails, so that the least error lies well inside."""
+    """Values with long tails, so that the least error lies well inside; then values near whole numbers, where the best
+    end without a clamp is not the narrowest."""
     made = []
     for seed, bits, tail in [(0, 4, 3.0), (1, 3, 2.0), (2, 2, 1.5), (3, 4, 6.0), (4, 3, 4.0)]:
         x = normal(seed, 400)
         x = x * (1 + tail * (normal(seed + 20, 400).abs() > 2))
         largest = float(x.abs().max())
         made.append((x, torch.tensor([largest * share / 8 for share in range(1, 9)]), bits))
+    for seed, bits, narrow in [(13, 2, 0.35), (14, 3, 0.66), (15, 3, 0.66)]:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randint(-1, 2, (60,), generator=generator) * (1 + 0.04 * torch.randn(60, generator=generator))
+        ends = [narrow, *((2**bits - 1) / 2 * share for share in (1.0, 1.7, 2.6)), 13.0]
+        made.append((torch.cat([x, torch.tensor([12.0, -11.0])]), torch.tensor(ends), bits))
     return made
 
 
@@ -183,6 +218,8 @@ error.
             "`2**(bits-1) - 1`.",
             (_CLAMPED, "torch.round(x / scale)"),
         ),
+        _end("those that are clamped left out", _INSIDE, (_ERROR, "((codes * scale - x)[x.abs() <= end] ** 2).mean()")),
+        _end("those that are clamped left out", _INSIDE, (_ERROR, "((codes * scale - x)[x.abs() <= end] ** 2).sum()")),
         _end(
             "the whole range",
             "You return the widest range. Nothing is clipped there, but all values are rounded coarsely. Compare the "

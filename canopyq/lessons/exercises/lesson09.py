@@ -26,6 +26,18 @@ def _pair(name: str, message: str, *changes: tuple[str, str]) -> Mistake:
 
 PAIR_MISTAKES = (
     _pair(
+        "codes, not weights",
+        "You return how many steps the two weights are. Multiply by `scale` to come back to weights.",
+        ("torch.round(w[0] / scale) * scale", "torch.round(w[0] / scale)"),
+        ("error = w[0] - first", "error = w[0] - first * scale"),
+        ("torch.round(second / scale) * scale", "torch.round(second / scale)"),
+    ),
+    _pair(
+        "second weight not rounded",
+        "You move the second weight and leave it there. It has to lie on the grid as well: round it like the first.",
+        ("torch.round(second / scale) * scale", "second"),
+    ),
+    _pair(
         "each weight alone",
         "You round both to nearest. That is right for each weight and not for their sum: let the second make up for "
         "the error of the first.",
@@ -118,6 +130,16 @@ COLUMNS_MISTAKES = (
         "not undone",
         "The columns are still larger. The model divides these inputs by `s`, and so must you to compare with `w`.",
         ("codes * step / s", "codes * step"),
+    ),
+    _columns(
+        "codes, not weights",
+        "You return the codes. Multiply by the step, and divide the columns by `s`, to come back to weights.",
+        ("codes * step / s", "codes"),
+    ),
+    _columns(
+        "not rounded",
+        "Your codes are not whole numbers: `larger / step` still has to be rounded.",
+        ("torch.round(larger / step)", "larger / step"),
     ),
     _columns(
         "made smaller",

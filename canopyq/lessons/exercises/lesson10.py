@@ -82,12 +82,10 @@ def floats_of_word(word):
 
 FLOATS = """\
 def floats_of_word(word):
-    values = []
-    for i in range(8):
-        code = (word >> (4 * i)) & 0xF
-        bits = torch.tensor(0x4300 | code, dtype=torch.int16)
-        values.append(bits.view(torch.bfloat16) - 136)
-    return torch.stack(values).float()
+    codes = [(word >> (4 * i)) & 0xF for i in range(8)]
+    bits = torch.tensor([0x4300 | code for code in codes], dtype=torch.int16)
+    values = bits.view(torch.bfloat16) - 136
+    return bits, values.float()
 """
 
 
@@ -105,6 +103,11 @@ FLOATS_MISTAKES = (
         "nothing subtracted",
         "Your values lie between 128 and 143. That is the number whose last bits you have set; now take 136 away.",
         (" - 136", ""),
+    ),
+    _floats(
+        "the other weights' bits kept",
+        "You shift the word and keep all that is left. Only the lowest four bits are the code: `& 0xF`.",
+        ("(word >> (4 * i)) & 0xF", "(word >> (4 * i)) & 0x7FFF"),
     ),
     _floats(
         "nibbles from the wrong end",
@@ -131,8 +134,8 @@ SECOND = Exercise(
     minutes=8,
     difficulty=3,
     task="""
-Write `floats_of_word(word)`: the eight INT4 weights in a 32-bit word (a Python int), as a float32 tensor of shape (8,),
-by the trick of the kernel.
+Write `floats_of_word(word)`: the eight INT4 weights in a 32-bit word (a Python int) by the trick of the kernel. Return
+two tensors of shape (8,): `bits`, the int16 patterns that you set, and `values`, the float32 numbers that come out.
 
 - The first weight lies in the lowest four bits. A code `u` from 0 to 15 stands for the value `u - 8`.
 - Do not convert the code. Set its bits into the bits of 128 in bfloat16, `0x4300`, and read the result as bfloat16: it
@@ -145,11 +148,13 @@ by the trick of the kernel.
     hints=(
         "First get at one code: shift the word down, keep four bits.",
         "`0x4300 | code` are the bits of 128 + code. How much above the value is that?",
-        "`torch.tensor(0x4300 | code, dtype=torch.int16).view(torch.bfloat16) - 136`, for each of the eight codes, "
-        "then `torch.stack`.",
+        "`bits = torch.tensor([0x4300 | code for code in codes], dtype=torch.int16)`, then "
+        "`bits.view(torch.bfloat16) - 136`.",
     ),
     mistakes=FLOATS_MISTAKES,
     cases=words,
+    parts=("bits", "values"),
+    integers=("bits",),
 )
 
 EXERCISES = [FIRST, SECOND]

@@ -71,6 +71,12 @@ Write `pick(size, kl, right, memory, floor)`: which of several measured recipes 
             ("(size <= memory) & (right >= floor)", "size <= memory"),
         ),
         _wrong(
+            "an answer where there is none",
+            "For needs that no recipe meets your function still names one: `argmin` of nothing but infinities is 0. "
+            "Return -1.",
+            ("    if not meets.any():\n        return -1\n", ""),
+        ),
+        _wrong(
             "one of the two is enough",
             "You take recipes that meet one of the needs. Both have to be met: `&`, not `|`.",
             ("(size <= memory) & (right >= floor)", "(size <= memory) | (right >= floor)"),
