@@ -1,4 +1,4 @@
-"""The capstone: build and save a checkpoint that meets a budget and a floor. The check reads it from disk."""
+"""The capstone: a checkpoint that meets a budget and a floor, and that a server takes. The check reads it from disk."""
 
 from __future__ import annotations
 
@@ -40,28 +40,28 @@ class Capstone:
     stub: str = "folder = None\n"
     solution: str = """\
 model, tokenizer = cq.tutor.load()
-cq.quantize_(model, "w4a16-g256")
+cq.quantize_(model, "w4a16-channel")
 cq.save(model, "out/capstone", tokenizer)
 folder = "out/capstone"
 """
     hints: tuple[str, str, str] = (
         "The budget is for the file. How many bits may a weight of the blocks take, if the embedding stays as it is?",
-        'Your measurements know the answer: `cq.advise("tutor", memory="4.7MB", accuracy=0.97, measurements=mine, '
-        'priority="accuracy")`.',
-        "Load the tutor anew, `cq.quantize_(model, …)` with a 4-bit recipe that has fewer scales than g128, then "
+        "`w4a16-g128` is a little too large, so there have to be fewer scales. Groups of 256 have half as many, and "
+        "servers do not read them. What do they read that has fewer still?",
+        'Load the tutor anew, `cq.quantize_(model, "w4a16-channel")`, a scale a row, then '
         '`cq.save(model, "out/capstone", tokenizer)`.',
     )
 
     @property
     def task(self) -> str:
         return f"""
-Canopy has room for **{human(self.budget)}**, and at least **{100 * self.floor:.0f} %** of the answers have to be
-right.
+Canopy has room for **{human(self.budget)}**, at least **{100 * self.floor:.0f} %** of the answers have to be right, and
+its server is vLLM, which has to take the file as it is.
 
-- Find a recipe for the tutor that meets both. There is more than one.
+- Find a recipe for the tutor that meets all three.
 - Build it: load the tutor, quantize it, save it with `cq.save` to a folder of your own, such as `out/capstone`.
-- Set `folder` to it and run the check. It adds up the bytes on disk, loads the checkpoint in this process, and puts
-  {self.questions} held-out questions that this lesson has not used.
+- Set `folder` to it and run the check. It adds up the bytes on disk, asks `cq.inspect` whether vLLM takes them, loads
+  the checkpoint in this process, and puts {self.questions} held-out questions that this lesson has not used.
 """
 
 
@@ -110,7 +110,7 @@ def examine_folder(folder: Any, spec: Capstone, started: float) -> Finding:
             f"Its files take {size:,} bytes, {size - spec.budget:,} over the budget of {spec.budget:,}. Fewer bits, or "
             "fewer scales: what does each group cost?",
         )
-    return _answers(place, size, spec)
+    return _not_served(place) or _answers(place, size, spec)
 
 
 def _not_a_checkpoint(place: Path, started: float) -> Finding | None:
@@ -165,6 +165,22 @@ def _not_mine(place: Path, started: float) -> Finding | None:
             "else. Build your own, into a new folder.",
         )
     return None
+
+
+def _not_served(place: Path) -> Finding | None:
+    from canopyq.checkpoint.inspect import inspect
+
+    try:
+        verdict = inspect(place).tools["vLLM"]
+    except CanopyError as error:
+        return Finding("error", "The checkpoint is damaged", f"{error}")
+    if verdict.startswith("yes"):
+        return None
+    return _mistake(
+        "the server does not take it as it is",
+        f"It is small enough, but what vLLM makes of it is: {verdict}. The command below this card would fail. Which "
+        "scales do servers read?",
+    )
 
 
 def _answers(place: Path, size: int, spec: Capstone) -> Finding:

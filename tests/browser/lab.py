@@ -86,11 +86,12 @@ def lab_server(work: Path, folder: Path) -> Iterator[str]:
 
 
 def _wait_until_up(address: str, server: subprocess.Popen, log: Path) -> None:
+    """Until the server knows its kernels: a page that is opened before asks which one to take."""
     for _ in range(240):
         if server.poll() is not None:
             break
         with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"{address}/api/status?token={TOKEN}", timeout=2).close()
+            urllib.request.urlopen(f"{address}/api/kernelspecs?token={TOKEN}", timeout=20).close()
             return
         time.sleep(0.25)
     raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()[-3000:]}")
