@@ -79,6 +79,8 @@ def _compare(exercise: Exercise, cases: list[tuple], mine: list[Outcome]) -> Fin
     right = outcomes(exercise, exercise.solution, cases)
     wrong = [(i, p) for i in range(len(cases)) for p in exercise.parts if not same(mine[i].parts[p], right[i].parts[p])]
     notes = tuple(dict.fromkeys(note for outcome in mine for note in outcome.notes))
+    if wrong and _untouched(exercise, cases, mine):
+        return Finding("todo", "Not attempted yet", f"This is `{exercise.function}` as it was given. Find its faults.")
     if not wrong:
         inputs = f"{len(cases)} inputs of different shapes and sizes, all equal to the reference."
         return Finding("passed", "Passed", inputs, notes=notes)
@@ -97,6 +99,15 @@ def _compare(exercise: Exercise, cases: list[tuple], mine: list[Outcome]) -> Fin
     if name:
         text += f" It looks like this classic, perhaps with something else: **{name}**. {message}"
     return Finding("wrong", "Not right yet", text, call, rows, notes)
+
+
+def _untouched(exercise: Exercise, cases: list[tuple], mine: list[Outcome]) -> bool:
+    """Whether the results are those of the function that the exercise begins with, faults and all."""
+    try:
+        given = outcomes(exercise, exercise.stub, cases)
+    except NotImplementedError:
+        return False
+    return all(same(a.parts[p], b.parts[p]) for a, b in zip(mine, given, strict=True) for p in exercise.parts)
 
 
 def _recognise(

@@ -25,6 +25,7 @@ class Exercise:
 
     Attributes:
         function: the name of the function to write; ``stub``, ``solution`` and every mistake define it.
+        stub: the function to begin with: one that raises NotImplementedError, or one with faults that are to be mended.
         parts: names of what it returns, if it returns more than one thing.
         integers: those of the parts that are whole numbers.
         cases: gives the inputs, one tuple of arguments a call; the first ones are the easiest to read.

@@ -6,11 +6,6 @@ import torch
 
 from .base import Exercise, Mistake, altered
 
-STUB = """\
-def round_to_format(x, mantissa_bits):
-    raise NotImplementedError("replace this line")
-"""
-
 SOLUTION = """\
 def round_to_format(x, mantissa_bits):
     exponent = torch.floor(torch.log2(x.abs()))
@@ -18,6 +13,12 @@ def round_to_format(x, mantissa_bits):
     rounded = torch.round(x / step) * step
     return torch.where(x == 0, x, rounded)
 """
+
+STUB = altered(  # two faults
+    SOLUTION,
+    ("torch.floor(torch.log2", "torch.round(torch.log2"),
+    ("torch.where(x == 0, x, rounded)", "rounded"),
+)
 
 
 def _wrong(name: str, message: str, *changes: tuple[str, str]) -> Mistake:
@@ -92,7 +93,7 @@ _MISTAKES = (
 def cases() -> list[tuple]:
     """Numbers of every size, and zero only after a few inputs without it."""
     made: list[tuple] = [
-        (torch.tensor([1.1, 2.3, 5.3, 10.7]), 2),
+        (torch.tensor([1.1, 1.7, 5.3, 10.7]), 2),
         (torch.tensor([-0.3, 0.07, -13.0, 1000.3]), 3),
     ]
     for seed, shape, bits in [(0, (7,), 7), (1, (3, 5), 3), (2, (40,), 2), (3, (2, 3, 4), 10)]:
@@ -105,28 +106,27 @@ def cases() -> list[tuple]:
 
 ROUND = Exercise(
     id="01-round-to-format",
-    title="Round to a floating-point format",
+    title="Mend a rounding",
     minutes=10,
     difficulty=3,
     task="""
-Write `round_to_format(x, mantissa_bits)`: each value of the tensor `x` rounded to the nearest number that a format with
-so many mantissa bits can hold. The exponent is as wide as it needs to be: nothing overflows, nothing is subnormal.
+`round_to_format(x, mantissa_bits)` in the cell below should round each value of the tensor `x` to the nearest number
+that a format with so many mantissa bits can hold, its exponent as wide as it needs to be. With 7 mantissa bits that is
+BF16, with 3 it is FP8 E4M3. Whoever wrote it tried 1.1 and 2.3 and was content. Then it was given padding, and NaN came
+back; and numbers such as 1.7 came out coarser than they should.
 
-Between two powers of two, from `2**e` to `2**(e+1)`, such a format has `2**mantissa_bits` equal steps. So
-
-- find the exponent `e` of every value, the whole number with `2**e <= |x| < 2**(e+1)`;
-- its step is `2**(e - mantissa_bits)`;
-- round `x` to a whole number of steps. A zero stays zero.
-
-With 7 mantissa bits this is BF16, with 3 it is FP8 E4M3.
+There are **two faults** in it. Find and mend them.
 """,
     function="round_to_format",
     stub=STUB,
     solution=SOLUTION,
     hints=(
-        "The exponent is `torch.floor(torch.log2(x.abs()))`. It is a tensor: every value has its own.",
-        "Rounding to a multiple of a step is always the same three moves: divide by it, `torch.round`, multiply by it.",
-        "What is `log2(0)`? Mend it at the end: `torch.where(x == 0, x, rounded)`.",
+        "Try it on 1.7 with 2 mantissa bits. Between 1 and 2 such a format has 1, 1.25, 1.5 and 1.75: which is "
+        "nearest, and "
+        "what comes out? And what is `log2(0)`?",
+        "The exponent is that of the power of two *below* the value. And a zero has none: it has to be taken care of "
+        "apart.",
+        "`torch.floor(torch.log2(x.abs()))`, and at the end `torch.where(x == 0, x, rounded)`.",
     ),
     mistakes=_MISTAKES,
     cases=cases,

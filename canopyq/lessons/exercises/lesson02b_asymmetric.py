@@ -6,11 +6,6 @@ import torch
 
 from .base import Exercise, Mistake, altered, clear_of_ties, normal
 
-STUB = """\
-def quantize(x, bits):
-    raise NotImplementedError("replace this line")
-"""
-
 SOLUTION = """\
 def quantize(x, bits):
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -20,6 +15,13 @@ def quantize(x, bits):
     codes = torch.clamp(torch.round(x / scale) + zero_point, qmin, qmax)
     return codes.to(torch.int8), scale, zero_point.to(torch.int8)
 """
+
+STUB = altered(  # two faults
+    SOLUTION,
+    ("torch.round(qmin - low / scale)", "torch.round(-low / scale)"),
+    ("x.min().clamp(max=0), x.max().clamp(min=0)", "x.min(), x.max()"),
+    (".to(torch.int8)", ""),
+)
 
 
 def _wrong(name: str, message: str, *changes: tuple[str, str]) -> Mistake:
@@ -47,7 +49,7 @@ _MISTAKES = (
         "begin at `qmin`: "
         "`round(qmin - low / scale)`.",
         ("torch.round(qmin - low / scale)", "torch.round(-low / scale)"),
-        ("zero_point.to(torch.int8)", "zero_point"),
+        (".to(torch.int8)", ""),
     ),
     _wrong(
         "unsigned codes",
@@ -154,27 +156,27 @@ def cases() -> list[tuple]:
 EXERCISES = [
     Exercise(
         id="02-quantize-asymmetric",
-        title="Asymmetric codes with a zero point",
-        minutes=12,
+        title="Whose zero is not zero",
+        minutes=10,
         difficulty=3,
         task="""
-Write `quantize(x, bits)` and return three things: `codes, scale, zero_point`.
+`quantize(x, bits)` in the cell below should return signed asymmetric codes, their scale, and the zero point, so that
+values come back by `(codes - zero_point) * scale`. On the inputs of a layer it makes two kinds of mistakes:
 
-- Codes are signed: `qmin = -2**(bits-1)`, `qmax = 2**(bits-1) - 1`.
-- The range runs from `low` to `high`, the smallest and largest value of `x`, widened so that it holds 0.
-- `scale = (high - low) / (qmax - qmin)`, the width of one step.
-- `zero_point = round(qmin - low / scale)`, the code that stands for 0.0.
-- `codes = round(x / scale) + zero_point`, clamped to `qmin` and `qmax`. Use `torch.round`.
+- the larger half of the values comes back as one and the same number;
+- where all values lie between 3 and 5, the zero point lies far outside of the codes: none of them stands for 0.0.
 
-Convention: as PyTorch, values come back by `(codes - zero_point) * scale`.
+There are **two faults** in it, one for each. Find and mend them. (Any whole-number dtype will do for the codes.)
 """,
         function="quantize",
         stub=STUB,
         solution=SOLUTION,
         hints=(
-            "`x.min().clamp(max=0)` is the smallest value, or 0 if all of them are positive. The other end likewise.",
-            "Follow the task line by line: qmin and qmax, then low and high, then scale, zero_point, codes.",
-            "Both roundings can go up at once. Only the clamp keeps the last code inside the range.",
+            "Where does the smallest value land? It should get the smallest code. And which code does 0.0 get if all "
+            "values "
+            "lie between 3 and 5?",
+            "Signed codes begin at `qmin`, not at 0. And the range has to hold zero, or no code can stand for it.",
+            "`torch.round(qmin - low / scale)`; and `x.min().clamp(max=0)`, `x.max().clamp(min=0)` for the two ends.",
         ),
         mistakes=_MISTAKES,
         cases=cases,

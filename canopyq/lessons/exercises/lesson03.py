@@ -6,17 +6,19 @@ import torch
 
 from .base import Exercise, Mistake, altered, normal
 
-FORWARD_STUB = """\
-def quantized_linear(x, codes, scale, bias):
-    raise NotImplementedError("replace this line")
-"""
-
 FORWARD = """\
 def quantized_linear(x, codes, scale, bias):
     group_size = codes.shape[1] // scale.shape[1]
     weight = codes * scale.repeat_interleave(group_size, dim=1)
     return x @ weight.T + bias
 """
+
+FORWARD_STUB = altered(  # two faults
+    FORWARD,
+    ("scale.repeat_interleave(group_size, dim=1)", "scale.repeat(1, group_size)"),
+    (" + bias", " + bias * scale[:, 0]"),
+)
+
 
 _SCALES = "scale.repeat_interleave(group_size, dim=1)"
 
@@ -39,11 +41,13 @@ def cases() -> list[tuple]:
 
 QUANTIZED_LINEAR = Exercise(
     id="03-quantized-linear",
-    title="The forward pass of a quantized layer",
+    title="A layer that talks nonsense",
     minutes=8,
     difficulty=2,
     task="""
-Write `quantized_linear(x, codes, scale, bias)`: the output of a linear layer whose weight is kept as codes.
+`quantized_linear(x, codes, scale, bias)` in the cell below is somebody's forward pass of a quantized layer. Nothing
+raises, the shapes are right, and with one scale a row and no bias it passed all tests. With scales in groups the model
+talks nonsense. There are **two faults** in it. Find and mend them.
 
 - `x` has shape (tokens, in_features), `bias` has shape (out_features,). Both are ordinary floats.
 - `codes` has shape (out_features, in_features): signed whole numbers, unpacked already.
@@ -55,9 +59,9 @@ Write `quantized_linear(x, codes, scale, bias)`: the output of a linear layer wh
     stub=FORWARD_STUB,
     solution=FORWARD,
     hints=(
-        "Bring the weight back first: which number does each code have to be multiplied by?",
-        "A scale serves a run of neighbours. `torch.repeat_interleave` repeats each value in place: a a a b b b.",
-        "`codes * scale.repeat_interleave(group_size, dim=1)` is the weight, and `x @ weight.T + bias` the output.",
+        "Print what each code is multiplied by, for the first row of the first input. Which scale should it be?",
+        "A scale serves a run of neighbours: a a a b b b, not a b a b a b. And what of all this was never quantized?",
+        "`scale.repeat_interleave(group_size, dim=1)`, and `+ bias` as it is.",
     ),
     mistakes=(
         _forward(

@@ -6,11 +6,6 @@ import torch
 
 from .base import Exercise, Mistake, altered, normal
 
-MATMUL_STUB = """\
-def int8_matmul(qx, zero_point, x_scale, qw, w_scale):
-    raise NotImplementedError("replace this line")
-"""
-
 MATMUL = """\
 def int8_matmul(qx, zero_point, x_scale, qw, w_scale):
     sums = qx.int() @ qw.int().T
@@ -20,6 +15,10 @@ def int8_matmul(qx, zero_point, x_scale, qw, w_scale):
 
 _PRODUCT = "qx.int() @ qw.int().T"
 _CORRECTION = "    sums = sums - zero_point.int() * qw.int().sum(dim=1)\n"
+
+MATMUL_STUB = altered(  # two faults
+    MATMUL, (_PRODUCT, "(qx - zero_point).int() @ qw.int().T"), (_CORRECTION, ""), ("* x_scale *", "* x_scale.max() *")
+)
 
 
 def _matmul(name: str, message: str, *changes: tuple[str, str]) -> Mistake:
@@ -66,11 +65,13 @@ def matmul_cases() -> list[tuple]:
 
 INT8_MATMUL = Exercise(
     id="04-int8-matmul",
-    title="The integer matmul, zero point included",
+    title="An integer matmul that is nearly right",
     minutes=10,
     difficulty=3,
     task="""
-Write `int8_matmul(qx, zero_point, x_scale, qw, w_scale)`: the output of a W8A8 layer whose inputs are asymmetric.
+`int8_matmul(qx, zero_point, x_scale, qw, w_scale)` in the cell below should give the output of a W8A8 layer whose
+inputs are asymmetric. For symmetric inputs, one token at a time, it is right. For a batch of asymmetric ones it is not.
+There are **two faults** in it. Find and mend them.
 
 - `qx` is int8 (tokens, in_features): the codes of the inputs. `zero_point` (int8) and `x_scale` (float) have shape
   (tokens, 1): an input is `(qx - zero_point) * x_scale`.
@@ -83,11 +84,11 @@ Write `int8_matmul(qx, zero_point, x_scale, qw, w_scale)`: the output of a W8A8 
     stub=MATMUL_STUB,
     solution=MATMUL,
     hints=(
-        "Write the sum out for one token and one output: (q − z) · w, added up. Which part of it is the product of the "
-        "codes, and what is the rest?",
-        "`qx.int() @ qw.int().T` is the first part. The second is the zero point times the sum of a weight row: one "
-        "number for each output.",
-        "Subtract `zero_point.int() * qw.int().sum(dim=1)`, then multiply by `x_scale` and by `w_scale.T`.",
+        "What is 100 − (−128), in eight bits? And whose scale should each token be multiplied by?",
+        "Widen before you subtract, or subtract after the sum: (q − z) · w, added up, is the product of the codes "
+        "minus the "
+        "zero point times the sum of a weight row.",
+        "`qx.int() @ qw.int().T - zero_point.int() * qw.int().sum(dim=1)`, then `* x_scale * w_scale.T`.",
     ),
     mistakes=(
         _matmul(
@@ -192,11 +193,6 @@ Write `int8_matmul(qx, zero_point, x_scale, qw, w_scale)`: the output of a W8A8 
     parts=("y",),
 )
 
-RANGE_STUB = """\
-def moving_range(samples, momentum):
-    raise NotImplementedError("replace this line")
-"""
-
 RANGE = """\
 def moving_range(samples, momentum):
     lo, hi = samples[0].min(), samples[0].max()
@@ -205,6 +201,14 @@ def moving_range(samples, momentum):
         hi = momentum * hi + (1 - momentum) * sample.max()
     return lo, hi
 """
+
+RANGE_STUB = altered(  # two faults
+    RANGE,
+    ("samples[0].min(), samples[0].max()", "torch.zeros(2)"),
+    ("samples[1:]", "samples"),
+    ("lo = momentum * lo + (1 - momentum) * sample.min()", "lo = (1 - momentum) * lo + momentum * sample.min()"),
+    ("hi = momentum * hi + (1 - momentum) * sample.max()", "hi = (1 - momentum) * hi + momentum * sample.max()"),
+)
 
 
 def _range(name: str, message: str, *changes: tuple[str, str]) -> Mistake:
@@ -226,11 +230,13 @@ def range_cases() -> list[tuple]:
 
 MOVING_RANGE = Exercise(
     id="04-moving-range",
-    title="An observer that forgets",
+    title="An observer that forgets too much",
     minutes=6,
     difficulty=2,
     task="""
-Write `moving_range(samples, momentum)`: the range that the moving-average observer finds.
+`moving_range(samples, momentum)` in the cell below should give the range that the moving-average observer finds. With a
+momentum of 0.9 its range is nearly that of the last sample, whatever came before; and after a single sample it is
+narrower than that sample. There are **two faults** in it, one for each. Find and mend them. What it should do:
 
 - `samples` has shape (samples, values): what went into one layer, one row a sample, in the order of the data.
 - It starts with the smallest and the largest value of the first sample.
@@ -241,8 +247,9 @@ Write `moving_range(samples, momentum)`: the range that the moving-average obser
     stub=RANGE_STUB,
     solution=RANGE,
     hints=(
-        "Two numbers are all that it remembers. What are they after the first sample, and what does a next one do?",
-        "Start with `samples[0].min()` and `samples[0].max()`, then loop over `samples[1:]`.",
+        "Two numbers are all that it remembers. What are they after the first sample, and how much of them is kept?",
+        "Start with `samples[0].min()` and `samples[0].max()`, then loop over `samples[1:]`. `momentum` is what is "
+        "*kept*.",
         "In the loop: `lo = momentum * lo + (1 - momentum) * sample.min()`, and the same for `hi` with `max()`.",
     ),
     mistakes=(

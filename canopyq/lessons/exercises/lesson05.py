@@ -109,11 +109,6 @@ of a chat.
                    (3, 10, 5, 24, 2), (1, 3, 1, 5, 2), (3, 2, 1, 3, 2)],
 )  # fmt: skip
 
-KEYS_STUB = """\
-def quantize_keys(keys, bits):
-    raise NotImplementedError("replace this line")
-"""
-
 KEYS = """\
 def quantize_keys(keys, bits):
     low = keys.amin(dim=0, keepdim=True)
@@ -122,6 +117,8 @@ def quantize_keys(keys, bits):
     codes = ((keys - low) / scale).round().clamp(0, 2**bits - 1).to(torch.uint8)
     return codes, scale, low
 """
+
+KEYS_STUB = altered(KEYS, ("dim=0", "dim=1"), ("(high - low) / (2**bits - 1)", "(high - low) / 2**bits"))  # two faults
 
 
 def _keys(name: str, message: str, *changes: tuple[str, str]) -> Mistake:
@@ -159,11 +156,13 @@ def key_cases() -> list[tuple]:
 
 KEY_BLOCK = Exercise(
     id="05-key-block",
-    title="A block of keys becomes codes",
+    title="Keys that forget",
     minutes=8,
     difficulty=3,
     task="""
-Write `quantize_keys(keys, bits)` for a block of keys of shape (tokens, channels): per **channel**, asymmetric.
+`quantize_keys(keys, bits)` in the cell below should quantize a block of keys of shape (tokens, channels) per
+**channel**, asymmetric. Its scales are those that values should have, and too fine. There are **two faults** in it.
+Find and mend them. What it should do:
 
 - Every channel has a range of its own, from its smallest to its largest value among the tokens of the block. Code 0
   stands for the smallest, code `2**bits - 1` for the largest.
@@ -175,10 +174,13 @@ Write `quantize_keys(keys, bits)` for a block of keys of shape (tokens, channels
     stub=KEYS_STUB,
     solution=KEYS,
     hints=(
-        "Tokens are the rows. Along which dimension do you look for the smallest and largest value of a channel?",
-        "`keys.amin(dim=0, keepdim=True)` is the smallest value of every channel: that is the offset. Between "
-        "`2**bits` codes there are `2**bits - 1` steps.",
-        "`scale = (high - low) / (2**bits - 1)`; codes are `((keys - low) / scale).round()`, clamped and as uint8.",
+        "Print the shapes of scale and offset. Then look at the codes of two bits: does the largest value of a channel "
+        "get "
+        "code 3 without the clamp?",
+        "Tokens are the rows, so what is found along `dim=1` belongs to a token. And between `2**bits` codes there is "
+        "one "
+        "step fewer.",
+        "`dim=0` at both ends, and `scale = (high - low) / (2**bits - 1)`.",
     ),
     mistakes=(
         _keys(

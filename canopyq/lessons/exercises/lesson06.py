@@ -6,11 +6,6 @@ import torch
 
 from .base import Exercise, Mistake, altered, normal
 
-SCALES_STUB = """\
-def group_scales(w, group_size, bits):
-    raise NotImplementedError("replace this line")
-"""
-
 SCALES = """\
 def group_scales(w, group_size, bits):
     rows, columns = w.shape
@@ -18,6 +13,15 @@ def group_scales(w, group_size, bits):
     absmax = groups.abs().amax(dim=-1, keepdim=True)
     return absmax / ((2**bits - 1) / 2)
 """
+
+SCALES_STUB = altered(  # two faults
+    SCALES,
+    (
+        "w.reshape(rows, columns // group_size, group_size)",
+        "w.reshape(rows, group_size, columns // group_size).transpose(1, 2)",
+    ),
+    (".abs()", ""),
+)
 
 
 def _scales(name: str, message: str, *changes: tuple[str, str]) -> Mistake:
@@ -131,12 +135,13 @@ def cases() -> list[tuple]:
 
 GROUP_SCALES = Exercise(
     id="06-group-scales",
-    title="A ruler for every drawer",
+    title="Rulers in the wrong drawers",
     minutes=8,
     difficulty=2,
     task="""
-Write `group_scales(w, group_size, bits)`: the scales of a weight `w` of shape (rows, columns), one for every
-`group_size` neighbours in a row.
+`group_scales(w, group_size, bits)` in the cell below should give the scales of a weight `w` of shape (rows, columns),
+one for every `group_size` neighbours in a row. The shapes are right, and large weights come out clipped all the same.
+There are **two faults** in it. Find and mend them. What it should do:
 
 - `group_size` divides the number of columns, so each row has `columns // group_size` groups.
 - A group's scale is its largest magnitude divided by half of the steps between the codes, `(2**bits - 1) / 2`: 7.5 for
@@ -147,10 +152,13 @@ Write `group_scales(w, group_size, bits)`: the scales of a weight `w` of shape (
     stub=SCALES_STUB,
     solution=SCALES,
     hints=(
-        "Which values share a scale? Give them a dimension of their own with `reshape`, the last one.",
-        "`w.reshape(rows, columns // group_size, group_size)` cuts each row into runs of neighbours. Then look for the "
-        "largest magnitude along one dimension.",
-        "`groups.abs().amax(dim=-1, keepdim=True)` is absmax in the right shape. Divide it by `(2**bits - 1) / 2`.",
+        "Print `groups` for the first input, two rows of four. Which values share a scale? And does the scale of −1.5 "
+        "and "
+        "0.8 reach −1.5?",
+        "Neighbours stay together if the *last* dimension of the reshape is the group. And a large negative value "
+        "needs a "
+        "long ruler, too.",
+        "`w.reshape(rows, columns // group_size, group_size)`, and `groups.abs().amax(dim=-1, keepdim=True)`.",
     ),
     mistakes=_MISTAKES,
     cases=cases,

@@ -6,17 +6,18 @@ import torch
 
 from .base import Exercise, Mistake, altered
 
-PACK_STUB = """\
-def pack_words(codes):
-    raise NotImplementedError("replace this line")
-"""
-
 PACK = """\
 def pack_words(codes):
     nibbles = (codes + 8).to(torch.uint8)
     pairs = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
     return pairs.view(torch.int32)
 """
+
+PACK_STUB = altered(  # two faults
+    PACK,
+    ("(codes + 8).to(torch.uint8)", "(codes & 15).to(torch.uint8)"),
+    ("nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)", "nibbles[:, 1::2] | (nibbles[:, 0::2] << 4)"),
+)
 
 
 def _pack(name: str, message: str, *changes: tuple[str, str]) -> Mistake:
@@ -99,11 +100,13 @@ def cases() -> list[tuple]:
 
 PACK_WORDS = Exercise(
     id="07-pack-words",
-    title="Eight codes to a word",
+    title="Only its author can read it",
     minutes=8,
     difficulty=3,
     task="""
-Write `pack_words(codes)`: INT4 codes, as checkpoints store them.
+`pack_words(codes)` in the cell below should pack INT4 codes as checkpoints store them. Its author unpacks what he has
+packed and gets every code back. A server reads the same file and the model talks nonsense: the bits are not where the
+format has them. There are **two faults** in it. Find and mend them. What it should do:
 
 - `codes` is int8 of shape (rows, columns), from −8 to 7; 8 divides the number of columns.
 - Add 8, so that every code is one of 0 … 15. Two neighbours share a byte, the **first in the low half**.
@@ -115,11 +118,12 @@ The row −8, −7, −1, 0, 1, 2, 6, 7 gives the one word −22444272, which is
     stub=PACK_STUB,
     solution=PACK,
     hints=(
-        "Read FEA98710 from its end: 0, 1, 7, 8, 9, A, E, F. Those are the eight codes plus 8, in their order.",
-        "`nibbles[:, 0::2]` are the first codes of all pairs, `nibbles[:, 1::2]` the second ones. `<< 4` moves a "
-        "number into the high half of a byte, and `|` puts both halves together.",
-        "If `nibbles` are the codes plus 8 as uint8, the bytes are `nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)`, and "
-        "`.view(torch.int32)` reads four of them as a word.",
+        "Print your word for the row of the task in hexadecimal, `hex(word & 0xFFFFFFFF)`, and hold it against "
+        "FEA98710. Read "
+        "from its end that has the eight codes plus 8, in their order: 0, 1, 7, 8, 9, A, E, F.",
+        "`& 15` keeps the low bits of a signed code, so −1 becomes 15. It should become 7. And which code of a pair is "
+        "shifted into the high half?",
+        "`(codes + 8).to(torch.uint8)`, and `nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)`.",
     ),
     mistakes=_PACK_MISTAKES,
     cases=cases,

@@ -6,17 +6,19 @@ import torch
 
 from .base import Exercise, Mistake, altered, normal
 
-SMOOTH_STUB = """\
-def smooth_scales(x, w, alpha):
-    raise NotImplementedError("replace this line")
-"""
-
 SMOOTH = """\
 def smooth_scales(x, w, alpha):
     loud = x.abs().amax(dim=0)
     heavy = w.abs().amax(dim=0)
     return loud**alpha / heavy ** (1 - alpha)
 """
+
+SMOOTH_STUB = altered(  # two faults
+    SMOOTH,
+    ("loud**alpha / heavy ** (1 - alpha)", "loud ** (1 - alpha) / heavy**alpha"),
+    ("x.abs().amax(dim=0)", "x.amax(dim=0)"),
+)
+
 
 _RESULT = "loud**alpha / heavy ** (1 - alpha)"
 
@@ -37,11 +39,14 @@ def _smooth_cases() -> list[tuple]:
 
 SMOOTH_SCALES = Exercise(
     id="08-smooth-scales",
-    title="Share the burden",
+    title="The burden is not shared",
     minutes=8,
     difficulty=2,
     task="""
-Write `smooth_scales(x, w, alpha)`: SmoothQuant's scale for each input feature of a layer.
+`smooth_scales(x, w, alpha)` in the cell below should give SmoothQuant's scale for each input feature of a layer. At an
+`alpha` of one half it works on most layers. Where the outliers lie below zero it does not, and with a larger `alpha`,
+which should move more of them, they stay where they are. There are **two faults** in it. Find and mend them. What it
+should do:
 
 - `x` are inputs, (tokens, features), and `w` is the weight, (outputs, features).
 - A feature's scale is the largest magnitude that its inputs have, to the power of `alpha`, divided by the largest
@@ -52,9 +57,11 @@ Write `smooth_scales(x, w, alpha)`: SmoothQuant's scale for each input feature o
     stub=SMOOTH_STUB,
     solution=SMOOTH,
     hints=(
-        "Both tensors have the features last. Which dimension has to go, so that one number a feature is left?",
-        "The largest magnitude of each column is `x.abs().amax(dim=0)`, and the same of `w`.",
-        "With `loud` and `heavy` for the two: `loud**alpha / heavy ** (1 - alpha)`.",
+        "What does the function say of a feature whose inputs are −9 and −4? And what happens to the scale of a loud "
+        "one when "
+        "`alpha` grows?",
+        "An outlier may be negative. And with `alpha` at 1 the inputs alone should decide.",
+        "`x.abs().amax(dim=0)`, and `loud**alpha / heavy ** (1 - alpha)`.",
     ),
     mistakes=(
         _smooth(
