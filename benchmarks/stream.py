@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from canopyq.checkpoint.writer import Writer
+from canopyq.checkpoint.output import Writer
 from canopyq.evaluate.machine import describe
 
 LIMIT = 1_000_000_000  # bytes resident at most

@@ -1,33 +1,38 @@
-"""A checkpoint's files: tensors read one by one, output folders that are whole or absent."""
+"""A checkpoint's files, which anybody may have written: tensors read one by one, JSON in memory known before."""
 
 from __future__ import annotations
 
-import fcntl
-import glob
+import json
+import math
 import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from canopyq.checkpoint.header import DTYPES, Header, TensorInfo, read_header
-from canopyq.checkpoint.json_files import json_room, read_json
 from canopyq.errors import CanopyError, one_line, shown, unknown
-
-__all__ = ["CONFIG", "DTYPES", "GENERATION", "INDEX", "SINGLE", "Checkpoint", "Header", "TensorInfo", "as_path",
-           "raise_not_finite", "read_header", "read_json", "refuse_not_empty", "whole_or_absent", "move_into_place",
-           "sync"]  # fmt: skip
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 LONGEST_NAME = 255  # characters of a tensor's
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+ROOM = 1_000_000  # bytes of JSON beside however few tensors
+MOST_JSON = 100_000_000  # beside however many: what the safetensors library itself takes at most in a header
+FEW = 10_000  # values; beyond them no more than one in so many bytes:
+BYTES_PER_VALUE = 6  # JSON of tensors has about 10. An empty object has 3, and takes 72 in memory
+DEEPEST = 64  # objects and lists in one another
+
+_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, kind) for name, kind in _NAMES.items() if hasattr(torch, kind)}
 
 
 @dataclass
@@ -166,82 +171,136 @@ def _never_unpickled(file: Path) -> str:
     )
 
 
-def refuse_not_empty(folder: Path | str) -> None:
-    """Raise `CanopyError` unless a checkpoint can be written there: ``folder`` is absent, or an empty folder."""
-    folder = Path(os.path.realpath(as_path(folder)))
-    if folder.exists() and not folder.is_dir():
-        raise CanopyError(f"{folder} is a file; name a folder that does not exist yet")
-    above = next(path for path in (folder.parent, *folder.parent.parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise CanopyError(f"{folder} cannot be made: {above} is not a folder that you may write to; name another")
-    if folder.is_dir() and next(folder.iterdir(), None) is not None:
-        raise CanopyError(f"{folder} is not empty; name a folder that does not exist yet, or empty it first")
-    if folder.is_dir() and folder.samefile(os.curdir):  # a new folder takes its place, and this process is in the old
-        raise CanopyError(f"{folder} is the current folder; name one in it or beside it")
+# Headers and JSON -----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def whole_or_absent(folder: Path | str) -> Iterator[Path]:
-    """A new hidden folder beside ``folder``, to write into. It takes that name at the end, or is removed on failure.
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor: its dtype as safetensors spells it, and the bytes of the file that it fills."""
 
-    Everything is on the disk before the name is given, so that after a power cut, too, ``folder`` is whole or absent.
-    What earlier runs left that were killed is removed first; what another process is still writing stays.
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+def read_header(path: Path | str) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, in its order. The library checks the header: known dtypes, and shapes whose
+    bytes fill the file without gap or overlap.
+
+    Its size is bounded first. The library takes any of up to 100 MB, and the memory of parsing it.
 
     Raises:
-        CanopyError: if ``folder`` exists and is not empty.
+        CanopyError: for a file that the library refuses, or with a header out of proportion.
     """
-    refuse_not_empty(folder)
-    folder = Path(os.path.realpath(as_path(folder)))
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.{'[0-9a-f]' * 8}.part"):
-        if (held := _hold(left)) is not None:
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(held)
-    held = work = None
-    while work is None or not work.exists():  # another process may take it for a leftover before it is locked
-        work = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
-        work.mkdir(parents=True)
-        held = _hold(work)
+    path = Path(path)
     try:
-        yield work
-        move_into_place(work, folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    finally:
-        if held is not None:
-            os.close(held)
+        with open_ordinary(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+        if length > json_room(size):
+            raise CanopyError(f"{path} announces a header of {length:,} bytes in a file of {size:,}; do not trust it")
+        header: dict[str, TensorInfo] = {}
+        end = 8 + length
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.offset_keys():
+                tensor = opened.get_slice(name)
+                dtype, shape, start = tensor.get_dtype(), tuple(tensor.get_shape()), end
+                if dtype not in DTYPES:
+                    raise unknown(f"dtype of {path}: tensor {shown(name)}", dtype, DTYPES)
+                end += math.prod(shape) * DTYPES[dtype].itemsize
+                header[name] = TensorInfo(dtype, shape, start, end)
+    except (OSError, SafetensorError) as error:
+        raise CanopyError(f"{path} cannot be read ({one_line(error)}); copy or download it again") from None
+    return header
 
 
-def _hold(folder: Path) -> int | None:
-    """Lock a folder for this process; the system lets the lock go when the process ends, however it does. None if
-    another process has it, if it is no folder, or if its disk has no locks."""
+def json_room(nbytes: int) -> int:
+    """The bytes of JSON that a checkpoint may have in one file.
+
+    Args:
+        nbytes: of the files that hold its tensors. Parsed JSON takes some 10 times its own size, so that an eighth of
+            them keeps loading within twice the checkpoint.
+    """
+    return min(ROOM + nbytes // 8, MOST_JSON)
+
+
+def open_ordinary(path: Path) -> BinaryIO:
+    """An ordinary file, opened to be read.
+
+    Raises:
+        CanopyError: for a folder, a device, or a pipe, on which reading could wait for ever.
+        OSError: for a file that cannot be opened.
+    """
+    file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb", closefd=True)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise CanopyError(f"{path} is no ordinary file; do not trust the folder that it is in")
+    return file
+
+
+def read_json(path: Path, most: int = ROOM, *, finite: bool = False) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint.
+
+    Args:
+        most: bytes that it may have; see `json_room`.
+        finite: refuse NaN and infinity, which are no JSON, though Python writes and reads them.
+
+    Raises:
+        CanopyError: for a file that cannot be read, is no ordinary one, too large, too deep, or holds something else.
+    """
     try:
-        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return None
+        with open_ordinary(path) as file:
+            raw = file.read(most + 1)
+    except FileNotFoundError:
+        raise CanopyError(f"{path.parent} has no {path.name}; name a folder written by save_pretrained") from None
+    except OSError as error:
+        raise CanopyError(f"{path} cannot be read ({error.strerror}); check its name and permissions") from None
+    if len(raw) > most:
+        raise CanopyError(f"{path} has more than {most:,} bytes, too many beside its tensors; download it again")
+    return parse_json(raw, path, finite=finite)
+
+
+def parse_json(raw: bytes, path: Path, *, finite: bool = False) -> dict[str, Any]:
+    """A JSON object in which no key comes twice. Raises `CanopyError` for anything else; see `read_json`."""
+    values = sum(map(raw.count, (b",", b"[", b"{")))  # those in texts, too: there are few
+    if values > FEW + len(raw) // BYTES_PER_VALUE:
+        raise CanopyError(f"{path} holds {values:,} values in {len(raw):,} bytes, too many for it; do not trust it")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key comes twice")
+        return found
+
+    def constant(name: str) -> float:
+        if finite:
+            raise ValueError(f"{name} is no number of JSON")
+        return float(name)
+
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(held), os.stat(folder)):
-            return held
-    except OSError:  # held by another process, or gone
-        pass
-    os.close(held)
-    return None
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=once, parse_constant=constant)
+        _raise_deep(content)
+    except (ValueError, RecursionError) as error:
+        raise CanopyError(f"{path} holds no valid JSON ({one_line(error)}); copy or download it again") from None
+    if not isinstance(content, dict):
+        raise CanopyError(f"{path} holds a JSON {type(content).__name__}, not an object; copy or download it again")
+    return content
 
 
-def move_into_place(work: Path, folder: Path) -> None:
-    """Write everything below ``work`` to the disk itself, then rename it to ``folder`` (absent, or an empty folder)."""
-    refuse_not_empty(folder)
-    for path in [*work.rglob("*"), work]:
-        sync(path)
-    os.replace(work, folder)
-    sync(folder.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _raise_deep(content: object) -> None:
+    level = [content]
+    for _ in range(DEEPEST):
+        level = [x for held in level if isinstance(held, (dict, list)) for x in
+                 (held.values() if isinstance(held, dict) else held)]  # fmt: skip
+        if not level:
+            return
+    raise RecursionError(f"more than {DEEPEST} lists and objects in one another")

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from canopyq.checkpoint.config import read_config, write_config
-from canopyq.checkpoint.files import Checkpoint
+from canopyq.checkpoint.files import Checkpoint, TensorInfo
 from canopyq.checkpoint.groups import Layer, cache_note, grouped, ignored
-from canopyq.checkpoint.header import TensorInfo
 from canopyq.checkpoint.layout import disk_format, expected
 from canopyq.checkpoint.names import Names, names_of
 from canopyq.checkpoint.readers import readers

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from canopyq import checks
 from canopyq.checkpoint.config import Quantization, write_config
 from canopyq.checkpoint.contents import Contents, bare_config, contents, own_memory, tensors_of, widest
-from canopyq.checkpoint.files import CONFIG, INDEX, SINGLE, as_path, refuse_not_empty, whole_or_absent
+from canopyq.checkpoint.files import CONFIG, INDEX, SINGLE, as_path
 from canopyq.checkpoint.groups import word
 from canopyq.checkpoint.layout import SCALE_DTYPES
+from canopyq.checkpoint.output import refuse_not_empty, whole_or_absent
 from canopyq.checkpoint.read_back import Check, read_back
 from canopyq.checkpoint.readers import readers
 from canopyq.checkpoint.skeleton import quiet

@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 
 from canopyq import checks
-from canopyq.checkpoint.files import CONFIG, GENERATION, INDEX, Checkpoint, read_json, refuse_not_empty
+from canopyq.checkpoint.files import CONFIG, GENERATION, INDEX, Checkpoint, read_json
 from canopyq.checkpoint.layout import disk_format, to_disk
+from canopyq.checkpoint.output import Work, Writer, fingerprint, refuse_not_empty
 from canopyq.checkpoint.plan import SHARD_BYTES, Plan, Step, make_plan
-from canopyq.checkpoint.work import Work, fingerprint
-from canopyq.checkpoint.writer import Writer
 from canopyq.errors import CanopyError, prefixed
 from canopyq.memory import human
 from canopyq.tensor.quantized_tensor import quantize

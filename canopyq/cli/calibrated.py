@@ -10,8 +10,9 @@ import torch
 
 import canopyq as cq
 from canopyq.calibration.calibrate import calibrate
-from canopyq.checkpoint.files import Checkpoint, as_path, refuse_not_empty
+from canopyq.checkpoint.files import Checkpoint, as_path
 from canopyq.checkpoint.layout import SCALE_DTYPES
+from canopyq.checkpoint.output import refuse_not_empty
 from canopyq.errors import CanopyError, one_line
 from canopyq.methods.registry import Method
 from canopyq.tensor.scheme import Recipe

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import canopyq as cq
-from canopyq.checkpoint.files import CONFIG, SINGLE, whole_or_absent
-from canopyq.checkpoint.json_files import DEEPEST, FEW, read_json
+from canopyq.checkpoint.files import CONFIG, DEEPEST, FEW, SINGLE, read_json
+from canopyq.checkpoint.output import whole_or_absent
 from canopyq.checkpoint.stream import quantize_checkpoint
 from canopyq.errors import CanopyError
 
@@ -311,7 +311,8 @@ def test_links_within_the_folder_and_to_the_hubs_blobs_are_followed(source: Path
 
 def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
     writing = (
-        "import sys\nfrom canopyq.checkpoint.files import whole_or_absent\nwith whole_or_absent(sys.argv[1]) as work:\n"
+        "import sys\nfrom canopyq.checkpoint.output import whole_or_absent\n"
+        "with whole_or_absent(sys.argv[1]) as work:\n"
     )
     writing += "    (work / 'half').write_bytes(bytes(1000)); print(work, flush=True); sys.stdin.read()\n"
 
