@@ -21,7 +21,7 @@ from .quiz import quiz
 from .recorded import recorded
 
 _ROOMS = {  # loaded when one of its names is asked for
-    "canopyq": ("affine",),
+    "canopyq.tensor": ("affine",),  # a module
     "canopyq.advisor": ("GPUS", "PRIORITIES", "ROWS", "Measurement", "Needs", "Option", "advise", "costs", "refuse"),
     "canopyq.evaluate.bench": ("bench",),
     "canopyq.calibration.calibrate": ("calibrate",),
@@ -56,4 +56,4 @@ def __getattr__(name: str) -> Any:
     if name not in _ROOM_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     room = _ROOM_OF[name]
-    return import_module(f"{room}.{name}") if room == "canopyq" else getattr(import_module(room), name)
+    return import_module(f"{room}.{name}") if name == "affine" else getattr(import_module(room), name)
