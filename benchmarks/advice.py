@@ -39,7 +39,7 @@ def measure(questions: int) -> list[Measurement]:
             name = recipe if cache is None else f"{recipe}+{cache}"
             share = result.model.accuracy
             kl = float(f"{result.kl:.3g}")  # further digits depend on the processor
-            found.append(Measurement(name, kl, share.right, share.n, source=source))
+            found.append(Measurement(name, kl, share.right, share.n, source=source, model="tutor"))
             print(f"{name:<20} KL {result.kl:.3g}   right {result.model.accuracy}", flush=True)
     return found
 

@@ -40,6 +40,11 @@ class ModelShape:
         return self.layers * (self.hidden * (2 * q + 2 * kv) + 3 * self.hidden * self.ffn)
 
     @property
+    def inputs(self) -> tuple[int, ...]:
+        """The in_features that the linear layers have."""
+        return tuple(sorted({self.hidden, self.heads * self.head_dim, self.ffn}))
+
+    @property
     def parameters(self) -> int:
         """All parameters: blocks, biases, norms, embedding and head."""
         biases = (self.heads + 2 * self.kv_heads) * self.head_dim * self.layers if self.qkv_bias else 0

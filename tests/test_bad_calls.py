@@ -97,6 +97,7 @@ KINDS: dict[str, tuple] = {
     "any thing": (*without(OTHER, int), True),
     "no number": (*without(OTHER, int), True, NAN, INF, 1j, 10**400),
     "share": (*without(OTHER, int), True, NAN, INF, -0.5, 1.5, 10**400),
+    "share or none": (*without(OTHER, int, type(None)), True, NAN, INF, -0.5, 1.5, 10**400),
     "zero": (0,),
     "words": (*without(OTHER, int), True, NAN, -1, 10**400, "", "nonsense", "x" * 5000, "a\nb"),
     "words or none": (*without(OTHER, int, type(None)), True, NAN, -1, 10**400, "", "nonsense"),
@@ -209,8 +210,8 @@ CALLS: dict[str, tuple[Callable, dict[str, Any], dict[str, str]]] = {
         "model": "module+no language model+meta", "path": "path+taken", "tokenizer": "tokenizer or none",
         "base": "path-none+absent", "requantize": "name or none"}),
     "advise": (cq.advise, {"model": "7B"}, {
-        "model": "words", "memory": "words or none", "context": "words", "batch": "count+zero", "accuracy": "share",
-        "gpu": "words or none", "priority": "name", "measurements": "questions-none"}),
+        "model": "words", "memory": "words or none", "context": "words", "batch": "count+zero",
+        "accuracy": "share or none", "gpu": "words or none", "priority": "name", "measurements": "questions-none"}),
     "Needs.parse": (Needs.parse, {"model": "7B"}, {
         "model": "words", "memory": "words or none", "context": "words", "batch": "count+zero", "accuracy": "share",
         "gpu": "words or none", "priority": "name"}),

@@ -725,7 +725,8 @@ def test_advise_names_recipe_bytes_and_source(canopyq) -> None:
     done = canopyq("advise", "--model", "7B", "--memory", "8GB", "--context", "16k", "--priority", "accuracy")
     assert done.code == 0 and done.err == ""
     assert "mistral-7b" in done.out and "16,384 tokens" in done.out and "recipe   w" in done.out
-    assert "the tutor model" in done.out, "whose quality it is"
+    assert "not measured on this model" in done.out and "KL" not in done.out, "it was measured on another"
+    assert "the tutor model" in done.out, "whose order it is"
 
 
 def test_advise_in_json_adds_up(canopyq) -> None:

@@ -16,10 +16,12 @@ from dataclasses import asdict, dataclass, replace
 
 from canopyq import checks
 from canopyq.advisor.measured import ORIGINAL, Measurement, recorded
-from canopyq.advisor.needs import FLOOR, GPUS, PRIORITIES, Needs, refuse, speed_remarks
-from canopyq.errors import CanopyError
+from canopyq.advisor.needs import FLOOR, GPUS, PRIORITIES, Needs, misfit, refuse, speed_remarks
+from canopyq.errors import CanopyError, shown
 from canopyq.memory import ModelBytes, cache_bytes, human, model_bytes
 from canopyq.utils import Preformatted
+
+CURE = "give measurements of your own (--measurements)"
 
 # The decision table that the course starts from: situation, the priority that stands for it, the recipe. The fourth
 # row, long chats, is about the cache alone.
@@ -39,13 +41,15 @@ class Option:
         measured: its quality.
         weights: bytes of the model: codes, scales, zero points, and what stays in 16 bits.
         cache: bytes of the KV cache.
-        refused: why the GPU has no kernel for it, or None.
+        refused: why no kernel takes it, or none of the GPU, or None.
+        here: whether the quality was measured on the model that is asked about. If not, it orders recipes and no more.
     """
 
     measured: Measurement
     weights: ModelBytes
     cache: int
     refused: str | None
+    here: bool
 
     @property
     def name(self) -> str:
@@ -59,20 +63,28 @@ class Option:
     def of(cls, measured: Measurement, needs: Needs) -> Option:
         recipe, cache = measured.parts
         held = cache_bytes(needs.shape, needs.context, needs.batch, cache)
-        refused = refuse(recipe, cache, needs.capability)
+        refused = misfit(recipe, needs.shape) or refuse(recipe, cache, needs.capability)
         if refused is None and needs.priority == "throughput" and (recipe is None or recipe.activations is None):
             refused = "throughput asks for 8-bit activations, and this recipe computes in 16 bits"
-        return cls(measured, model_bytes(needs.shape, recipe), held, refused)
+        here = measured.model in (None, needs.model)
+        return cls(measured, model_bytes(needs.shape, recipe), held, refused, here)
+
+    def right_enough(self, needs: Needs) -> bool:
+        """Whether it has the accuracy that is asked for. A text has no answers, so it asks for none."""
+        return self.measured.accuracy is None or self.measured.accuracy.value >= needs.accuracy
 
     def meets(self, needs: Needs) -> bool:
         """Whether it has the accuracy, a kernel, and room."""
-        right = self.measured.accuracy.value >= needs.accuracy
-        return right and self.refused is None and (needs.memory is None or self.total <= needs.memory)
+        roomy = needs.memory is None or self.total <= needs.memory
+        return roomy and self.refused is None and self.right_enough(needs)
 
     def to_dict(self) -> dict:
-        """Plain values, for JSON."""
+        """Plain values, for JSON; a quality of None was not measured on this model."""
         sizes = asdict(self.weights) | {"cache": self.cache, "total": self.total}
-        quality = asdict(self.measured) | {"accuracy": self.measured.accuracy.to_dict()}
+        quality = None
+        if self.here:
+            share = self.measured.accuracy
+            quality = asdict(self.measured) | {"accuracy": None if share is None else share.to_dict()}
         return {"recipe": self.measured.recipe, "method": self.measured.method, "bytes": sizes, "quality": quality}
 
 
@@ -134,18 +146,18 @@ class Advice(Preformatted):
         parts = {"codes": best.weights.codes, "scales": best.weights.scales, "zero points": best.weights.zero_points,
                  "in 16 bits": best.weights.plain, "cache": best.cache}  # fmt: skip
         sum_of = " + ".join(f"{name} {human(count)}" for name, count in parts.items() if count)
-        m = best.measured
+        quality = f"{best.measured}; {best.measured.source}" if best.here else f"not measured on this model; {CURE}"
         lines = [
             f"model    {needs.model} ({shape.parameters:,} parameters{named})",
             f"needs    {needs}",
             f"recipe   {best.name}",
             f"bytes    {human(best.total)} = {sum_of}{left}",
-            f"quality  KL {m.kl:.2g} nats per token, {m.accuracy} right of {m.n}; {m.source}",
+            f"quality  {quality}",
         ]
         lines += [f"table    {line}" for line in self.table]
         lines += [f"note     {line}" for line in self.remarks]
         lines += [
-            f"also     {option.name}: {human(option.total)}, KL {option.measured.kl:.2g}, {option.measured.accuracy}"
+            f"also     {option.name}: {human(option.total)}" + (f", {option.measured}" if option.here else "")
             for option in self.others[:3]
         ]
         return "\n".join(lines)
@@ -157,7 +169,7 @@ def advise(
     memory: str | int | float | None = None,
     context: str | int = 0,
     batch: int = 1,
-    accuracy: float = FLOOR,
+    accuracy: float | None = None,
     gpu: str | float | None = None,
     priority: str = "balanced",
     measurements: Iterable[Measurement] | None = None,
@@ -166,18 +178,25 @@ def advise(
 
     Args:
         model, memory, context, batch, gpu: see `Needs.parse`; or `Needs` alone.
-        accuracy: the least share of right answers, as measured.
+        accuracy: the least share of right answers, as measured; None asks for 0.98 where there are answers.
         priority: ``"accuracy"``, ``"balanced"``, ``"compression"``, or ``"throughput"`` (8-bit activations only).
-        measurements: what to choose from; None takes those that ship with canopyq, of the tutor model. They order the
-            recipes of a larger model as they order the tutor's; how much it loses has to be measured on it.
+        measurements: of this model, to choose from: `Measurement.of` makes one. None takes those that ship with
+            canopyq, of the tutor. They order the recipes of another model as they order the tutor's, and no quality is
+            given for it.
 
     Raises:
         CanopyError: for needs that cannot be read, and for needs that nothing meets: the message says which of them has
             to give, and by how much.
     """
+    known = list(recorded() if measurements is None else _measurements(measurements))
+    without = next((measured.recipe for measured in known if measured.accuracy is None), None)
+    if accuracy is None:
+        accuracy = FLOOR if without is None else 0.0
+    elif without is not None:
+        raise CanopyError(f"accuracy={shown(accuracy)} is a share of right answers, and {without} was measured on "
+                          "none; leave it out")  # fmt: skip
     words = {"memory": memory, "context": context, "batch": batch, "accuracy": accuracy, "gpu": gpu}
     needs = model if isinstance(model, Needs) else Needs.parse(model, **words, priority=priority)
-    known = list(recorded() if measurements is None else _measurements(measurements))
     if not needs.context:  # no chat was named: whatever cache there will be is not part of the question
         known = [measured for measured in known if measured.parts[1] is None] or known
     options = _options(known, needs)
@@ -213,7 +232,7 @@ def _options(known: list[Measurement], needs: Needs) -> list[Option]:
 def _what_must_give(known: list[Measurement], options: list[Option], needs: Needs) -> str:
     """For each of the needs alone, how far it would have to give."""
     runs = [option for option in options if option.refused is None]
-    good = [option for option in runs if option.measured.accuracy.value >= needs.accuracy]
+    good = [option for option in runs if option.right_enough(needs)]
     gives = []
     if good and needs.memory is not None:
         least = min(good, key=lambda option: option.total)
@@ -225,12 +244,11 @@ def _what_must_give(known: list[Measurement], options: list[Option], needs: Need
         if smaller["batch"] and needs.context:
             gives.append(f"a batch of at most {smaller['batch']}")
     fitting = [option for option in runs if needs.memory is None or option.total <= needs.memory]
-    if fitting:
+    if fitting and not any(option.right_enough(needs) for option in fitting):
         best = max(fitting, key=lambda option: option.measured.accuracy.value)
         value = best.measured.accuracy.value
-        if value < needs.accuracy:
-            gives.append(f"an accuracy floor of {100 * value:.4g} % ({100 * (needs.accuracy - value):.2g} points less) "
-                         f"for {best.name}")  # fmt: skip
+        gives.append(f"an accuracy floor of {100 * value:.4g} % ({100 * (needs.accuracy - value):.2g} points less) "
+                     f"for {best.name}{_whose(best)}")  # fmt: skip
     if needs.capability is not None:
         for capability in sorted(set(GPUS.values())):
             other = replace(needs, capability=capability)
@@ -266,8 +284,15 @@ def _most(good: list[Option], needs: Needs, field: str) -> int:
     return low
 
 
+def _whose(option: Option) -> str:
+    """Whose quality is spoken of, where it is not that of the model that is asked about."""
+    return "" if option.here else f", as measured on the {option.measured.model}"
+
+
 def _not_counted(best: Option, needs: Needs) -> list[str]:
     said = []
+    if not best.here:
+        said.append(f"the order of recipes is that of {best.measured.source}; others lose more or less with each")
     if not needs.context:
         said.append("no context was named, so the cache is not counted; add context= (--context) to plan for chats")
     if needs.memory is not None and best.total > 0.9 * needs.memory:
@@ -310,8 +335,9 @@ def _weights(situation: str, recipe: str, best: Option, options: list[Option], n
 def _why_not(row: Option, best: Option, options: list[Option], needs: Needs) -> str:
     if row.refused is not None:
         return row.refused
-    if row.measured.accuracy.value < needs.accuracy:
-        return f"it got {row.measured.accuracy} right, and the floor is {100 * needs.accuracy:.4g} %"
+    if not row.right_enough(needs):
+        floor = f"{100 * needs.accuracy:.4g} %"
+        return f"it got {row.measured.accuracy} right, and the floor is {floor}{_whose(row)}"
     if needs.memory is not None and row.total > needs.memory:
         return f"with the same cache it takes {human(row.total)}, {human(row.total - needs.memory)} too many"
     noise = noise_of([option.measured for option in options])
@@ -321,8 +347,8 @@ def _why_not(row: Option, best: Option, options: list[Option], needs: Needs) -> 
     share = row.weights.plain / row.total
     because = f", since {100 * share:.0f} % of its bytes stay in 16 bits anyway" if share > 0.25 else ""
     return (
-        f"{best.name} has {100 * memory:+.1f} % of memory and {100 * hurt:+.0f} % of damage{because}, and “"
-        f"{needs.priority}” gives 1 % of memory for {rate:g} % of damage"
+        f"{best.name} has {100 * memory:+.1f} % of memory and {100 * hurt:+.0f} % of damage{_whose(best)}{because}, "
+        f"and “{needs.priority}” gives 1 % of memory for {rate:g} % of damage"
     )
 
 

@@ -26,19 +26,26 @@ class Measurement:
     Attributes:
         recipe: its name with the cache, such as ``"w4a16-g128+kv8"``; ``"bf16"`` is the original in 16-bit arithmetic.
         kl: mean KL divergence from the original, nats per token.
-        right, n: answers that were right, of how many.
+        right, n: answers that were right, of how many; None where no questions were asked.
         method: how the weights were rounded; ``"rtn"`` to the nearest.
         source: what was measured, where and when.
+        perplexity: on a text, if that was measured.
+        model: the only model that it says something of, as `advise` calls it: ``"tutor"``. None: of whichever model
+            it is given for.
     """
 
     recipe: str
     kl: float
-    right: int
-    n: int
+    right: int | None = None
+    n: int | None = None
     method: str = "rtn"
     source: str = "your own measurement"
+    perplexity: float | None = None
+    model: str | None = None
 
     def __post_init__(self) -> None:
+        if (self.right is None) != (self.n is None):
+            raise CanopyError(f"right={self.right} and n={self.n} of {self.recipe} go together; give both or neither")
         self.accuracy  # noqa: B018 - a share that is none is refused at once
         if not 0 <= self.kl < float("inf"):
             raise CanopyError(f"a KL of {self.kl} for {self.recipe} is no divergence; measure it with cq.compare")
@@ -51,8 +58,15 @@ class Measurement:
         return cls(recipe, result.kl, right.right, right.n, method, source)
 
     @property
-    def accuracy(self) -> Share:
-        return Share(self.right, self.n)
+    def accuracy(self) -> Share | None:
+        return None if self.right is None else Share(self.right, self.n)
+
+    def __str__(self) -> str:
+        """The quality alone."""
+        words = [f"KL {self.kl:.2g} nats per token"]
+        words += [] if self.perplexity is None else [f"perplexity {self.perplexity:.4g}"]
+        words += [] if self.accuracy is None else [f"{self.accuracy} right of {self.n}"]
+        return ", ".join(words)
 
     @property
     def parts(self) -> tuple[Recipe | None, str | None]:
@@ -81,7 +95,8 @@ def recorded() -> list[Measurement]:
 
 
 def read(path: str | Path) -> list[Measurement]:
-    """Measurements from a JSON file: ``{"source": …, "rows": [{"recipe": …, "kl": …, "right": …, "n": …}, …]}``.
+    """Measurements from a JSON file: ``{"source": …, "rows": [{"recipe": …, "kl": …, "right": …, "n": …}, …]}``; with
+    ``"model": "tutor"`` they are of that model alone.
 
     Raises:
         CanopyError: for a file that does not hold them.
@@ -89,7 +104,8 @@ def read(path: str | Path) -> list[Measurement]:
     path = as_path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return [Measurement(**({"source": content["source"]} | row)) for row in content["rows"]]
+        shared = {key: content[key] for key in ("source", "model") if key in content}
+        return [Measurement(**(shared | row)) for row in content["rows"]]
     except CanopyError:
         raise
     except OSError as error:
@@ -101,9 +117,10 @@ def read(path: str | Path) -> list[Measurement]:
 
 def write(path: str | Path, measurements: Iterable[Measurement], **about: object) -> None:
     """Write measurements of one source as `read` reads them; ``about`` adds what else is to be known of them."""
-    rows = [asdict(m) for m in measurements]
-    sources = {row.pop("source") for row in rows}
-    if len(sources) != 1:
-        raise CanopyError(f"a file of measurements has one source, these have {len(sources)}; write them apart")
-    content = {"source": sources.pop(), **about, "rows": rows}
+    rows = [{name: value for name, value in asdict(m).items() if value is not None} for m in measurements]
+    shared = {key: {row.pop(key, None) for row in rows} for key in ("source", "model")}
+    for key, values in shared.items():
+        if len(values) != 1:
+            raise CanopyError(f"a file of measurements has one {key}, these have {len(values)}; write them apart")
+    content = {key: value for key, (value,) in shared.items() if value is not None} | {**about, "rows": rows}
     write_atomic(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

@@ -88,7 +88,8 @@ class Needs:
         )
 
     def __str__(self) -> str:
-        words = [f"priority {self.priority}", f"at least {100 * self.accuracy:.4g} % right"]
+        words = [f"priority {self.priority}"]
+        words += [f"at least {100 * self.accuracy:.4g} % right"] if self.accuracy else []
         words.append("no memory limit" if self.memory is None else f"{human(self.memory)} of memory")
         if self.context:
             words.append(f"{self.batch} x {self.context:,} tokens of context")
@@ -177,6 +178,14 @@ def find_capability(gpu: str | float) -> float:
     if re.fullmatch(r"\d{1,2}(\.\d)?", key) and 5 <= float(key) < 20:
         return float(key)
     raise unknown("GPU", gpu, GPUS, more=", or a compute capability such as 8.9 or sm_89")
+
+
+def misfit(recipe: Recipe | None, shape: ModelShape) -> str | None:
+    """Why no fast kernel takes a recipe's groups on a model of this shape, and no server loads them; None if they do:
+    Marlin, torch's kernels and compressed-tensors all want a row to be a whole number of groups."""
+    size = None if recipe is None else recipe.weights.granularity.group_size
+    ragged = next((inputs for inputs in shape.inputs if size and inputs % size), None)
+    return ragged and f"groups of {size} do not divide {ragged} inputs: no fast kernel and no server takes them"
 
 
 def refuse(recipe: Recipe | None, cache: str | None, capability: float | None) -> str | None:

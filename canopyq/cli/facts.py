@@ -95,15 +95,17 @@ def advise(
     memory: Annotated[str | None, typer.Option(help="For weights and cache together, e.g. 8GB or 6.5GiB.")] = None,
     context: Annotated[str, typer.Option(help="Tokens of each chat's cache, e.g. 32k.")] = "0",
     batch: Annotated[int, typer.Option(help="Chats at a time.")] = 1,
-    accuracy: Annotated[float, typer.Option(help="The least share of right answers.")] = 0.98,
+    accuracy: Annotated[
+        float | None, typer.Option(help="The least share of right answers; 0.98 where there are answers.")
+    ] = None,
     gpu: Annotated[str | None, typer.Option(help="A GPU (h100), a compute capability (8.9), or cpu.")] = None,
     priority: Annotated[str, typer.Option(help="accuracy, balanced, compression or throughput.")] = "balanced",
     measurements: Annotated[
-        Path | None, typer.Option(help="A JSON file with measurements of your own; default: those of the tutor.")
+        Path | None, typer.Option(help="A JSON file with measurements of this model; default: those of the tutor.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Recommend a recipe for a model, with its bytes and its measured quality.
+    """Recommend a recipe for a model, with its bytes and, where it was measured on this model, its quality.
 
     Where nothing meets the needs, say which of them has to give, and by how much.
     """

@@ -241,9 +241,45 @@ def test_advice_reads_well() -> None:
     assert "<pre>" in found._repr_html_()
 
 
-def test_recipes_whose_groups_do_not_fit_are_left_out(tmp_path) -> None:
+@pytest.mark.parametrize("priority", sorted(advisor.PRIORITIES))
+@pytest.mark.parametrize(("hidden", "ffn", "fits"), [(576, 1536, (32, 64)), (64, 96, (32,)), (96, 40, ())])
+def test_groups_divide_every_layer(tmp_path, hidden: int, ffn: int, fits: tuple[int, ...], priority: str) -> None:
+    """576 is SmolLM2's width, which groups of 128 do not divide."""
     from transformers import LlamaConfig
 
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 1}
-    LlamaConfig(**sizes, vocab_size=96).save_pretrained(tmp_path)
-    assert advise(str(tmp_path)).recipe in ("w4a16-g32", "w4a16-channel", "nf4", "mxfp4", "nvfp4", "w8a16")
+    LlamaConfig(hidden_size=hidden, intermediate_size=ffn, num_attention_heads=4, num_hidden_layers=1,
+                vocab_size=96).save_pretrained(tmp_path)  # fmt: skip
+    found = advise(str(tmp_path), priority=priority)
+    sizes = {option.measured.parts[0].weights.granularity.group_size
+             for option in (found.best, *found.others) if option.measured.parts[0] is not None}  # fmt: skip
+    assert sizes <= {None, *fits} and (priority == "throughput" or sizes == {None, *fits})
+
+
+@pytest.mark.parametrize("model", ["7B", "llama-3.1-8b", "folder"])
+@pytest.mark.parametrize("words", [{}, {"memory": "6GB", "priority": "accuracy"}, {"context": "8k"}], ids=str)
+def test_no_quality_is_promised_that_was_measured_on_another_model(tmp_path, model: str, words: dict) -> None:
+    if model == "folder":
+        from transformers import LlamaConfig
+
+        LlamaConfig().save_pretrained(tmp_path)
+        model = str(tmp_path)
+    found = advise(model, **words)
+    said = json.dumps(found.to_dict())
+    for text in (said, str(found)):
+        assert not any(f"{o.measured.kl:.2g}" in text for o in (found.best, *found.others)) and "% (" not in text
+    assert '"quality": null' in said and "not measured on this model" in str(found)
+    assert any(found.best.measured.source in line for line in found.remarks)
+    assert advise("tutor", **words).to_dict()["quality"]["kl"] > 0
+    mine = [replace(m, model=None, source="mine") for m in recorded()]
+    assert f"{found.best.measured.kl:.2g}" in str(advise(model, measurements=mine, **words)).split("also")[0]
+
+
+def test_measurements_without_answers_ask_for_no_accuracy() -> None:
+    known = [Measurement("w8a16", 0.004, perplexity=31.9), Measurement("w4a16-g32", 0.4, perplexity=41.9)]
+    found = advise("7B", memory="5GB", measurements=known)
+    assert found.recipe == "w4a16-g32" and "perplexity 41.9" in str(found) and "% right" not in str(found)
+    assert json.loads(json.dumps(found.to_dict()))["quality"]["accuracy"] is None
+    with pytest.raises(CanopyError, match="accuracy=0.9"):
+        advise("7B", accuracy=0.9, measurements=known)
+    with pytest.raises(CanopyError, match="n=None of w8a16"):
+        Measurement("w8a16", 0.004, 3)

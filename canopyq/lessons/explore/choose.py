@@ -75,9 +75,10 @@ class Choose(Explorer):
         except CanopyError as error:
             return box("bad", f"<b>Nothing fits.</b> {html.escape(str(error).split('). ', 1)[-1])}")
         best = found.best
+        measured = f"{best.measured} ({best.measured.source})" if best.here else "not measured on this model"
         lines = [
-            f"<b>{best.name}</b>: {human(best.total)}, {human(needs.memory - best.total)} to spare; "
-            f"KL {best.measured.kl:.2g}, {best.measured.accuracy} right ({html.escape(best.measured.source)})"
+            f"<b>{best.name}</b>: {human(best.total)}, {human(needs.memory - best.total)} to spare; quality: "
+            f"{html.escape(measured)}"
         ]
         return box("good", "<br>".join([*lines, *(html.escape(line) for line in found.table)]))
 
