@@ -33,7 +33,7 @@ export CANOPYQ_REQUIRE_BROWSER ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test setup test-units test-fast test-browser notebooks check-notebooks check-docs train-tutor lint \
+.PHONY: help lab test setup test-units test-fast test-browser notebooks book check-notebooks check-docs train-tutor lint \
 	clean sweep fuzz test-lowest
 
 help: ## Show this list
@@ -74,6 +74,9 @@ test-browser: $(STAMP) ## Walk through the course in JupyterLab, in a real brows
 
 notebooks: $(STAMP) ## Run all notebooks again and store their outputs in place
 	$(RUN) tools/notebooks.py execute
+
+book: $(STAMP) ## Make the book in build/book/html: every lesson as a page, quizzes and guesses without a kernel
+	$(RUN) tools/book.py
 
 check-notebooks: $(STAMP) ## Run all notebooks and compare every output with the stored one
 	$(RUN) tools/notebooks.py check

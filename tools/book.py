@@ -1,0 +1,139 @@
+"""Builds the book: every lesson as a page that needs no kernel, with the reference of the package and a search.
+
+    python tools/book.py             into build/book/html
+    python tools/book.py OUT         into OUT
+
+The notebooks' stored outputs become pages. Cards that a kernel answers in JupyterLab answer in the page: `book.js` in
+`docs/book/static/` judges quizzes and holds guesses against what was measured. A page fetches nothing from anywhere.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+import canopyq as cq
+from canopyq.lessons import quizzes
+from canopyq.lessons.html import heading
+from canopyq.lessons.text import block, inline
+
+ROOT = Path(__file__).resolve().parent.parent
+MAKER = ROOT / "docs" / "book"
+MEASURED = re.compile(r"Measured: <b>(.*?)</b>")
+
+
+def quiz_form(name: str) -> str:
+    """The quiz as a form: each choice holds whether it is right, and why, in a template that opens on "Check"."""
+    quiz = quizzes.load(name)
+    choices = "".join(
+        f'<label class="cq-choice"><input type="radio" name="quiz-{name}" value="{c.letter}">'
+        f"<span>{inline(c.text)}</span></label>"
+        f'<template data-choice="{c.letter}" data-right="{str(c.correct).lower()}">{inline(c.reason)}</template>'
+        for c in quiz.choices
+    )
+    return (
+        f'<form class="cq-card cq-quiz" data-name="{name}">{heading("Quiz", quiz.title)}'
+        f"<fieldset><legend>{block(quiz.question)}</legend>{choices}</fieldset>"
+        '<button type="submit">Check</button><div class="cq-verdict" aria-live="polite"></div></form>'
+    )
+
+
+def guess_form(name: str, question: str, unit: str) -> str:
+    """A number to guess; the measurement further down opens with it."""
+    return (
+        f'<form class="cq-card cq-guess" data-name="{html.escape(name)}" data-unit="{html.escape(unit)}">'
+        f"{heading('Predict', 'Before you look')}{question}"
+        f'<label>My guess <input type="text" inputmode="decimal" placeholder="a number"></label> {inline(unit)} '
+        '<button type="submit">Keep my guess</button><div class="cq-verdict" aria-live="polite"></div></form>'
+    )
+
+
+def measurement(name: str, stored: str) -> str:
+    """What was measured, hidden until there is a guess."""
+    return (
+        f'<div class="cq-card cq-measured" data-name="{html.escape(name)}">'
+        '<p class="cq-waiting">Measured. Make your guess on the card above, and it opens here. '
+        '<button type="button">Show it without a guess</button></p>'
+        f'<div class="cq-verdict" aria-live="polite"></div><template>{stored}</template></div>'
+    )
+
+
+def interactive(output: Any, source: str, guesses: dict[str, str]) -> str | None:
+    """The HTML that takes the place of a stored card, or None where the stored one is as good.
+
+    Args:
+        guesses: variable -> name of the guess that it holds, of the cells before; the cell's own are added.
+    """
+    stored, plain = output.data.get("text/html", ""), output.data.get("text/plain", "")
+    if found := re.match(r"Quiz ([\w-]+):", plain):
+        return quiz_form(found[1])
+    if found := re.match(r"Predict ([\w-]+):", plain):
+        if variable := re.search(r"^(\w+) = lessons\.predict\(", source, re.M):
+            guesses[variable[1]] = found[1]
+        unit = re.search(r'unit="([^"]*)"', source)
+        question = re.sub(r"^<div[^>]*>\s*<div.*?</div>|</div>$", "", stored, flags=re.S)
+        return guess_form(found[1], question, unit[1] if unit else "")
+    if plain.startswith("Measured:") and (variable := re.search(r"^(\w+)\.reveal\(", source, re.M)):
+        return measurement(guesses[variable[1]], MEASURED.search(stored)[0])
+    return None
+
+
+def page_of(notebook: Path) -> nbformat.NotebookNode:
+    """The lesson with its cards made to answer in the page."""
+    lesson = nbformat.read(notebook, as_version=4)
+    guesses: dict[str, str] = {}
+    for cell in lesson.cells:
+        cell.source = cell.source.replace("](../README.md#the-map)", "](../index.md)")
+        for output in cell.get("outputs", []):
+            if "data" in output and (form := interactive(output, cell.source, guesses)):
+                output.data["text/html"] = form
+    return lesson
+
+
+def reference() -> str:
+    """A page with every public name, from its docstring."""
+    lines = ["# Reference", "", "Everything that `import canopyq as cq` gives, by what it does.", ""]
+    kinds: dict[str, list[str]] = {"Functions": [], "Classes": [], "Tables": []}
+    for name in cq.__all__:
+        thing = getattr(cq, name)
+        if isinstance(thing, type):
+            kinds["Classes"].append(f"```{{eval-rst}}\n.. autoclass:: canopyq.{name}\n   :members:\n```\n")
+        elif callable(thing):
+            kinds["Functions"].append(f"```{{eval-rst}}\n.. autofunction:: canopyq.{name}\n```\n")
+        elif isinstance(thing, dict):
+            kinds["Tables"].append(f"### `{name}`\n\n{', '.join(f'`{key}`' for key in thing)}\n")
+    for kind, entries in kinds.items():
+        lines += [f"## {kind}", "", *entries]
+    return "\n".join(lines)
+
+
+def stage(sources: Path) -> None:
+    """Write what Sphinx reads."""
+    shutil.rmtree(sources, ignore_errors=True)
+    (sources / "lessons").mkdir(parents=True)
+    shutil.copytree(MAKER, sources, dirs_exist_ok=True)
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        nbformat.write(page_of(notebook), sources / "lessons" / notebook.name)
+    (sources / "reference.md").write_text(reference(), encoding="utf-8")
+    shutil.copy(ROOT / "docs" / "design.md", sources / "design.md")
+
+
+def build(out: Path) -> None:
+    """Write the book into ``out``; a warning of Sphinx is an error."""
+    from sphinx.cmd.build import main
+
+    sources = ROOT / "build" / "book" / "source"
+    stage(sources)
+    trees = sources.parent / "doctrees"
+    if status := main(["-q", "-W", "--keep-going", "-b", "html", "-d", str(trees), str(sources), str(out)]):
+        raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "book" / "html")
