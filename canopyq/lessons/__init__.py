@@ -13,6 +13,7 @@ from typing import Any
 
 from . import explore, plots
 from .capstone import capstone
+from .checkpoints import ten_checkpoints
 from .exercise import exercise
 from .html import table
 from .predict import predict
@@ -48,7 +49,8 @@ _ROOMS = {  # loaded when one of its names is asked for
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
-    "capstone", "exercise", "explore", "plots", "predict", "progress", "quiz", "recorded", "table", *_ROOM_OF,
+    "capstone", "exercise", "explore", "plots", "predict", "progress", "quiz", "recorded", "table", "ten_checkpoints",
+    *_ROOM_OF,
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .capstone import ID as CAPSTONE
+from .checkpoints import ID as TEN_CHECKPOINTS
 from .exercises import names as exercise_names
 from .html import StaticCard, box, heading, html_table, section
 from .quizzes import load
@@ -35,7 +36,7 @@ def rows() -> list[tuple[str, str, str, str, str, str]]:
     for number, title in LESSONS.items():
         here = [name for name, lesson in all_quizzes.items() if lesson == number]
         answers = [data["quizzes"][name] for name in here if name in data["quizzes"]]
-        tasks = [name for name in (*exercise_names(), CAPSTONE) if name.startswith(number)]
+        tasks = [name for name in (*exercise_names(), TEN_CHECKPOINTS, CAPSTONE) if name.startswith(number)]
         work = [data["exercises"][name] for name in tasks if name in data["exercises"]]
         guesses = [name for name in data["predictions"] if name.startswith(number)]
         result.append(

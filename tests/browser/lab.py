@@ -180,6 +180,29 @@ class LabPage:
         broken = self.page.locator(".jp-OutputArea").get_by_text("Error displaying widget").all_inner_texts()
         return [*found, *broken]
 
+    def barriers(self) -> list[str]:
+        """What axe-core finds seriously in the way of readers who do not see the page or use no mouse, in all outputs.
+
+        Pictures of matplotlib are left out: JupyterLab gives what it renders as PNG no alternative text.
+        """
+        from axe_playwright_python.sync_playwright import Axe
+
+        found = Axe().run(self.page, [[".jp-OutputArea-output:not(.jp-RenderedImage)"]]).response["violations"]
+        return [
+            f"{rule['impact']} {rule['id']}: {node['html'][:160]}"
+            for rule in found
+            if rule["impact"] in ("serious", "critical")
+            for node in rule["nodes"]
+        ]
+
+    def choose_theme(self, name: str) -> None:
+        """Settings → Theme."""
+        self.page.get_by_role("menuitem", name="Settings", exact=True).click()
+        self.page.locator(".lm-Menu-itemLabel", has_text="Theme").first.hover()
+        self.page.locator(".lm-Menu-item[data-command='apputils:change-theme']", has_text=name).first.click()
+        light = str("Light" in name).lower()
+        self.page.locator(f"body[data-jp-theme-light='{light}']").wait_for(state="attached")
+
     def quizzes(self) -> list[str]:
         """The ids of all quizzes in the notebook, in order."""
         classes = [box.get_attribute("class") or "" for box in self.page.locator(".canopyq-quiz").all()]

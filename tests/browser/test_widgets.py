@@ -94,6 +94,13 @@ def test_the_solution_unlocks_after_three_tries(demo) -> None:
     demo.photograph("solution", card)
 
 
+@pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])
+def test_nothing_is_in_the_way_of_readers(demo, theme: str) -> None:
+    demo.choose_theme(theme)
+    assert demo.barriers() == []
+    demo.photograph(theme.split()[-1].lower())
+
+
 def test_nothing_is_said_outside_the_widgets(demo) -> None:
     assert demo.errors() == []
     assert demo.page.locator('[data-mime-type^="application/vnd.jupyter.std"]').count() == 0
