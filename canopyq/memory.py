@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -309,3 +311,17 @@ def human(count: float) -> str:
         if abs(count) >= 0.9995 * size:  # three digits of anything less stay below 1000 of the next unit
             return f"{count / size:.3g} {unit}" if abs(count) < 999.5 * size else f"{count / size:.0f} {unit}"
     return f"{count:.0f} B"
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far: what was resident, and what torch had allocated on GPUs."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux; its getrusage begins with what the parent process had
+        resident = 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1))
+    else:
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        resident = most if sys.platform == "darwin" else 1024 * most
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return resident + sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)

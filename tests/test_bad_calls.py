@@ -183,6 +183,15 @@ CALLS: dict[str, tuple[Callable, dict[str, Any], dict[str, str]]] = {
         "reference": Thing("evaluation"), "model": M, "tokenizer": T, "questions": Thing("questions")}, {
         "reference": "module+no language model+meta", "model": "module+no language model+meta",
         "tokenizer": "tokenizer", "questions": "questions", "cache": "cache"}),
+    "examine_text": (cq.examine_text, {
+        "model": M, "tokenizer": T, "text": "2 + 2 is 4. " * 9, "tokens": 16, "length": 8}, {
+        "model": "module+no language model+meta", "tokenizer": "tokenizer", "text": "text", "tokens": "count+zero",
+        "length": "count or none+zero", "cache": "cache"}),
+    "compare_text": (cq.compare_text, {
+        "reference": M, "model": M, "tokenizer": T, "text": "2 + 2 is 4. " * 9, "tokens": 16, "length": 8}, {
+        "reference": "module+no language model+meta", "model": "module+no language model+meta",
+        "tokenizer": "tokenizer", "text": "text", "tokens": "count+zero", "length": "count or none+zero",
+        "cache": "cache"}),
     "explain": (cq.explain, {"model": Q}, {"model": "module+other module+not quantized"}),
     "fast_generate": (cq.fast_generate, {"model": M, "input_ids": IDS[:, :4], "max_new_tokens": 2}, {
         "model": "module+no language model+meta", "input_ids": "ids+too long", "max_new_tokens": "count+zero",

@@ -10,10 +10,12 @@ import torch
 
 import canopyq as cq
 from canopyq.calibration.calibrate import calibrate
-from canopyq.checkpoint.files import Checkpoint, as_path
+from canopyq.calibration.data import ROWS
+from canopyq.checkpoint.files import Checkpoint
 from canopyq.checkpoint.layout import SCALE_DTYPES
 from canopyq.checkpoint.output import refuse_not_empty
-from canopyq.errors import CanopyError, one_line
+from canopyq.errors import CanopyError
+from canopyq.evaluate.texts import read_texts, windows
 from canopyq.methods.registry import Method
 from canopyq.tensor.scheme import Recipe
 from canopyq.tutor.loading import TUTOR, load_other
@@ -23,8 +25,7 @@ if TYPE_CHECKING:
 
 
 CHATS = 64  # of the tutor's own; after half as many its ranges hardly change
-
-
+CALIBRATION_TOKENS = 2**15  # of a text of the caller's
 SOURCE = "chats of the validation split, none of them scored"
 
 
@@ -42,39 +43,63 @@ def quantize_tutor(model: Any, tokenizer: Any, recipe: Recipe, chats: int | None
     return cq.quantize_(model, recipe, calibration=seen)
 
 
+def quantize_loaded(
+    name: str, loaded: Any, tokenizer: Any, recipe: Recipe, method: Method, text: Path | None = None
+) -> Report:
+    """`quantize_` for the model that a command names, calibrated where recipe or method ask for it.
+
+    Args:
+        name: as it was given; "tutor" brings data of its own.
+        text: a file or folder of text to calibrate on.
+    """
+    check_calibration(name, recipe, method, text)
+    if text is None:
+        if name == TUTOR:
+            return quantize_tutor(loaded, tokenizer, recipe, method=method.name)
+        return cq.quantize_(loaded, recipe, method=method.name)
+    rows = windows(read_texts(text), tokenizer, loaded, tokens=CALIBRATION_TOKENS)
+    data = [torch.cat(rows[i : i + ROWS]) for i in range(0, len(rows), ROWS)]
+    if recipe.static and not method.needs_data:
+        seen = calibrate(loaded, data)
+        seen.source = str(text)
+        return cq.quantize_(loaded, recipe, method=method.name, calibration=seen)
+    report = cq.quantize_(loaded, recipe, method=method.name, calibration=data)
+    told = f"calibrated on {len(rows)} windows of {rows[0].shape[1]} tokens of {text}"
+    return replace(report, notes=(*report.notes, told))
+
+
+def check_calibration(name: str, recipe: Recipe, method: Method, text: Path | None) -> None:
+    """Refuse text that is of no use, and a model without the text that it needs; said before the model is loaded."""
+    if text is not None and not (method.needs_data or recipe.static):
+        raise CanopyError(f"{method.name} needs no data for {recipe.name}; leave --calibration out")
+    if text is not None:
+        read_texts(text)
+    elif name != TUTOR and method.needs_data:
+        raise CanopyError(
+            f"method {method.name} looks at the inputs of every layer: name a file or folder of text by --calibration, "
+            "or use hqq, which needs none"
+        )
+    elif name != TUTOR and recipe.static:
+        raise CanopyError(
+            f"{recipe.name} needs its activations calibrated: name a file or folder of text by --calibration, or use "
+            f"{recipe.name.replace('-static', '')}, which needs none"
+        )
+
+
 def quantize_in_memory(
-    model: str, source: Checkpoint, recipe: Recipe, method: Method, out: Path, texts: Path | None
+    model: str, source: Checkpoint, recipe: Recipe, method: Method, out: Path, text: Path | None
 ) -> Report:
     """Load a model, calibrate it, quantize it and save it. What is not quantized keeps the dtype that it has on disk.
 
     Args:
         model: as it was named on the command line; "tutor" brings data of its own.
         source: where it lies.
-        texts: a file with a text in each line to calibrate on.
+        text: a file or folder of text to calibrate on.
     """
-    if texts is not None and not (method.needs_data or recipe.static):
-        raise CanopyError(f"{method.name} needs no data for {recipe.name}; leave --calibration out")
-    if model != TUTOR and texts is None and method.needs_data:
-        raise CanopyError(
-            f"method {method.name} looks at the inputs of every layer: name a file with a text in each line by "
-            "--calibration, or use hqq, which needs none"
-        )
-    if model != TUTOR and texts is None and recipe.static:
-        raise CanopyError(
-            f"{recipe.name} needs its activations calibrated: name a file with a text in each line by --calibration, "
-            f"or use {recipe.name.replace('-static', '')}, which needs none"
-        )
+    check_calibration(model, recipe, method, text)
     refuse_not_empty(out)
-    data = None if texts is None else read_texts(texts)
     loaded, tokenizer = cq.tutor.load() if model == TUTOR else load_other(source.folder)
-    if model == TUTOR and data is None:
-        report = quantize_tutor(loaded, tokenizer, recipe, method=method.name)
-    elif recipe.static and not method.needs_data:
-        report = cq.quantize_(
-            loaded, recipe, method=method.name, calibration=calibrate(loaded, data, tokenizer=tokenizer)
-        )
-    else:
-        report = cq.quantize_(loaded, recipe, method=method.name, calibration=data, tokenizer=tokenizer)
+    report = quantize_loaded(model, loaded, tokenizer, recipe, method, text)
     cq.save(loaded, out, tokenizer, dtype=_dtype_on_disk(source))
     return report
 
@@ -83,19 +108,3 @@ def _dtype_on_disk(source: Checkpoint) -> torch.dtype | None:
     """The dtype that config.json names; None if it names none that a checkpoint can have."""
     dtype = getattr(torch, str(source.config.get("dtype") or source.config.get("torch_dtype")), None)
     return dtype if dtype in SCALE_DTYPES else None
-
-
-def read_texts(file: Path) -> list[str]:
-    """The lines of a file that are not empty.
-
-    Raises:
-        CanopyError: for a file that is not UTF-8 text, or has no line.
-    """
-    file = as_path(file)
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise CanopyError(f"{file} cannot be read as text ({one_line(error)})") from None
-    if not (texts := [line for line in lines if line]):
-        raise CanopyError(f"{file} holds no text to calibrate on; it needs one in each line")
-    return texts

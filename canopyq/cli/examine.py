@@ -2,74 +2,177 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 import canopyq as cq
+from canopyq.cli.named import RevisionOption, load_named
 from canopyq.cli.output import JsonFlag, cell, console, print_json, print_plain
 from canopyq.errors import CanopyError, shown
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from canopyq.evaluate.chat import Conversation
+    from canopyq.methods.registry import Method
+    from canopyq.model.report import Report
 
+TOKENS = 8192  # what text_quality takes too, which needs torch to be loaded
 MOST_QUESTIONS = 816  # of 17 skills, the one with the fewest held-out questions has 48
 BAR = 30  # characters of the longer bar
 
 
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="'tutor', the model that ships with canopyq, or a checkpoint of it.")
+        str, typer.Argument(help="'tutor', or a checkpoint of it; with --text any folder, or a model of the hub.")
     ] = "tutor",
     recipe: Annotated[
         str | None, typer.Option(help="Quantize by this recipe and compare, e.g. w4a16-g128+kv4.")
     ] = None,
+    method: Annotated[str, typer.Option(help="How --recipe rounds: rtn, gptq, awq …; as canopyq quantize.")] = "rtn",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text for methods and static recipes that need it: a file or folder.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Examine on this text, a file or a folder of them, instead of on questions.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="With --text: how many of its tokens.", min=2)] = TOKENS,
+    length: Annotated[int | None, typer.Option(help="With --text: tokens of a window.", min=2)] = None,
+    original: Annotated[
+        str | None, typer.Option(help="With --text: the model that a quantized one was made from, to compare with.")
+    ] = None,
+    revision: RevisionOption = None,
     questions: Annotated[int, typer.Option(help="How many held-out questions.", min=1, max=MOST_QUESTIONS)] = 510,
     seed: Annotated[int, typer.Option(help="Which questions are drawn.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Examine the tutor on held-out questions; with --recipe, before and after quantizing.
+    """Examine the tutor on held-out questions, or any model on a text; with --recipe, before and after quantizing.
 
     A folder that `canopyq quantize` wrote is examined beside the original; with it goes a recipe of the cache alone,
     such as kv4. Static activations are calibrated on chats of the validation split, none of which is scored.
+
+    With --text any causal language model is examined: perplexity, and beside an original KL divergence and how often
+    both find the same token most likely, each with a 95 % interval.
     """
+    from canopyq.methods.registry import Method
+
+    parsed = None if recipe is None else cq.Recipe.parse(recipe)
+    how = Method.parse(method)
+    if (how.name != "rtn" or calibration is not None) and (parsed is None or parsed.weights is None):
+        raise CanopyError(
+            "--method and --calibration say how --recipe quantizes weights; name a recipe such as w4a16-g128"
+        )
+    if text is not None:
+        _evaluate_text(model, parsed, how, calibration, text, tokens, length, original, revision, as_json)
+        return
+    if original is not None or revision is not None:
+        raise CanopyError("--original and --revision go with --text: name a file of text, or a folder of such files")
+    _evaluate_questions(model, parsed, how, calibration, questions, seed, as_json)
+
+
+def _evaluate_text(
+    model: str,
+    recipe: cq.Recipe | None,
+    method: Method,
+    calibration: Path | None,
+    text: Path,
+    tokens: int,
+    length: int | None,
+    original: str | None,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    from canopyq.cli.calibrated import check_calibration, quantize_loaded
+    from canopyq.evaluate.text_quality import compare_text, examine_text
+    from canopyq.evaluate.texts import read_texts
+    from canopyq.kv_cache import cache_of
+    from canopyq.memory import human, peak_bytes
+    from canopyq.nn.linear import quantized_layers
+
+    read = read_texts(text)
+    cache = None if recipe is None else recipe.cache
+    quantizes = recipe is not None and recipe.weights is not None
+    if quantizes:
+        check_calibration(model, recipe, method, calibration)
+        if original is not None:
+            raise CanopyError(f"--recipe {recipe.name} makes the quantized model itself; leave --original out")
+    loaded, tokenizer = load_named(model, revision)
+    if recipe is None:
+        cache = cache_of(loaded.config)
+    if quantizes and next(quantized_layers(loaded), None) is not None:
+        raise CanopyError(f"{model} is quantized already; leave --recipe out or name a cache such as kv4")
+    report = None
+    options = {"tokens": tokens, "length": length}
+    if quantizes:
+        reference = copy.deepcopy(loaded)
+        report = quantize_loaded(model, loaded, tokenizer, recipe, method, calibration)
+    else:
+        reference = loaded if original is None and cache is not None else None
+        if original is not None:
+            reference, tokenizer = load_named(original)
+    if reference is None:
+        result = examine_text(loaded, tokenizer, read, **options)
+    else:
+        result = compare_text(reference, loaded, tokenizer, read, cache=cache, **options)
+    if as_json:
+        out = {"examined": model, "original": original, "text": str(text), "cache": cache}
+        out |= {"dtype": str(loaded.dtype).removeprefix("torch."), "method": method.name}
+        print_json(out | result.to_dict() | {"peak_bytes": peak_bytes()} | _report_json(report))
+        return
+    if report is not None:
+        print_plain(report)
+    print_plain(f"{model} on {text}", "dim")
+    print_plain(result)
+    if original is None and not quantizes and next(quantized_layers(loaded), None) is not None:
+        print_plain("what quantizing cost is told beside the model it was made from: name it by --original", "dim")
+    print_plain(f"peak memory {human(peak_bytes())}", "dim")
+
+
+def _evaluate_questions(
+    model: str,
+    recipe: cq.Recipe | None,
+    method: Method,
+    calibration: Path | None,
+    questions: int,
+    seed: int,
+    as_json: bool,
+) -> None:
     from canopyq.checkpoint.files import as_path
-    from canopyq.cli.calibrated import quantize_tutor
+    from canopyq.cli.calibrated import quantize_loaded
     from canopyq.evaluate.quality import compare, examine
     from canopyq.kv_cache import cache_of
-    from canopyq.tutor.loading import TUTOR, VARIABLE, source
+    from canopyq.tutor.loading import TUTOR, source
 
     saved = model != TUTOR and as_path(model).is_dir()
     if model != TUTOR and not saved:
         raise CanopyError(
-            f"unknown model {shown(model)}; only 'tutor' goes here, or the folder of a checkpoint of it, and another "
-            f"model takes its place by {VARIABLE}=<folder or hub id> canopyq eval tutor"
+            f"{shown(model)} is neither 'tutor' nor a folder, and the questions are for the tutor and checkpoints of "
+            "it; any other model, such as one of the hub, is examined on a text: name one by --text FILE"
         )
-    parsed = None if recipe is None else cq.Recipe.parse(recipe)
-    cache = None if parsed is None else parsed.cache
-    if saved and parsed is not None and parsed.weights is not None:
+    cache = None if recipe is None else recipe.cache
+    if saved and recipe is not None and recipe.weights is not None:
         raise CanopyError(
-            f"{model} is quantized already; leave --recipe out or name a cache such as kv4, or use canopyq eval tutor"
+            f"{model} is a folder, which is examined beside the tutor as it is; leave --recipe out, name a cache such "
+            "as kv4, or examine it on a text by --text FILE"
         )
     asked = cq.tutor.questions(questions, seed=seed)
     original, tokenizer = cq.tutor.load()
     if saved:
         _require_checkpoint_of(original, tokenizer, as_path(model), source())
         quantized = cq.load(model, original.device, original.dtype)
-        cache = cache_of(quantized.config) if parsed is None else cache
+        cache = cache_of(quantized.config) if recipe is None else cache
         result, report = compare(original, quantized, tokenizer, asked, cache=cache), None
-    elif parsed is None:
+    elif recipe is None:
         result, report = examine(original, tokenizer, asked), None
-    elif parsed.weights is None:
+    elif recipe.weights is None:
         result, report = compare(original, original, tokenizer, asked, cache=cache), None
     else:
         quantized, _ = cq.tutor.load()
-        report = quantize_tutor(quantized, tokenizer, parsed)
+        report = quantize_loaded(TUTOR, quantized, tokenizer, recipe, method, calibration)
         result = compare(original, quantized, tokenizer, asked, cache=cache)
     if as_json:
         print_json(_eval_json(model if saved else source(), original, asked, result, report, cache))
@@ -95,16 +198,19 @@ def _require_checkpoint_of(original, tokenizer, folder: Path, name: str) -> None
         differ = ["tokens"]
     if differ:
         raise CanopyError(
-            f"{folder} is not made from {name} (another {differ[0]}); name its original: "
-            f"{VARIABLE}=<folder or hub id> canopyq eval {folder}"
+            f"{folder} is not made from {name} (another {differ[0]}); examine it on a text by --text FILE --original "
+            f"<folder or hub id>, or name its original by {VARIABLE}"
         )
 
 
-def _eval_json(examined: str, original, asked: list, result, report, cache: str | None) -> dict:
+def _eval_json(examined: str, original, asked: list, result, report: Report | None, cache: str | None) -> dict:
     out = {"examined": examined, "dtype": str(original.dtype).removeprefix("torch."), "questions": len(asked)}
-    out |= {"cache": cache}
+    return out | {"cache": cache} | result.to_dict() | _report_json(report)
+
+
+def _report_json(report: Report | None) -> dict:
     if report is None:
-        return out | result.to_dict()
+        return {}
     layers = [
         vars(layer) | {"sqnr_db": layer.sqnr_db if math.isfinite(layer.sqnr_db) else None} for layer in report.layers
     ]
@@ -112,8 +218,7 @@ def _eval_json(examined: str, original, asked: list, result, report, cache: str 
     size["bits_per_quantized_weight"] = sum(8 * x["bytes_after"] for x in layers) / sum(
         x["shape"][0] * x["shape"][1] for x in layers
     )
-    about = {"layers": layers, "kept": report.kept, "notes": list(report.notes)}
-    return out | {"recipe": report.recipe, "size": size} | result.to_dict() | about
+    return {"recipe": report.recipe, "size": size, "layers": layers, "kept": report.kept, "notes": list(report.notes)}
 
 
 def chat(

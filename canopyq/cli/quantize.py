@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from canopyq.cli.named import RevisionOption, folder_of
 from canopyq.cli.output import JsonFlag, print_json, print_plain
-from canopyq.errors import CanopyError, shown
+from canopyq.errors import CanopyError
 
 if TYPE_CHECKING:
     from canopyq.methods.registry import Method
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="A folder with config.json and safetensors, or 'tutor'.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A folder with config.json and safetensors, a model of the hub (owner/name), or 'tutor'."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet, or be empty.")],
     recipe: Annotated[str, typer.Option(help="How to quantize, e.g. w4a16-g128, w8a16.")] = "w4a16-g128",
     method: Annotated[
@@ -25,16 +29,17 @@ def quantize(
     ] = "rtn",
     calibration: Annotated[
         Path | None,
-        typer.Option(help="For static recipes and methods that need data: a file with a text in each line."),
+        typer.Option(help="For static recipes and methods that need data: a file of text, or a folder of such files."),
     ] = None,
+    revision: RevisionOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Quantize a checkpoint from disk to disk, in the memory of one layer.
 
     Started again after an interruption, it continues. A recipe with static activations, and any method but rounding to
-    nearest, takes the whole model in memory instead: it is calibrated on the texts of a file, and 'tutor' on chats of
-    its own.
+    nearest, takes the whole model in memory instead: it is calibrated on text of yours, and 'tutor' on chats of its
+    own. A model of the hub is fetched to the hub's cache first.
     """
     from canopyq.checkpoint.files import as_path
     from canopyq.checkpoint.stream import prepare, quantize_checkpoint
@@ -45,7 +50,7 @@ def quantize(
     out, more = as_path(out), "continues"
     try:
         parsed, how = Recipe.parse(recipe), Method.parse(method)
-        folder = _folder(model)
+        folder = folder_of(model, revision)
         if parsed.static or how.name != "rtn":
             more = "starts over"
             _in_memory(model, folder, parsed, how, out, calibration, dry_run, as_json)
@@ -109,21 +114,3 @@ def _in_memory(
     print_plain(done)
     if not dry_run:
         print_plain(f"written to {out}")
-
-
-def _folder(model: str) -> Path:
-    """The folder that a command line names."""
-    from canopyq.checkpoint.files import as_path
-    from canopyq.tutor.loading import TUTOR, VARIABLE, path, source, verify
-
-    if model != TUTOR:
-        folder = as_path(model)
-        if not folder.exists() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
-            raise CanopyError(f"{shown(model)} is no folder; if it is on the hub, fetch it by: hf download {model}")
-        return folder
-    if (name := source()) == TUTOR:
-        verify(path())
-        return path()
-    if not (folder := as_path(name)).is_dir():
-        raise CanopyError(f"{VARIABLE}={shown(name)} is no folder; unset {VARIABLE}, or name the folder itself")
-    return folder

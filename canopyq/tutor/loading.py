@@ -46,57 +46,29 @@ def load(
     from canopyq.checkpoint.files import Checkpoint
     from canopyq.checkpoint.plan import meta_model
 
-    name = source()
-    if name == TUTOR:
+    if source() == TUTOR:
         return load_folder(path(), dtype, device)
+    folder = source_folder()
     try:
-        folder = _folder(name)
-        if folder is not None:
-            meta_model(Checkpoint(folder))  # it is one, no larger than its files, and runs no foreign code
-        offline = folder is not None or _cache_only(name)
-        return _read(folder or name, dtype, device, offline)
+        meta_model(Checkpoint(folder))  # it is one, no larger than its files, and runs no foreign code
+        return _read(folder, dtype, device)
     except CanopyError:
         raise
     except Exception as error:
         cure = f"name a folder or a hub id of a causal language model, or unset {VARIABLE}"
-        raise CanopyError(f"{VARIABLE}={shown(name)} cannot be loaded ({one_line(error)}); {cure}") from error
+        raise CanopyError(f"{VARIABLE}={shown(source())} cannot be loaded ({one_line(error)}); {cure}") from error
 
 
-def _folder(name: str) -> Path | None:
-    """The model folder of that name; None if it can only be an id on the hub."""
-    folder = Path(os.path.expanduser(name))
-    cure = f"name a folder with a config.json, or unset {VARIABLE}"
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise CanopyError(f"{VARIABLE}={shown(name)} is a folder without a config.json; {cure}")
-        return folder
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise CanopyError(f"{VARIABLE}={shown(name)} is no folder; {cure}")
-    return None
+def source_folder() -> Path:
+    """The folder of the model that `load` loads; one that the hub has is fetched to the cache first."""
+    from canopyq.checkpoint.hub import model_folder
 
-
-def _cache_only(name: str) -> bool:
-    """Whether a model of the hub can be read from the cache alone, because the hub does not answer.
-
-    The hub is asked once. Offline, transformers would ask again and again, for a minute or more.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
-
-    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if (name := source()) == TUTOR:
+        return path()
     try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json"))
-        return False
-    except Exception as error:
-        if cached:
-            return True
-        if isinstance(error, HfHubHTTPError):  # an answer: no such model, or no right to see it
-            raise
-        cure = f"name a folder, or unset {VARIABLE}"
-        raise CanopyError(
-            f"{VARIABLE}={shown(name)} is no folder, and the Hugging Face hub cannot be reached ({one_line(error)}); "
-            f"{cure}"
-        ) from error
+        return model_folder(name)
+    except CanopyError as error:
+        raise CanopyError(f"{VARIABLE}={shown(name)}: {error}; or unset {VARIABLE}") from None
 
 
 def load_folder(
@@ -105,7 +77,7 @@ def load_folder(
     """A model that the training script wrote. Its files are checked before any of them is read."""
     verify(folder)
     try:
-        return _read(folder, dtype, device, offline=True)
+        return _read(folder, dtype, device)
     except CanopyError:
         raise
     except Exception as error:
@@ -172,7 +144,7 @@ def load_other(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         CanopyError: if transformers cannot read it without running code from the folder.
     """
     try:
-        return _read(folder, None, None, offline=True)
+        return _read(folder, None, None)
     except CanopyError:
         raise
     except Exception as error:
@@ -180,7 +152,7 @@ def load_other(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _read(
-    source: Path | str, dtype: torch.dtype | str | None, device: torch.device | str | None, offline: bool
+    folder: Path, dtype: torch.dtype | str | None, device: torch.device | str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -193,21 +165,21 @@ def _read(
     else:
         dtype = checks.dtype("dtype", dtype)
     with _quiet():
-        options = {"local_files_only": offline, "trust_remote_code": False}  # never ask whether to run foreign code
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        config = AutoConfig.from_pretrained(source, **options)
+        options = {"local_files_only": True, "trust_remote_code": False}  # never ask whether to run foreign code
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, **options)
         if "/" in str(config._attn_implementation):  # transformers would fetch and run it
             raise CanopyError(
-                f"{source} asks for {shown(config._attn_implementation)}, code on the hub; do not trust it"
+                f"{folder} asks for {shown(config._attn_implementation)}, code on the hub; do not trust it"
             )
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     for problem in ("missing_keys", "mismatched_keys"):
         if report.get(problem):
             example = sorted(report[problem], key=str)[0]
             raise CanopyError(
-                f"the weights in {source} do not match its config.json ({problem}: {example}); mend the folder"
+                f"the weights in {folder} do not match its config.json ({problem}: {example}); mend the folder"
             )
     for name, parameter in model.named_parameters():
         raise_not_finite(parameter, name)
