@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from canopyq.evaluate.generate import fast_generate
     from canopyq.evaluate.quality import compare, examine
     from canopyq.evaluate.text_quality import compare_text, examine_text
+    from canopyq.finetune import attach_lora, load_lora
     from canopyq.fused_attention import fuse_attention
     from canopyq.gguf.export import export_gguf
     from canopyq.kv_cache import QuantizedCache
@@ -44,6 +45,7 @@ _WHERE = {
     ".evaluate.generate": ("fast_generate",),
     ".evaluate.quality": ("compare", "examine"),
     ".evaluate.text_quality": ("compare_text", "examine_text"),
+    ".finetune": ("attach_lora", "load_lora"),
     ".fused_attention": ("fuse_attention",),
     ".gguf.export": ("export_gguf",),
     ".kv_cache": ("QuantizedCache",),
@@ -62,10 +64,10 @@ _MODULES = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
     "FORMATS", "RECIPES", "Calibration", "CanopyError", "Granularity", "Plan", "QuantizedCache", "QuantizedLinear",
-    "QuantizedTensor", "Recipe", "Report", "Scheme", "StaticQuantizedCache", "advise", "advisor", "calibrate",
-    "compare", "compare_text", "examine", "examine_text", "explain", "export_gguf", "fast_generate", "fuse_attention",
-    "get_format", "inspect", "lessons", "load", "mixed_precision", "plan", "quantize", "quantize_", "save",
-    "sensitivity", "tutor",
+    "QuantizedTensor", "Recipe", "Report", "Scheme", "StaticQuantizedCache", "advise", "advisor", "attach_lora",
+    "calibrate", "compare", "compare_text", "examine", "examine_text", "explain", "export_gguf", "fast_generate",
+    "fuse_attention", "get_format", "inspect", "lessons", "load", "load_lora", "mixed_precision", "plan",
+    "quantize", "quantize_", "save", "sensitivity", "tutor",
 ]  # fmt: skip
 
 

@@ -218,6 +218,10 @@ CALLS: dict[str, tuple[Callable, dict[str, Any], dict[str, str]]] = {
     "export_gguf": (cq.export_gguf, {"model": M, "path": Folder("new.gguf"), "tokenizer": T}, {
         "model": "module+no language model+meta", "path": "path+taken", "tokenizer": "tokenizer or none",
         "base": "path-none+absent", "requantize": "name or none"}),
+    "attach_lora": (cq.attach_lora, {"model": Q}, {
+        "model": "module+no language model+not quantized+meta", "config": "name or none", "adapter_name": "text"}),
+    "load_lora": (cq.load_lora, {"model": Q, "folder": Folder("plain")}, {
+        "model": "module+no language model+not quantized+meta", "folder": "path+absent", "trainable": "flag"}),
     "advise": (cq.advise, {"model": "7B"}, {
         "model": "words", "memory": "words or none", "context": "words", "batch": "count+zero",
         "accuracy": "share or none", "gpu": "words or none", "priority": "name", "measurements": "questions-none"}),

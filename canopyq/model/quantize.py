@@ -28,7 +28,7 @@ from canopyq.nn.hadamard import OnlineHadamard, online_hadamard
 from canopyq.nn.linear import QuantizedLinear
 from canopyq.nn.offload import Replacing, carry_over, is_away, lies, runs_on, values
 from canopyq.nn.outlier_linear import OutlierLinear
-from canopyq.nn.targets import Target, find_targets
+from canopyq.nn.targets import Target, adapter_parts, find_targets
 from canopyq.tensor.quantized_tensor import quantized_bytes
 from canopyq.tensor.scheme import Recipe
 
@@ -110,6 +110,7 @@ def quantize_(
             if "only plain" in reason:
                 raise CanopyError(f"strict: {name} would be kept as it is, {reason}")
     _require_at_hand(how, targets)
+    _require_no_adapter(how, model)
     bytes_before, notes = bytes_of(model), []
     with Transaction() as transaction:
         if "rotation" in how.transforms:
@@ -151,6 +152,15 @@ def _require_at_hand(how: Method, targets: list[Target]) -> None:
         raise CanopyError(
             f"method {how.name} changes weights as it goes, and {away.name} lies {lies(away.module)}; load the model "
             "without offloading, or use method='rtn' or 'hqq'"
+        )
+
+
+def _require_no_adapter(how: Method, model: nn.Module) -> None:
+    """What goes into a layer goes into the adapter beside it, too, and an adapter stays as it is."""
+    if how.transforms and adapter_parts(model):
+        raise CanopyError(
+            f"method {how.name} changes what goes into layers, and so into the adapters beside them, which stay as they"
+            f" are; merge them first, by merge_and_unload(), or use method {how.rounding}"
         )
 
 

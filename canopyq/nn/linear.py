@@ -86,6 +86,11 @@ class QuantizedLinear(nn.Module):
         return {name: self._buffers[name] for name in self.weight_names}
 
     @property
+    def qweight(self) -> Tensor:
+        """The codes as they lie now, under the name by which peft looks for a quantized layer's device."""
+        return self._buffers[self.weight_names[0]]
+
+    @property
     def problem(self) -> Problem:
         """What the kernels need to know of this layer."""
         device = self._buffers[self.weight_names[0]].device

@@ -65,6 +65,7 @@ def find_targets(model: nn.Module, recipe: Recipe) -> tuple[list[Target], dict[s
     places: dict[nn.Module, list[str]] = {}  # a shared module has several
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(module, []).append(name)
+    adapters = adapter_parts(model)
     _check_ignored(model, recipe, [name for names in places.values() for name in names])
     for module, names in places.items():
         name = names[0]
@@ -79,7 +80,9 @@ def find_targets(model: nn.Module, recipe: Recipe) -> tuple[list[Target], dict[s
         if any(is_lazy(weight) for weight in weights):
             raise CanopyError(f"{label} has no weights yet; call the model once, so that they take their shape")
         linear = linear_kind(module)
-        if recipe.ignores(*names):
+        if module in adapters:
+            kept[label] = "a part of an adapter, which is trained beside the weights"
+        elif recipe.ignores(*names):
             kept[label] = "named in the recipe's ignore list"
         elif (linear or isinstance(module, nn.Embedding)) and (reader := _reader(model, name)):
             kept[label] = f"{reader} computes with its weight itself; only plain calls are quantized"
@@ -109,6 +112,18 @@ def find_targets(model: nn.Module, recipe: Recipe) -> tuple[list[Target], dict[s
         raise CanopyError(f"{type(model).__name__} has no linear layer left to quantize by {recipe.name}")
     _check_exceptions(recipe, targets, places, kept)
     return targets, kept
+
+
+def adapter_parts(model: nn.Module) -> set[nn.Module]:
+    """What peft has put beside layers of the model: all parts of a layer of its, but the ``base_layer`` in it."""
+    return {
+        part
+        for module in model.modules()
+        if hasattr(module, "adapter_layer_names")
+        for name, child in module.named_children()
+        if name != "base_layer"
+        for part in child.modules()
+    }
 
 
 def _check_ignored(model: nn.Module, recipe: Recipe, names: list[str]) -> None:
