@@ -104,7 +104,9 @@ def _original(model: nn.Module) -> nn.Module:
     """The architecture without its weights, as it was before it was quantized."""
     if not hasattr(getattr(checks.loaded("model", model), "config", None), "to_json_string"):
         raise CanopyError(f"model is {shown(model)}; save needs a transformers model")
-    return build(bare_config(model), torch.float32)
+    config = bare_config(model)
+    config.architectures = [type(model).__name__]
+    return build(config, torch.float32)
 
 
 def bare_config(model: nn.Module):

@@ -18,7 +18,7 @@ from canopyq.checkpoint.files import GENERATION, Checkpoint, raise_not_finite, r
 from canopyq.checkpoint.layout import check, from_disk, input_from_disk
 from canopyq.checkpoint.names import Names, names_of
 from canopyq.checkpoint.pretrained import teach_transformers
-from canopyq.checkpoint.skeleton import build, quiet, read_model_config
+from canopyq.checkpoint.skeleton import build, compute_buffers, quiet, read_model_config
 from canopyq.checkpoint.wanted import Wanted, part_shape, plain, quantized, tied
 from canopyq.errors import CanopyError, and_more, one_line, prefixed, shown
 from canopyq.nn.embedding import QuantizedEmbedding
@@ -76,6 +76,7 @@ def load_as(
     config = read_model_config(checkpoint.folder, checkpoint.config, tensors)
     most = 4 * checkpoint.nbytes  # 2-bit codes at least
     model = build(config, _dtype(dtype, place, config), attention, most=most, tensors=tensors)
+    compute_buffers(model)
     files = names_of(model)
     layers = quantized(model, files, quantization)
     rest = plain(model, files, layers, checkpoint)

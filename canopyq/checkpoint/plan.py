@@ -16,7 +16,7 @@ from canopyq.checkpoint.groups import Layer, cache_note, grouped, ignored
 from canopyq.checkpoint.layout import disk_format, expected
 from canopyq.checkpoint.names import Names, names_of
 from canopyq.checkpoint.readers import readers
-from canopyq.checkpoint.skeleton import on_meta, read_model_config
+from canopyq.checkpoint.skeleton import build, read_model_config
 from canopyq.checkpoint.wanted import part_shape
 from canopyq.errors import CanopyError, and_more, by_reason, prefixed, shown
 from canopyq.memory import human
@@ -181,19 +181,8 @@ def meta_model(source: Checkpoint) -> nn.Module:
     Raises:
         CanopyError: if transformers cannot build it without running code from the folder.
     """
-    import transformers
-    from transformers import AutoModelForCausalLM, PreTrainedModel
-
     config = read_model_config(source.folder, source.config, len(source.tensors))
-    names = config.architectures if isinstance(config.architectures, list) else []
-    named = getattr(transformers, str(next(iter(names), "")), None)
-
-    def make() -> nn.Module:
-        if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is type(config):
-            return named(config)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-    return on_meta(make, most=source.nbytes, tensors=len(source.tensors))
+    return build(config, most=source.nbytes, tensors=len(source.tensors))
 
 
 def _shared(embedding: nn.Module, model: nn.Module) -> bool:

@@ -1,21 +1,19 @@
-"""A transformers model without its weights: every module is there, no parameter takes memory.
-
-Buffers that no checkpoint holds, such as the rotary frequencies, are computed for real. To put the whole model on the
-meta device would lose them, and every architecture has its own way to make them again.
-"""
+"""A transformers model without its weights, from a config that anybody may have written: every module is there, and
+none of them takes memory."""
 
 from __future__ import annotations
 
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from canopyq.errors import CanopyError, cut, one_line, shown
 
@@ -30,7 +28,6 @@ WORKING = {r"(?:^|_)(?:eps|epsilon)$": (0, 1), r"(?:^|_)theta$": (1e-3, 1e15), r
 FLAGS = re.compile(r"^(?:output_(?:attentions|hidden_states|router_logits)|return_dict|use_cache)$")
 MANY = 10_000  # more of anything than a model has, unless its files say so
 SPARE = 1000  # parameters that a model may register beside the tensors that the files hold for it
-_ONE_AT_A_TIME = threading.Lock()
 
 
 def read_model_config(folder: Path, content: Mapping[str, Any], tensors: int) -> PretrainedConfig:
@@ -89,41 +86,74 @@ def _check_numbers(content: object, most: int, key: str = "") -> None:
 
 def build(
     config: PretrainedConfig,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     attention: str | None = None,
     *,
     most: int | None = None,
     tensors: int | None = None,
 ) -> PreTrainedModel:
-    """The causal language model of a config, its parameters on the meta device.
+    """The model of a config, on the meta device: shapes and names, no memory. Its class is the one that the config's
+    ``architectures`` names, and else the causal language model.
 
     Args:
-        most: values that the checkpoint can hold. A config whose model has more is refused before memory is taken for
-            it.
+        most: values that the checkpoint can hold. A config whose model has more is refused.
         tensors: that the checkpoint holds. A config whose model has more parameters is refused while it is built.
 
     Raises:
         CanopyError: if transformers has no such model, or the config's numbers make no model.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
+    from transformers import AutoModelForCausalLM, PreTrainedModel
+    from transformers.initialization import meta_device_safe_creation_ops
 
-    options = {} if attention is None else {"attn_implementation": attention}
-
-    def make() -> PreTrainedModel:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options).eval()
-
-    if most is not None and tensors is not None:
-        on_meta(make, most, tensors)
-    with _understood(), quiet(), _parameters_on_meta():
-        return make()
-
-
-def on_meta(make: Callable[[], nn.Module], most: int, tensors: int) -> nn.Module:
-    """What ``make`` makes, whole on the meta device, if it is not larger than its checkpoint; see `build`."""
-    with _understood(), quiet(), _few_parameters(tensors), torch.device("meta"):
-        model = make()
-    _refuse_larger(model, most)
+    names = config.architectures if isinstance(config.architectures, list) else []
+    named = getattr(transformers, str(next(iter(names), "")), None)
+    is_class = isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is type(config)
+    make = named._from_config if is_class else partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
+    options = {} if dtype is None else {"dtype": dtype}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    with (
+        _understood(),
+        quiet(),
+        nullcontext() if tensors is None else _few_parameters(tensors),
+        torch.device("meta"),
+        meta_device_safe_creation_ops(),
+    ):
+        model = make(config, **options).eval()
+    if most is not None:
+        _refuse_larger(model, most)
     return model
+
+
+def compute_buffers(model: PreTrainedModel) -> None:
+    """Give the buffers of a model on the meta device, such as rotary frequencies, the values that its class gives them.
+    Those to which it gives none, because files hold them, stay where they are.
+
+    As in ``from_pretrained``, the model's own ``initialize_weights`` does it; parameters are said to be ready.
+    """
+    given: list[tuple[nn.Module, str, Tensor]] = []
+    for module in model.modules():
+        vars(module).pop("_is_hf_initialized", None)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                given.append((module, name, buffer))
+                module._buffers[name] = torch.full_like(buffer, _unset(buffer.dtype), device="cpu")
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    with _understood(), quiet():
+        model.initialize_weights()
+    for module, name, buffer in given:
+        value, unset = module._buffers[name], _unset(buffer.dtype)
+        if bool((value.isnan() if unset != unset else value == unset).any()) and buffer.dtype != torch.bool:
+            module._buffers[name] = buffer
+
+
+def _unset(dtype: torch.dtype) -> float | int | bool:
+    """What a buffer holds before it has a value; of booleans both values may be meant."""
+    if dtype == torch.bool:
+        return False
+    return math.nan if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).min
 
 
 @contextmanager
@@ -155,7 +185,7 @@ def _few_parameters(tensors: int) -> Iterator[None]:
     """
     from torch.nn.modules.module import register_module_parameter_registration_hook
 
-    builder, registered = threading.get_ident(), 0
+    builder, registered = threading.get_ident(), 0  # the hook sees what other threads build, too
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal registered
@@ -168,26 +198,6 @@ def _few_parameters(tensors: int) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Every parameter that a module registers meanwhile goes to the meta device before anything is written to it."""
-    with _ONE_AT_A_TIME:
-        register = nn.Module.register_parameter
-        builder = threading.get_ident()
-
-        def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-            if parameter is not None and threading.get_ident() == builder and not parameter.is_meta:
-                parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-                parameter._is_hf_initialized = True  # saves transformers the time of drawing what is not kept
-            register(module, name, parameter)
-
-        nn.Module.register_parameter = on_meta
-        try:
-            yield
-        finally:
-            nn.Module.register_parameter = register
 
 
 @contextmanager
