@@ -121,10 +121,12 @@ def test_what_no_file_holds_is_refused(recipe: str, options: dict, part: str, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_a_part_of_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CanopyError, match="q_proj was nothing in"):
-        quantized("llama", "w8a16").model.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_a_base_model_is_written_by_itself(tmp_path: Path) -> None:
+    model, ids = quantized("llama", "w8a16").model, torch.arange(3, 19)[None]
+    model.save_pretrained(tmp_path)
+    loaded = cq.load(tmp_path)
+    assert type(loaded) is tf.LlamaModel
+    assert torch.equal(loaded(ids).last_hidden_state, model(ids).last_hidden_state)
 
 
 # Copies ---------------------------------------------------------------------------------------------------------------
