@@ -227,14 +227,14 @@ def _model_bytes(shape: ModelShape, recipe: Recipe | None) -> ModelBytes:
         plain -= 2 * shape.vocab * shape.hidden
         if shape.tied and recipe.ignores("lm_head"):
             plain += 2 * shape.vocab * shape.hidden  # the head keeps what it shared
-    held = {"data": 0, "scale": 0, "zero_point": 0, "tensor_scale": 0}
+    held = {"data": 0, "scale": 0, "zero_point": 0, "global_scale": 0}
     for name, (n, k) in matrices:
         if recipe.ignores(name):
             plain += 2 * n * k
             continue
         for part, count in part_bytes(torch.Size((n, k)), recipe.scheme_of(name), torch.bfloat16).items():
             held[part] += count
-    return ModelBytes(held["data"], held["scale"] + held["tensor_scale"], held["zero_point"], plain)
+    return ModelBytes(held["data"], held["scale"] + held["global_scale"], held["zero_point"], plain)
 
 
 def cache_bytes(shape: ModelShape, tokens: int, batch: int = 1, format: str | None = None) -> int:

@@ -82,8 +82,11 @@ def _range(seen: ActivationStats, scheme: Scheme, **options: Any) -> tuple[float
 
 
 def static_scale(seen: ActivationStats, scheme: Scheme, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """Scale (1,) in the scheme's ``scale_dtype`` and zero point (1,) int8, None if symmetric, of that range."""
+    """Scale (1,) in the scheme's ``scale_dtype`` and zero point (1,) int8, None if symmetric, of that range; of NVFP4
+    the global scale (1,) float32."""
     lo, hi = static_range(seen, scheme, **options)
+    if scheme.format.has_global_scale:
+        return scheme.format.global_scale(torch.tensor(max(-lo, hi))), None
     return scheme.scale_and_zero_point(torch.tensor([lo]), torch.tensor([hi]))
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from canopyq.checkpoint.layout import DISK_FORMATS, FLOAT, INT, PACKED, disk_format
+from canopyq.checkpoint.layout import BLOCKS, DISK_FORMATS, FLOAT, INT, MXFP4, NVFP4, PACKED, disk_format
 from canopyq.checkpoint.patterns import check, matching
 from canopyq.errors import CanopyError, prefixed, shown, unknown
-from canopyq.tensor.formats import IntFormat
+from canopyq.tensor.formats import Format, IntFormat, get_format
 from canopyq.tensor.scheme import Scheme
 
 VERSION = "0.20.0"  # of compressed-tensors, whose form this is
-NOT_READ = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "marlin-24", "dense",
-            "sparse-bitmask", "sparse-24-bitmask")  # fmt: skip
+NOT_READ = ("mxfp6-pack-quantized", "mxfp8-quantized", "marlin-24", "dense", "sparse-bitmask", "sparse-24-bitmask")
 _ARGS = ("actorder", "block_structure", "dynamic", "group_size", "num_bits", "observer", "observer_kwargs",
          "scale_dtype", "strategy", "symmetric", "type", "zp_dtype")  # fmt: skip
 _GROUP = ("format", "input_activations", "output_activations", "targets", "weights")
@@ -105,10 +104,10 @@ def write_config(groups: Sequence[Group], ignore: Sequence[str]) -> dict:
                 "format": group.format,
                 "input_activations": None
                 if group.activations is None
-                else _arguments(group.activations, dynamic=not group.static),
+                else _arguments(group.activations, not group.static, inputs=True),
                 "output_activations": None,
                 "targets": list(group.targets),
-                "weights": _arguments(group.weights, dynamic=False),
+                "weights": _arguments(group.weights, False),
             }
             | ({CONV1D: True} if group.conv1d else {})
             for group in groups
@@ -126,8 +125,18 @@ def write_config(groups: Sequence[Group], ignore: Sequence[str]) -> dict:
     }
 
 
-def _arguments(scheme: Scheme, dynamic: bool) -> dict:
+def _arguments(scheme: Scheme, dynamic: bool, inputs: bool = False) -> dict:
     fmt, granularity = scheme.format, scheme.granularity
+    if fmt.name in BLOCKS:
+        return {
+            "dynamic": "local" if inputs and fmt.has_global_scale else inputs,
+            "group_size": fmt.block_size,
+            "num_bits": 4,
+            "scale_dtype": str(fmt.scale_dtype),
+            "strategy": _block_strategy(fmt),
+            "symmetric": True,
+            "type": "float",
+        }
     if not isinstance(fmt, IntFormat) and fmt.name != "fp8_e4m3":
         raise CanopyError(f"compressed-tensors has no {fmt.name} activations; use int8 or fp8_e4m3")
     return {
@@ -138,6 +147,11 @@ def _arguments(scheme: Scheme, dynamic: bool) -> dict:
         "symmetric": scheme.symmetric,
         "type": "int" if isinstance(fmt, IntFormat) else "float",
     }
+
+
+def _block_strategy(fmt: Format) -> str:
+    """How compressed-tensors calls blocks with a scale each, and with one more number for the whole tensor."""
+    return "tensor_group" if fmt.has_global_scale else "group"
 
 
 def read_config(config: Mapping) -> Quantization:
@@ -186,10 +200,11 @@ def _group(name: str, given: object, default: object) -> Group:
     activations, static = None, False
     if given_inputs := group.get("input_activations"):
         where = f"input_activations of {name}"
-        static = _mapping(given_inputs, where).get("dynamic") in (None, False)
+        static = _mapping(given_inputs, where).get("dynamic") in (None, False, "local")
         activations = _scheme(given_inputs, where, inputs="static" if static else "dynamic")
     fits = {PACKED: isinstance(weights.format, IntFormat), INT: weights.format.name == "int8",
-            FLOAT: weights.format.name == "fp8_e4m3"}  # fmt: skip
+            FLOAT: weights.format.name == "fp8_e4m3", NVFP4: weights.format.name == "nvfp4",
+            MXFP4: weights.format.name == "mxfp4"}  # fmt: skip
     if not fits[format]:
         disk_format(weights, activations)  # says why, if no file holds them
         raise CanopyError(f"format {shown(format)} of {name} does not hold {weights.format.name} weights")
@@ -201,20 +216,27 @@ def _scheme(given: object, where: str, *, inputs: str | None = None) -> Scheme:
     """A scheme of weights, or of ``inputs`` that are ``"static"`` or ``"dynamic"``."""
     args = _mapping(given, where)
     _no_more(args, _ARGS, where)
-    if inputs == "dynamic" and args["dynamic"] is not True:
-        raise CanopyError(f"{where} are dynamic {shown(args['dynamic'])}, which canopyq does not read yet")
-    if inputs is None and args.get("dynamic"):
+    bits, kind, symmetric = args.get("num_bits", 8), args.get("type", "int"), args.get("symmetric", True)
+    is_nvfp4 = (kind, bits, args.get("strategy")) == ("float", 4, _block_strategy(get_format("nvfp4")))
+    dynamic = args.get("dynamic")  # of the scales beside a global one, which is fixed, it is "local"
+    if inputs and (dynamic == "local") != is_nvfp4 or inputs == "dynamic" and dynamic is not True:
+        raise CanopyError(f"{where} are dynamic {shown(dynamic)}, which canopyq does not read yet")
+    if inputs is None and dynamic:
         raise CanopyError(f"{where} are marked dynamic; weights have fixed scales")
     if args.get("actorder") not in (None, False, "weight", "static"):
         raise CanopyError(f"actorder {shown(args['actorder'])} of {where} needs a g_idx, which canopyq does not read")
-    bits, kind, symmetric = args.get("num_bits", 8), args.get("type", "int"), args.get("symmetric", True)
     if kind not in ("int", "float") or type(bits) is not int or type(symmetric) is not bool:
         raise CanopyError(
             f"{where} of type {shown(kind)} with num_bits {shown(bits)} and symmetric {shown(symmetric)} are not known"
         )
-    if kind == "float" and bits != 8:
-        raise CanopyError(f"{where} are floats of {bits} bits; canopyq reads 8, which are E4M3")
     size, strategy = args.get("group_size"), args.get("strategy")
+    if kind == "float" and bits == 4:
+        scheme = Scheme(_block_format(size, strategy, args.get("scale_dtype"), symmetric, where))
+        if inputs == "static" and not is_nvfp4:
+            raise CanopyError(f"{where} are {scheme.format.name} with fixed scales, which canopyq does not read yet")
+        return scheme
+    if kind == "float" and bits != 8:
+        raise CanopyError(f"{where} are floats of {bits} bits; canopyq reads 4 (E2M1) and 8 (E4M3)")
     if strategy is None:  # compressed-tensors' own reading: -1 means channels
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"
     if strategy == "group" and (type(size) is not int or size < 1):
@@ -225,6 +247,19 @@ def _scheme(given: object, where: str, *, inputs: str | None = None) -> Scheme:
         raise CanopyError(f"strategy {shown(strategy)} of {where} is not read yet; {', '.join(readable[inputs])} are")
     name = "fp8_e4m3" if kind == "float" else f"int{bits}"
     return Scheme(name, granularity[strategy], symmetric)
+
+
+def _block_format(size: object, strategy: object, scale_dtype: object, symmetric: bool, where: str) -> Format:
+    """The FP4 format that a config means by its block size."""
+    for fmt in map(get_format, BLOCKS):
+        known = (fmt.block_size, _block_strategy(fmt), True)
+        if (size, strategy, symmetric) == known and scale_dtype in (None, str(fmt.scale_dtype)):
+            return fmt
+    raise CanopyError(
+        f"{where} are FP4 with group_size {shown(size)}, strategy {shown(strategy)}, symmetric {shown(symmetric)} and "
+        f"scale_dtype {shown(scale_dtype)}; canopyq reads those of nvfp4 (16, 'tensor_group', torch.float8_e4m3fn) and "
+        "mxfp4 (32, 'group', torch.uint8)"
+    )
 
 
 def _mapping(given: object, what: str) -> Mapping:

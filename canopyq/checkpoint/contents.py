@@ -63,7 +63,7 @@ def tensors_of(model: nn.Module, held: Contents, dtype: torch.dtype | None) -> I
             weight = module.quantized_weight
             parts = to_disk(weight, scales, disk_format(module.scheme, module.activations))
             if module.input_scale is not None:
-                parts |= input_to_disk(module.input_scale, module.input_zero_point, scales)
+                parts |= input_to_disk(module.input_scale, module.input_zero_point, module.activations, scales)
             found |= {f"{files.of_layer(name)}.{leaf}": tensor for leaf, tensor in parts.items()}
         for leaf in [*module._parameters, *module._buffers]:
             if prefix + leaf in plain:

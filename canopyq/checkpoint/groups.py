@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from canopyq.checkpoint.config import Group
-from canopyq.checkpoint.layout import disk_format
+from canopyq.checkpoint.layout import BLOCKS, disk_format
 from canopyq.checkpoint.names import Names
 from canopyq.errors import CanopyError, prefixed
 from canopyq.methods.registry import Method
@@ -172,6 +172,8 @@ def _kind(name: str, layer: QuantizedLinear, were: dict[str, nn.Module]) -> str:
 def word(group: Group) -> str:
     """The name of the recipe that gives such layers, such as ``w4a16-g128-asym``; the schemes in words if none does."""
     weights, inputs = group.weights, group.activations
+    if weights.format.name in BLOCKS:
+        return weights.format.name + ("" if inputs is None else "-w4a4")
     asymmetric = not (weights if inputs is None else inputs).symmetric
     tail = ("-static" if group.static else "") + ("-asym" if asymmetric else "")
     bits = 16 if inputs is None else inputs.format.bits

@@ -13,8 +13,9 @@ from canopyq.errors import CanopyError, cut, printable
 from canopyq.memory import human
 from canopyq.utils import Preformatted
 
-KINDS = {"weight_packed": "codes", "weight": "codes", "weight_scale": "scales", "weight_zero_point": "zero points",
-         "weight_shape": "shapes", "input_scale": "scales", "input_zero_point": "zero points"}  # fmt: skip
+KINDS = {"weight_packed": "codes", "weight": "codes", "weight_scale": "scales", "weight_global_scale": "scales",
+         "weight_zero_point": "zero points", "weight_shape": "shapes", "input_scale": "scales",
+         "input_global_scale": "scales", "input_zero_point": "zero points"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,10 @@ def _quantized(checkpoint: Checkpoint) -> tuple[dict[str, tuple[int, int]], list
             info = checkpoint.tensors[f"{module}.weight_shape"][1]
             if (info.dtype, info.shape) == ("I64", (2,)):
                 shape = tuple(checkpoint.read(f"{module}.weight_shape").tolist())
+        elif f"{module}.weight_packed" in checkpoint.tensors:
+            info = checkpoint.tensors[f"{module}.weight_packed"][1]
+            if info.dtype == "U8" and len(info.shape) == 2:  # two FP4 codes in a byte
+                shape = (info.shape[0], 2 * info.shape[1])
         elif f"{module}.weight" in checkpoint.tensors:
             shape = checkpoint.tensors[f"{module}.weight"][1].shape
         if len(shape) == 2 and min(shape) > 0:

@@ -7,10 +7,16 @@ For a weight (N, K) with G groups, by the format of its group in the config:
 | ``pack-quantized`` | ``weight_packed`` int32 (N, ⌈K·bits/32⌉), ``weight_scale``, ``weight_shape`` int64 [N, K] |
 | ``int-quantized`` | ``weight`` int8 (N, K), ``weight_scale`` |
 | ``float-quantized`` | ``weight`` float8_e4m3fn (N, K), ``weight_scale`` |
+| ``nvfp4-pack-quantized`` | ``weight_packed`` uint8 (N, K/2), ``weight_scale`` E4M3, ``weight_global_scale`` (1,) |
+| ``mxfp4-pack-quantized`` | ``weight_packed`` uint8 (N, K/2), ``weight_scale`` uint8 |
+
+Of two FP4 codes in a byte the first is in the low half. NVFP4's scales are divided by ``weight_global_scale``, float32;
+MXFP4's are exponents of two, with 127 added.
 
 A scale is (N, G) for groups, (N, 1) per channel, (1,) per tensor. An asymmetric weight has ``weight_zero_point`` too:
 int8 in the shape of the scale, which ``pack-quantized`` packs along N, into (⌈N·bits/32⌉, G). A layer whose inputs have
-a static range has ``input_scale`` (1,) beside them, and if that is asymmetric ``input_zero_point`` (1,) int8.
+a static range has ``input_scale`` (1,) beside them, and if that is asymmetric ``input_zero_point`` (1,) int8; one with
+NVFP4 inputs has ``input_global_scale`` (1,).
 """
 
 from __future__ import annotations
@@ -29,7 +35,10 @@ from canopyq.tensor.quantized_tensor import QuantizedTensor
 from canopyq.tensor.scheme import Scheme
 
 PACKED, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
-DISK_FORMATS = (PACKED, INT, FLOAT)
+NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+BLOCKS = {"nvfp4": NVFP4, "mxfp4": MXFP4}
+DISK_FORMATS = (PACKED, INT, FLOAT, NVFP4, MXFP4)
+E8M0_NAN = 255
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -42,8 +51,10 @@ def disk_format(weights: Scheme, activations: Scheme | None = None) -> str:
     fmt, granularity = weights.format, weights.granularity
     if weights.is_plain_cast:
         raise CanopyError(f"{fmt.name} is a plain cast, not a quantized weight; save the model with save_pretrained")
-    if fmt.name in ("mxfp4", "nvfp4"):
-        raise CanopyError(f"{fmt.name} checkpoints are not written yet; use int4 with g32")
+    if fmt.name in BLOCKS:
+        if activations is not None and activations.format != fmt:
+            raise CanopyError(f"{fmt.name} weights have {fmt.name} inputs or none quantized, not {activations}")
+        return BLOCKS[fmt.name]
     if fmt.name == "fp8_e5m2":
         raise CanopyError("compressed-tensors has no E5M2: an 8-bit float is always E4M3 there; use fp8_e4m3")
     if not isinstance(fmt, IntFormat) and fmt.name != "fp8_e4m3":
@@ -66,12 +77,22 @@ def expected(
     module's -> the dtypes allowed, the shape.
 
     Raises:
-        CanopyError: for a row so short that its shape does not tell how 3, 5, 6 or 7 bits are packed. Since 0.18
-            compressed-tensors lets codes go over from word to word; before, it left the rest of a word empty.
+        CanopyError: for a row so short that its shape does not tell how 3, 5, 6 or 7 bits are packed: since 0.18
+            compressed-tensors lets codes go over from word to word; before, it left the rest of a word empty. And for a
+            row that blocks of FP4 leave a rest of.
     """
     n, k = shape
-    bits = scheme.format.bits
+    fmt, bits = scheme.format, scheme.format.bits
     scale = scheme.granularity.scale_shape(shape)
+    if format in (NVFP4, MXFP4):
+        if k % fmt.block_size:
+            raise CanopyError(
+                f"blocks of {fmt.block_size} leave a rest in {k} inputs, which no file holds; keep this layer by the "
+                "recipe's ignore list"
+            )
+        tensors = {"weight_packed": ((torch.uint8,), (n, k // 2)), "weight_scale": ((fmt.scale_dtype,), scale)}
+        names = ["weight_global_scale", *(["input_global_scale"] if inputs is not None else [])]
+        return tensors | (dict.fromkeys(names, ((torch.float32,), (1,))) if fmt.has_global_scale else {})
     if format == PACKED:
         _refuse_ambiguous(bits, k)
         tensors = {"weight_packed": ((torch.int32,), (n, math.ceil(k * bits / 32))),
@@ -99,8 +120,13 @@ def _refuse_ambiguous(bits: int, k: int) -> None:
         )
 
 
-def input_to_disk(scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The tensors that are written for a static range; the scale in ``dtype`` where that changes nothing."""
+def input_to_disk(
+    scale: Tensor, zero_point: Tensor | None, scheme: Scheme, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The tensors that are written for a static range of inputs in ``scheme``; a scale in ``dtype`` where that changes
+    nothing."""
+    if scheme.format.has_global_scale:
+        return {"input_global_scale": scale}
     tensors = {"input_scale": _exact(scale, dtype)}
     return tensors if zero_point is None else tensors | {"input_zero_point": zero_point}
 
@@ -111,7 +137,11 @@ def input_from_disk(tensors: Mapping[str, Tensor], scheme: Scheme, dtype: torch.
     Raises:
         CanopyError: for a scale that is not finite and positive, a zero point outside the codes.
     """
-    _raise_bad_scale(tensors["input_scale"], "input_scale", scheme, dtype)
+    if scheme.format.has_global_scale:
+        _raise_bad_scale(tensors["input_global_scale"], "input_global_scale")
+        return tensors["input_global_scale"], None
+    _raise_bad_scale(tensors["input_scale"], "input_scale")
+    _raise_too_large(tensors["input_scale"], "input_scale", scheme, dtype)
     zero_point = tensors.get("input_zero_point")
     if zero_point is not None:
         _raise_bad_zero_point(zero_point, "input_zero_point", scheme)
@@ -137,7 +167,12 @@ def to_disk(weight: QuantizedTensor, dtype: torch.dtype | None = None, format: s
         raise CanopyError(f"a checkpoint holds weights of (out_features, in_features), got {tuple(weight.shape)}")
     bits = weight.scheme.format.bits
     tensors = {"weight_scale": _exact(weight.scale, dtype)}
-    if format == PACKED:
+    if format in (NVFP4, MXFP4):
+        expected(weight.scheme, tuple(weight.shape), format)  # that no block is ragged
+        tensors["weight_packed"] = weight.data.view(torch.uint8)
+        if weight.global_scale is not None:
+            tensors["weight_global_scale"] = weight.global_scale
+    elif format == PACKED:
         _refuse_ambiguous(bits, weight.shape[1])
         words = weight.data if weight.data.dtype == torch.int32 else packing.pack_unchecked(weight.data, bits, 128)
         tensors |= {"weight_packed": words, "weight_shape": torch.tensor(weight.shape, dtype=torch.int64)}
@@ -157,7 +192,7 @@ def from_disk(
     """The inverse of `to_disk`.
 
     Args:
-        tensors: as `to_disk` gives them; those with ``weight_packed`` are ``pack-quantized``.
+        tensors: as `to_disk` gives them; integers with ``weight_packed`` are ``pack-quantized``.
         scheme: of the weight. Its ``scale_dtype`` becomes that of the scale found.
         shape: (N, K).
         dtype: what `QuantizedTensor.dequantize` gives by default.
@@ -166,10 +201,15 @@ def from_disk(
         CanopyError: for tensors that are missing or too many, of another dtype or shape, scales that are not finite
             and positive, codes outside the range of the scheme.
     """
-    format = PACKED if "weight_packed" in tensors else FLOAT if isinstance(scheme.format, FloatFormat) else INT
+    format = BLOCKS.get(scheme.format.name)
+    if format is None:
+        format = PACKED if "weight_packed" in tensors else FLOAT if isinstance(scheme.format, FloatFormat) else INT
     check({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, scheme, shape, format)
     bits, scale = scheme.format.bits, tensors["weight_scale"]
-    _raise_bad_scale(scale, "weight_scale", scheme, dtype)
+    if format in (NVFP4, MXFP4):
+        return _blocks_from_disk(tensors, scheme, shape, dtype)
+    _raise_bad_scale(scale, "weight_scale")
+    _raise_too_large(scale, "weight_scale", scheme, dtype)
     if format == PACKED and tensors["weight_shape"].tolist() != list(shape):
         raise CanopyError(f"weight_shape says {tensors['weight_shape'].tolist()}, the model's config {list(shape)}")
     data = tensors["weight_packed" if format == PACKED else "weight"]
@@ -186,6 +226,20 @@ def from_disk(
     return QuantizedTensor(data, scale, zero_point, scheme, torch.Size(shape), dtype)
 
 
+def _blocks_from_disk(
+    tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype
+) -> QuantizedTensor:
+    scale, second = tensors["weight_scale"], tensors.get("weight_global_scale")
+    if second is not None:
+        _raise_bad_scale(second, "weight_global_scale")
+        _raise_bad_scale(scale.float(), "weight_scale")
+    elif bool((scale == E8M0_NAN).any()):
+        raise CanopyError("weight_scale holds NaN; write the file again")
+    _raise_too_large(scheme.format.float_scale(scale, second), "weight_scale", scheme, dtype)
+    words = tensors["weight_packed"].contiguous().view(torch.int32)
+    return QuantizedTensor(words, scale, None, scheme, torch.Size(shape), dtype, second)
+
+
 def _exact(scale: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A scale in another dtype if that changes none of its values and takes no more bytes."""
     if dtype is None or dtype.itemsize > scale.dtype.itemsize:
@@ -193,12 +247,15 @@ def _exact(scale: Tensor, dtype: torch.dtype | None) -> Tensor:
     return scale.to(dtype) if torch.equal(scale.to(dtype).to(scale.dtype), scale) else scale
 
 
-def _raise_bad_scale(scale: Tensor, name: str, scheme: Scheme, dtype: torch.dtype) -> None:
-    """Refuse scales that are not finite and positive, or give values that ``dtype`` does not hold."""
+def _raise_bad_scale(scale: Tensor, name: str) -> None:
     if not bool(((scale > 0) & scale.isfinite()).all()):
         raise CanopyError(f"{name} holds values that are not finite and positive; write the file again")
+
+
+def _raise_too_large(scale: Tensor, name: str, scheme: Scheme, dtype: torch.dtype) -> None:
+    """Refuse scales that give values which ``dtype`` does not hold."""
     fmt = scheme.format
-    largest = fmt.largest if isinstance(fmt, FloatFormat) else 2 ** (fmt.bits - scheme.symmetric)
+    largest = 2 ** (fmt.bits - scheme.symmetric) if isinstance(fmt, IntFormat) else fmt.largest
     if (most := float(scale.max()) * largest) > torch.finfo(dtype).max:
         raise CanopyError(f"{name} gives values up to {most:.3g}, more than {_word(dtype)} holds; use another dtype")
 

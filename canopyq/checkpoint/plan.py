@@ -20,6 +20,7 @@ from canopyq.checkpoint.skeleton import build, read_model_config
 from canopyq.checkpoint.wanted import part_shape
 from canopyq.errors import CanopyError, and_more, by_reason, prefixed, shown
 from canopyq.memory import human
+from canopyq.nn.fused import fused
 from canopyq.nn.targets import find_targets
 from canopyq.tensor.quantized_tensor import quantize
 from canopyq.tensor.scheme import Recipe
@@ -37,6 +38,8 @@ class Step:
     Attributes:
         name: of the tensor in the source.
         layer: the quantized layer whose weight it is; None: the tensor is copied as it is.
+        together: names of the tensors whose layers a server computes as one, itself among them; only for formats that
+            have a global scale, which those share. Else empty.
         outputs: name -> (dtype, shape). A scale's dtype may turn out to be another one of the same width.
     """
 
@@ -45,6 +48,7 @@ class Step:
     info: TensorInfo
     layer: Layer | None
     outputs: Announced
+    together: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -167,8 +171,12 @@ def make_plan(source: Checkpoint, recipe: Recipe, shard_bytes: int = SHARD_BYTES
         layers[f"{name}.weight"] = Layer(name, target.kind, recipe.weights, inputs, static=False)
     config = write_config(grouped(layers.values()), ignored(model, layers.values(), files))
     order = sorted(source.tensors.items(), key=lambda item: (str(item[1][0]), item[1][1].start, item[0]))
+    together = {}
+    if recipe.weights.format.has_global_scale:
+        tensor = {target.name: f"{files.of_layer(target.name)}.weight" for target in targets}
+        together = {tensor[name]: tuple(map(tensor.get, names)) for name, names in fused(tensor).items()}
     steps = [
-        Step(name, file, info, layers.get(name), _outputs(name, info, layers.get(name)))
+        Step(name, file, info, layers.get(name), _outputs(name, info, layers.get(name)), together.get(name, ()))
         for name, (file, info) in order
         if name not in dropped
     ]

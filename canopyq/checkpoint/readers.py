@@ -9,15 +9,17 @@ import re
 from collections.abc import Iterable, Mapping
 
 from canopyq.checkpoint.config import Group, Quantization
-from canopyq.checkpoint.layout import INT, PACKED
+from canopyq.checkpoint.layout import INT, MXFP4, NVFP4, PACKED
+from canopyq.nn.fused import FUSED
 
 Shapes = Mapping[str, tuple[int, int]]  # quantized module -> (N, K)
 Groups = Mapping[str, Group | None]  # module -> its group
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # vLLM computes these in one multiplication
 MARLIN_GROUPS = (32, 64, 128)
+PACKED_ALL = (PACKED, NVFP4, MXFP4)
 YES = "yes, with the compressed-tensors package"
 YES_DENSE = "yes, with compressed-tensors 0.18 or newer: older ones pack {} bits another way, and end with an error"
+YES_FP4 = "yes, with the compressed-tensors package, in bfloat16: it decompresses FP4 to nothing else by itself"
 DEQUANTIZE = "only with quantization_config=CompressedTensorsConfig(dequantize=True)"
 VLLM_YES = "yes, by its source"
 VLLM_FLOAT16 = "only with --dtype float16, by its source: its fast kernels have groups of 32, 64 and 128"
@@ -48,7 +50,7 @@ def notes(quantization: Quantization) -> tuple[str, ...]:
 
 
 def _transformers(quantization: Quantization, quantized: Shapes, of: Groups) -> str:
-    """Why each "no", as it was seen: an error, never other answers."""
+    """Why each "no", as it was seen: an error, and only where it says so other answers."""
     groups = quantization.groups
     if any(group.conv1d for group in groups):
         return "no: it has no quantized Conv1D, and the config says so in a key that it refuses"
@@ -58,12 +60,16 @@ def _transformers(quantization: Quantization, quantized: Shapes, of: Groups) -> 
         group = of[module]
         if _is_expert(module) and group and group.format == INT:
             return "no: it puts experts together from packed or FP8 weights, not from int-quantized ones"
+        if _is_expert(module) and group and group.format == NVFP4:
+            return "no: it puts experts together without their global scales, and gives other answers"
         if _is_expert(module) and group and not group.weights.symmetric:
             return "no: it puts experts together without their zero points"
     packs_embedding = any(
-        _is_embedding(module) and (group := of[module]) and group.format == PACKED for module in quantized
+        _is_embedding(module) and (group := of[module]) and group.format in PACKED_ALL for module in quantized
     )
     if not packs_embedding and not any(map(_packs_zero_points, groups)):
+        if any(group.format in (NVFP4, MXFP4) for group in groups):
+            return YES_FP4
         dense = {group.weights.format.bits for group in groups if group.format == PACKED} - {2, 4, 8}
         return YES_DENSE.format(" and ".join(map(str, sorted(dense)))) if dense else YES
     what = "a packed embedding" if packs_embedding else "zero points"
@@ -120,6 +126,8 @@ def _vllm(quantization: Quantization, quantized: Shapes, of: Groups, fused: list
 
 def _no_kernel(group: Group) -> str | None:
     weights, kind = group.weights, group.weights.granularity.kind
+    if group.format in (NVFP4, MXFP4):
+        return "it turns the weights of a Conv1D unless they are packed integers" if group.conv1d else None
     if group.format == PACKED and weights.format.bits not in (4, 8):
         return f"{weights.format.bits}-bit weights have no kernel"
     if group.format == PACKED and kind == "tensor":
@@ -141,10 +149,12 @@ def _no_kernel(group: Group) -> str | None:
 def _no_expert(group: Group) -> str | None:
     if not group.weights.symmetric:
         return "experts need symmetric weights"
-    if group.static:
+    if group.static and group.format != NVFP4:
         return "experts need activations quantized per token"
     size = group.weights.granularity.group_size
-    return None if size in (None, *MARLIN_GROUPS) else f"experts need groups of 32, 64 or 128, not {size}"
+    if group.format == NVFP4 or size in (None, *MARLIN_GROUPS):
+        return None
+    return f"experts need groups of 32, 64 or 128, not {size}"
 
 
 def _no_embedding(group: Group) -> str | None:

@@ -22,7 +22,7 @@ from canopyq.checkpoint.output import Work, Writer, fingerprint, refuse_not_empt
 from canopyq.checkpoint.plan import SHARD_BYTES, Plan, Step, make_plan
 from canopyq.errors import CanopyError, prefixed
 from canopyq.memory import human
-from canopyq.tensor.quantized_tensor import quantize
+from canopyq.tensor.quantized_tensor import global_scale_of, quantize
 from canopyq.tensor.scheme import Recipe
 from canopyq.utils import track
 
@@ -130,7 +130,11 @@ def _do(step: Step, plan: Plan, writer: Writer) -> None:
         return
     with prefixed(f"{layer.name}: "):
         weight = plan.source.read(step.name)
-        quantized = quantize(weight.t().contiguous() if layer.kind == "conv1d" else weight, layer.weights)
+        weight = weight.t().contiguous() if layer.kind == "conv1d" else weight
+        global_scale = None
+        if len(step.together) > 1:
+            global_scale = global_scale_of(map(plan.source.read, step.together), layer.weights)
+        quantized = quantize(weight, layer.weights, global_scale=global_scale)
         parts = to_disk(quantized, step.info.torch_dtype, disk_format(layer.weights, layer.activations))
     for part, tensor in parts.items():
         name = f"{layer.name}.{part}"

@@ -95,7 +95,7 @@ def to_blocks(weight: QuantizedTensor, rows: np.ndarray | None = None) -> Blocks
         # ggml reads the four scales of a block as unsigned E4M3; ours are never negative.
         scale = weight.scale.cpu().view(torch.uint8).reshape(n, k // 64, 4).numpy()[order]
         packed = _halves(codes.reshape(n, k // 16, 16)).reshape(n, k // 64, 32)
-        return Blocks(_join(scale, packed), kind, float(weight.tensor_scale))
+        return Blocks(_join(scale, packed), kind, float(1 / weight.global_scale))
     scale = _per_block(weight.float_scale().cpu().numpy(), n, k)[order]
     half = scale.astype(np.float16)
     if inexact := int((half.astype(np.float32) != scale).sum()):

@@ -36,13 +36,30 @@ def dynamic(x: Tensor, scheme: Scheme) -> QuantizedTensor:
 
 
 def rounded(x: Tensor, scheme: Scheme, scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
-    """What the codes of ``x`` (M, K) stand for, in its dtype: for kernels that do not take codes. Any scheme."""
+    """What the codes of ``x`` (M, K) stand for, in its dtype: for kernels that do not take codes. Any scheme.
+
+    Args:
+        scale, zero_point: (1,) each, of a static range. For NVFP4 the global scale.
+    """
+    if scheme.format.scale_dtype is not None:
+        return _rounded_blocks(x.detach(), scheme, scale)
     if scale is not None:
         return scheme.fake_quantize_rows(x.detach(), scale, zero_point)
-    if scheme.format.scale_dtype is not None or scheme.is_plain_cast or scheme.observer != "minmax":
+    if scheme.is_plain_cast or scheme.observer != "minmax":
         return quantize(x, scheme).dequantize(x.dtype)
     codes, scale, zero_point = _min_max(scheme.granularity.rows(x.detach()), scheme)
     return scheme.granularity.from_rows(scheme.dequantize_rows(codes, scale, zero_point, dtype=x.dtype), x.shape)
+
+
+def _rounded_blocks(x: Tensor, scheme: Scheme, global_scale: Tensor | None) -> Tensor:
+    """Each block of FP4 on a scale of its own. MXFP4's is the next power of two for an absmax beyond 1.75 times one, as
+    compressed-tensors has it: the specification, which weights follow, would cut such a value off at 1.5 times."""
+    rows = scheme.granularity.rows(x.to(torch.promote_types(x.dtype, torch.float32)))
+    absmax = rows.abs().amax(dim=1, keepdim=True).float()
+    block = scheme.format.block_scale(absmax if scheme.format.has_global_scale else absmax * (2 / 1.75), global_scale)
+    codes = scheme.quantize_rows(rows, block, None, global_scale)
+    values = scheme.dequantize_rows(codes, block, None, global_scale, x.dtype)
+    return torch.where(x.isnan(), x, scheme.granularity.from_rows(values, x.shape))  # which FP4 does not have
 
 
 def _min_max(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None]:

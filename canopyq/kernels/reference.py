@@ -28,7 +28,7 @@ def restore(held: Held, problem: Problem) -> QuantizedTensor:
         problem.weights,
         torch.Size([problem.n, problem.k]),
         problem.weight_dtype,
-        held.get("weight_tensor_scale"),
+        held.get("weight_global_scale"),
     )
 
 

@@ -53,7 +53,7 @@ def _rows(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
         weight.scheme,
         torch.Size([stop - start, weight.shape[1]]),
         weight.dtype,
-        weight.tensor_scale,
+        weight.global_scale,
     )
 
 

@@ -34,8 +34,9 @@ def gptq(
     hessian: Tensor,
     scheme: Scheme,
     *,
-    damping: float = 0.01,
-    order: bool = True,
+    global_scale: Tensor | None = None,
+    damp_percent: float = 0.01,
+    desc_act: bool = True,
     block: int = BLOCK,
     clipped: bool = True,
     rounds: int = 2,
@@ -43,15 +44,16 @@ def gptq(
     """Codes of a weight that keep a layer's outputs.
 
     Scales are settled beforehand, so that columns can be rounded in any order and the file needs no record of it (what
-    other tools call static groups). With ``clipped=False, rounds=0`` this is GPTQ as published.
+    other tools call ``static_groups``). With ``clipped=False, rounds=0`` this is GPTQ as published.
 
     Args:
         weight: (N, K).
         hessian: Σ x xᵀ / tokens of the layer's inputs, (K, K).
         scheme: of the weight.
-        damping: added to H's diagonal, as a share of its mean. A matrix that still has no Cholesky factor gets ten
-            times more, up to `MAX_DAMPING`.
-        order: columns with the loudest inputs first, while there are many left to make up for them.
+        global_scale: see `quantize_unpacked`.
+        damp_percent: added to H's diagonal, as a share of its mean (0.01 is 1 %). A matrix that still has no Cholesky
+            factor gets ten times more, up to `MAX_DAMPING`.
+        desc_act: columns with the loudest inputs first (act order), while there are many left to make up for them.
         block: columns after which the changes to all later ones are applied.
         clipped: scales by `clip` rather than by min-max.
         rounds: of `refine` afterwards.
@@ -65,7 +67,7 @@ def gptq(
     n, k = weight.shape
     if hessian.shape != (k, k) or not bool(hessian.isfinite().all()):
         raise CanopyError(f"GPTQ needs a finite Hessian ({k}, {k}), got {tuple(hessian.shape)}; look at the inputs")
-    start = clip(weight, hessian, scheme) if clipped else quantize_unpacked(weight, scheme)
+    start = clip(weight, hessian, scheme, global_scale) if clipped else quantize_unpacked(weight, scheme, global_scale)
     notes = []
     hessian = hessian.float().clone()
     dead = hessian.diagonal() <= 0
@@ -75,10 +77,10 @@ def gptq(
             return start, notes
         hessian[dead, :] = hessian[:, dead] = 0.0
         hessian.diagonal()[dead] = hessian.diagonal()[~dead].mean()
-    columns = torch.argsort(hessian.diagonal(), descending=True) if order else torch.arange(k, device=weight.device)
-    inverse, used = _inverse_root(hessian[columns][:, columns], damping)
-    if used != damping:
-        notes.append(f"the Hessian is singular: damping raised from {damping:g} to {used:g}")
+    columns = torch.argsort(hessian.diagonal(), descending=True) if desc_act else torch.arange(k, device=weight.device)
+    inverse, used = _inverse_root(hessian[columns][:, columns], damp_percent)
+    if used != damp_percent:
+        notes.append(f"the Hessian is singular: damping raised from {damp_percent:g} to {used:g}")
 
     grid = _Grid(start)
     left = weight.float().t()[columns].contiguous()  # column by column, what is still to be rounded
@@ -94,13 +96,13 @@ def gptq(
             left[first + i + 1 : last].addr_(inside[i, i + 1 :], error, alpha=-1)
         left[last:].addmm_(inverse[first:last, last:].t(), errors, alpha=-1)
     result = grid.encode(levels)
-    return (refine(weight, hessian, result, damping=used, rounds=rounds) if rounds else result), notes
+    return (refine(weight, hessian, result, damp_percent=used, rounds=rounds) if rounds else result), notes
 
 
-def _inverse_root(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper U with (H + damping · mean(diagonal) · I)⁻¹ = Uᵀ U, and the damping that it took."""
+def _inverse_root(hessian: Tensor, damp_percent: float) -> tuple[Tensor, float]:
+    """Upper U with (H + damp_percent · mean(diagonal) · I)⁻¹ = Uᵀ U, and the damping that it took."""
     mean = hessian.diagonal().mean()
-    used = damping
+    used = damp_percent
     while True:
         damped = hessian + torch.diag_embed((used * mean).expand(len(hessian)))
         lower, failed = torch.linalg.cholesky_ex(damped)
@@ -163,16 +165,16 @@ def _by_column(stored: Tensor, granularity: Granularity, n: int, k: int) -> Tens
 
 
 def refine(
-    weight: Tensor, hessian: Tensor, start: UnpackedTensor, *, damping: float = 0.01, rounds: int = 2
+    weight: Tensor, hessian: Tensor, start: UnpackedTensor, *, damp_percent: float = 0.01, rounds: int = 2
 ) -> UnpackedTensor:
     """``rounds`` times better scales and better codes for ``weight`` (N, K), beginning with ``start``.
 
     Args:
         hessian: Σ x xᵀ / tokens of the layer's inputs, (K, K).
-        damping: added to its diagonal, as a share of the mean: how little the data is trusted.
+        damp_percent: added to its diagonal, as a share of the mean: how little the data is trusted.
     """
     weight = weight.float()
-    damped = hessian.float() + torch.diag_embed((damping * hessian.diagonal().mean()).expand(len(hessian)))
+    damped = hessian.float() + torch.diag_embed((damp_percent * hessian.diagonal().mean()).expand(len(hessian)))
     target = weight @ damped
     current = start
     for _ in range(rounds):

@@ -19,8 +19,9 @@ from canopyq.methods.hqq import hqq
 from canopyq.methods.registry import Method
 from canopyq.methods.smoothquant import smooth_scales
 from canopyq.methods.transaction import Transaction
+from canopyq.nn.fused import fused
 from canopyq.nn.targets import Target
-from canopyq.tensor.quantized_tensor import QuantizedTensor, UnpackedTensor, quantize_unpacked, sqnr_db
+from canopyq.tensor.quantized_tensor import QuantizedTensor, UnpackedTensor, global_scale_of, quantize_unpacked, sqnr_db
 from canopyq.tensor.scheme import Recipe, Scheme
 from canopyq.utils import track
 
@@ -72,7 +73,7 @@ def round_weights(
         )
     if method.smoothing:
         require_known(model, {"awq": "AWQ", "smoothquant": "SmoothQuant"}[method.smoothing])
-    by_name = {target.name: target for target in targets}
+    by_name, global_scale = {target.name: target for target in targets}, _GlobalScales(targets)
     results: dict[str, RoundingResult] = {}
     if batches is not None and (method.needs_data or method.transforms):
         watched = [target.name for target in targets if target.kind != "embedding"]
@@ -88,7 +89,7 @@ def round_weights(
                     schemes = {name: by_name[name].scheme for name in pair.consumers if name in statistics}
                     _smooth(pair, schemes, recipe, method, statistics, notes, transaction)
             for name, stats in statistics.items():
-                result, values = _round(by_name[name], method, stats, notes[name])
+                result, values = _round(by_name[name], method, stats, notes[name], global_scale(name))
                 results[name] = result
                 if block and not by_name[name].weight.is_meta:
                     transaction.change(by_name[name].weight, values)
@@ -97,7 +98,7 @@ def round_weights(
                     results[name] = replace(result, notes=(*result.notes, note))
     rest = [target for target in targets if target.name not in results]
     for target in track(rest, f"quantizing to {recipe.name}", len(rest)):
-        results[target.name], _ = _round(target, method, None, [])
+        results[target.name], _ = _round(target, method, None, [], global_scale(target.name))
     return {target.name: results[target.name] for target in targets}
 
 
@@ -130,8 +131,31 @@ def _smooth(
         notes[name].append(note)
 
 
+class _GlobalScales:
+    """The global scale of each weight: one for those that are computed as one, by what they are when the first of them
+    is asked for."""
+
+    def __init__(self, targets: list[Target]) -> None:
+        with_one = [target for target in targets if target.scheme.format.has_global_scale]
+        self.targets = {target.name: target for target in with_one}
+        self.together = fused(self.targets)
+        self.found: dict[str, Tensor] = {}
+
+    def __call__(self, name: str) -> Tensor | None:
+        if name in self.targets and name not in self.found:
+            names = self.together[name]
+            with prefixed(f"{' or '.join(names)}: "):
+                scale = global_scale_of([self.targets[one].read() for one in names], self.targets[name].scheme)
+            self.found |= dict.fromkeys(names, scale)
+        return self.found.get(name)
+
+
 def _round(
-    target: Target, method: Method, stats: ActivationStats | None, notes: list[str]
+    target: Target,
+    method: Method,
+    stats: ActivationStats | None,
+    notes: list[str],
+    global_scale: Tensor | None,
 ) -> tuple[RoundingResult, Tensor]:
     """One weight rounded, and the float32 values (N, K) that its codes, and columns kept in 16 bits, stand for."""
     with prefixed(f"{target.name}: "):
@@ -141,7 +165,7 @@ def _round(
             outliers = _loudest(weight, stats)
             weight, hessian = _without(outliers[0], weight, hessian)
             notes = [*notes, f"{len(outliers[0])} of {weight.shape[1]} inputs kept in 16 bits"]
-        rounded, said = _codes(weight, hessian, target.scheme, method.rounding)
+        rounded, said = _codes(weight, hessian, target.scheme, method.rounding, global_scale)
     notes = [*notes, *said]
     if stats is None and method.needs_data:
         notes.append("no data reached it: rounded to nearest")
@@ -155,17 +179,19 @@ def _round(
     return RoundingResult(rounded.pack(), sqnr, error, tuple(notes), outliers), values
 
 
-def _codes(weight: Tensor, hessian: Tensor | None, scheme: Scheme, rounding: str) -> tuple[UnpackedTensor, list[str]]:
+def _codes(
+    weight: Tensor, hessian: Tensor | None, scheme: Scheme, rounding: str, global_scale: Tensor | None
+) -> tuple[UnpackedTensor, list[str]]:
     """The codes of a weight (N, K) by a rounding of `registry.ROUNDINGS`, and what to know of them. Without a Hessian
     (K, K), those that need one round to nearest."""
     if rounding == "hqq":
         return hqq(weight, scheme), []
     if rounding == "rtn" or hessian is None:
-        return quantize_unpacked(weight, scheme), []
+        return quantize_unpacked(weight, scheme, global_scale), []
     hessian = hessian.to(weight.device)
     if rounding == "clip":
-        return clip(weight, hessian, scheme), []
-    return gptq(weight, hessian, scheme)
+        return clip(weight, hessian, scheme, global_scale), []
+    return gptq(weight, hessian, scheme, global_scale=global_scale)
 
 
 def _loudest(weight: Tensor, stats: ActivationStats) -> tuple[Tensor, Tensor]:

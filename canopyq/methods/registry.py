@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from canopyq.errors import CanopyError, shown, unknown
-from canopyq.tensor.formats import BlockFormat, IntFormat
+from canopyq.tensor.formats import IntFormat
 from canopyq.tensor.scheme import Recipe
 
 TRANSFORMS = ("rotation", "smoothquant", "awq", "outliers")
@@ -76,7 +76,5 @@ class Method:
         for fmt in formats:
             if self.rounding == "hqq" and not isinstance(fmt, IntFormat):
                 raise CanopyError(f"HQQ fits the step of evenly spaced codes, which {fmt.name} has not; use gptq")
-            if self.rounding == "clip" and "awq" not in self.transforms and isinstance(fmt, BlockFormat):
-                raise CanopyError(f"{fmt.name} derives its scales, so there are no ranges to choose; use gptq")
         if recipe.weights.is_plain_cast and self.name != "rtn":
             raise CanopyError(f"{recipe.weights.format.name} is a plain cast, which every method does alike; use rtn")

@@ -54,7 +54,8 @@ def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
     removed = sum(layers[name][1] for name in _not_tied_to_what_stays(targets, model))
     added = sum(after for _, _, after in layers.values())
     if recipe.static:  # a scale, and perhaps a zero point, for what goes into each layer
-        added += (2 if recipe.activations.symmetric else 3) * sum(target.kind != "embedding" for target in targets)
+        own = 4 if recipe.activations.format.has_global_scale else 2 if recipe.activations.symmetric else 3
+        added += own * sum(target.kind != "embedding" for target in targets)
     notes = tuple(_of_files(model, recipe, Method.parse("rtn")))
     return Plan(recipe.name, layers, kept, before, before - removed + added, before + added, notes)
 

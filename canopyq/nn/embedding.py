@@ -64,7 +64,7 @@ class QuantizedEmbedding(QuantizedLinear):
             weight.scheme,
             torch.Size([flat.shape[0], self.in_features]),
             weight.dtype,
-            weight.tensor_scale,
+            weight.global_scale,
         )
         out = rows.dequantize().reshape(*ids.shape, self.in_features)
         scale = self.embed_scale

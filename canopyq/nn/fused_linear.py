@@ -61,7 +61,7 @@ def _refuse(layers: tuple[nn.Module, ...]) -> str | None:
     granularity = first.scheme.granularity
     if granularity.kind not in ("group", "channel") or (granularity.kind == "channel" and granularity.axis != 0):
         return f"a scale per {granularity} is not a row's own"
-    if first.quantized_weight.tensor_scale is not None:
+    if first.quantized_weight.global_scale is not None:
         return "each weight has a second scale of its own"
     return None
 

@@ -37,6 +37,7 @@ class QuantizedLinear(nn.Module):
         activations: scheme of the input (…, in_features): per token, or per tensor with ``input_scale``; None leaves
             the input as it is.
         input_scale, input_zero_point: (1,) each, the fixed range of a static scheme; None takes it from each input.
+            For NVFP4 ``input_scale`` is the global scale of the input, whose blocks have ranges of their own.
 
     Raises:
         CanopyError: if ``weight`` is no matrix.

@@ -63,15 +63,15 @@ class Format:
         return None
 
     @property
-    def has_tensor_scale(self) -> bool:
-        """Whether one more scale, for the whole tensor, multiplies all the others."""
+    def has_global_scale(self) -> bool:
+        """Whether one more number, for the whole tensor, divides all scales."""
         return False
 
-    def tensor_scale(self, absmax: Tensor) -> Tensor | None:
-        """That scale, float32 (1,), for a tensor whose largest magnitude is ``absmax`` (float32, 0-d); else None."""
+    def global_scale(self, absmax: Tensor) -> Tensor | None:
+        """That number, float32 (1,), for a tensor whose largest magnitude is ``absmax`` (float32, 0-d); else None."""
         return None
 
-    def float_scale(self, scale: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
+    def float_scale(self, scale: Tensor, global_scale: Tensor | None = None) -> Tensor:
         """The numbers that stored scales stand for, in a dtype that can be computed with; any shape."""
         return scale
 
@@ -213,7 +213,8 @@ class BlockFormat(Format):
     """Small floats in blocks of ``block_size`` neighbours; each block's scale is stored in ``scale_format``.
 
     ``e8m0`` is a bare power of two in one byte (MXFP4: OCP Microscaling specification 1.0, section 5). ``fp8_e4m3`` is
-    finer, and needs one more float32 scale for the whole tensor, since E4M3 alone spans too little (NVFP4).
+    finer, and needs one more float32 number for the whole tensor, since E4M3 alone spans too little (NVFP4). As in
+    compressed-tensors, that global scale is what stored scales are divided by.
     """
 
     element: FloatFormat = field(default=None)  # type: ignore[assignment]
@@ -225,7 +226,7 @@ class BlockFormat(Format):
         return self.element.largest
 
     @property
-    def has_tensor_scale(self) -> bool:
+    def has_global_scale(self) -> bool:
         return self.scale_format == "fp8_e4m3"
 
     def values(self) -> Tensor:
@@ -243,30 +244,30 @@ class BlockFormat(Format):
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        return torch.float8_e4m3fn if self.has_tensor_scale else torch.uint8
+        return torch.float8_e4m3fn if self.has_global_scale else torch.uint8
 
-    def tensor_scale(self, absmax: Tensor) -> Tensor | None:
-        """NVFP4: the scale of the scales, which maps the tensor's absmax onto the largest element times the largest
-        E4M3."""
-        if not self.has_tensor_scale:
+    def global_scale(self, absmax: Tensor) -> Tensor | None:
+        """NVFP4: what stored scales are divided by: multiplied with it, the tensor's absmax becomes the largest
+        element times the largest E4M3."""
+        if not self.has_global_scale:
             return None
-        scale = absmax / absmax.new_tensor(self.largest * E4M3_LARGEST)
-        return torch.where(absmax == 0, 1.0, scale).clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
+        scale = self.largest * E4M3_LARGEST / absmax
+        return torch.where(absmax == 0, 1.0, scale).clamp(max=torch.finfo(torch.float32).max).reshape(1)
 
-    def block_scale(self, absmax: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
+    def block_scale(self, absmax: Tensor, global_scale: Tensor | None = None) -> Tensor:
         """The scale of blocks whose largest magnitudes are ``absmax`` (float32, any shape), as it is stored: E8M0
-        exponents with their bias (uint8), or E4M3 in units of ``tensor_scale``."""
-        if self.has_tensor_scale:
-            scale = absmax / absmax.new_tensor(self.largest) / tensor_scale
+        exponents with their bias (uint8), or E4M3 after a multiplication by ``global_scale``."""
+        if self.has_global_scale:
+            scale = absmax / absmax.new_tensor(self.largest) * global_scale
             return scale.clamp(2.0**-9, E4M3_LARGEST).to(torch.float8_e4m3fn)
         # OCP MX 1.0, section 6.3: the power of two that puts absmax's exponent on the element's largest exponent.
         _, exponent = torch.frexp(absmax)
         top = int(torch.frexp(torch.tensor(self.largest)).exponent)
         return (torch.where(absmax > 0, exponent - top, 0).clamp(-E8M0_BIAS, E8M0_BIAS) + E8M0_BIAS).to(torch.uint8)
 
-    def float_scale(self, scale: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
-        if self.has_tensor_scale:
-            return scale.to(torch.float32) * tensor_scale
+    def float_scale(self, scale: Tensor, global_scale: Tensor | None = None) -> Tensor:
+        if self.has_global_scale:
+            return scale.to(torch.float32) / global_scale
         return torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - E8M0_BIAS)
 
 

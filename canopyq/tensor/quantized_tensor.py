@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from canopyq import checks
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, shown
 from canopyq.tensor import packing
 from canopyq.tensor.formats import Format, IntFormat
 from canopyq.tensor.granularity import Granularity
@@ -25,7 +25,7 @@ class UnpackedTensor:
 
     Attributes:
         codes: in the original shape: int8 for integers, uint8 for 4-bit floats and tables, else the format's own dtype.
-        scale, zero_point, tensor_scale: as `QuantizedTensor` has them.
+        scale, zero_point, global_scale: as `QuantizedTensor` has them.
         scheme: how the codes came about.
         dtype: of the original tensor.
     """
@@ -35,7 +35,7 @@ class UnpackedTensor:
     zero_point: Tensor | None
     scheme: Scheme
     dtype: torch.dtype
-    tensor_scale: Tensor | None = None
+    global_scale: Tensor | None = None
 
     def pack(self) -> QuantizedTensor:
         """The same with codes under 8 bits in int32 words along the last dimension."""
@@ -43,7 +43,7 @@ class UnpackedTensor:
         if _is_packed(fmt):
             data = packing.pack_unchecked(data, fmt.bits, -fmt.qmin if isinstance(fmt, IntFormat) else 0)
         return QuantizedTensor(
-            data.contiguous(), self.scale, self.zero_point, self.scheme, self.codes.shape, self.dtype, self.tensor_scale
+            data.contiguous(), self.scale, self.zero_point, self.scheme, self.codes.shape, self.dtype, self.global_scale
         )
 
     def float_scale(self) -> Tensor:
@@ -56,7 +56,7 @@ class UnpackedTensor:
         dtype = self.dtype if dtype is None else dtype
         scale, zero_point = (x if x is None else x.reshape(-1, 1) for x in (self.scale, self.zero_point))
         rows = granularity.rows(self.codes.reshape(shape))
-        values = self.scheme.dequantize_rows(rows, scale, zero_point, self.tensor_scale, dtype)
+        values = self.scheme.dequantize_rows(rows, scale, zero_point, self.global_scale, dtype)
         return granularity.from_rows(values, shape).reshape(self.codes.shape)
 
     def with_scale(self, scale: Tensor) -> UnpackedTensor:
@@ -73,7 +73,7 @@ class QuantizedTensor:
         scale: None for plain casts, else (1,), (N, 1), (…, 1) or (…, groups); E8M0 exponents (uint8) for MXFP4, E4M3
             for NVFP4.
         zero_point: int8 in the shape of ``scale``, or None when symmetric.
-        tensor_scale: NVFP4's second, float32 scale (1,), else None.
+        global_scale: NVFP4's float32 number (1,) that all scales are divided by, else None.
         scheme: how the codes came about.
         shape, dtype: of the original tensor.
     """
@@ -84,7 +84,7 @@ class QuantizedTensor:
     scheme: Scheme
     shape: torch.Size
     dtype: torch.dtype
-    tensor_scale: Tensor | None = None
+    global_scale: Tensor | None = None
 
     def unpack(self) -> UnpackedTensor:
         """The inverse of `UnpackedTensor.pack`; codes of 8 bits and more share memory."""
@@ -93,7 +93,7 @@ class QuantizedTensor:
             n = self.shape[-1] if self.shape else 1
             codes = packing.unpack(codes, fmt.bits, n, signed=isinstance(fmt, IntFormat))
         return UnpackedTensor(
-            codes.reshape(self.shape), self.scale, self.zero_point, self.scheme, self.dtype, self.tensor_scale
+            codes.reshape(self.shape), self.scale, self.zero_point, self.scheme, self.dtype, self.global_scale
         )
 
     @property
@@ -108,7 +108,7 @@ class QuantizedTensor:
             "data": self.data,
             "scale": self.scale,
             "zero_point": self.zero_point,
-            "tensor_scale": self.tensor_scale,
+            "global_scale": self.global_scale,
         }
         return {name: part for name, part in named.items() if part is not None}
 
@@ -141,7 +141,7 @@ class QuantizedTensor:
 def _float_scale(x: UnpackedTensor | QuantizedTensor) -> Tensor:
     if x.scale is None:
         raise CanopyError(f"{x.scheme.format.name} is a plain cast and has no scale")
-    return x.scheme.format.float_scale(x.scale, x.tensor_scale).to(torch.float32)
+    return x.scheme.format.float_scale(x.scale, x.global_scale).to(torch.float32)
 
 
 def quantize(
@@ -153,8 +153,12 @@ def quantize(
     restricted: bool = False,
     observer: str = "minmax",
     scale_dtype: torch.dtype | None = None,
+    global_scale: Tensor | None = None,
 ) -> QuantizedTensor:
     """Quantize a tensor. The arguments are those of `Scheme`, which may also be given whole in the place of ``format``.
+
+    NVFP4 takes its ``global_scale``, float32 (1,), from the largest magnitude of ``x``, unless one is given that
+    several tensors have in common (see `global_scale_of`).
 
     >>> q = quantize(torch.randn(512, 1024), "int4", "g128")
     >>> q.codes.shape, q.scale.shape, q.bits_per_value
@@ -173,11 +177,13 @@ def quantize(
             f"the scheme '{format}' decides everything; leave the other arguments out, or change the scheme"
         )
     checks.tensor("x", x)
+    if global_scale is not None:
+        _check_global_scale(global_scale, scheme)
     with torch.no_grad():
         source = x.detach().reshape(1) if x.dim() == 0 else x.detach()
         if scheme.is_plain_cast:
             return replace(_plain_cast(source, scheme).pack(), shape=x.shape)
-        chunks = [chunk.pack() for chunk in _quantize_chunks(source, scheme)]
+        chunks = [chunk.pack() for chunk in _quantize_chunks(source, scheme, global_scale)]
     data, scale, zero_point = (
         _cat([getattr(chunk, name) for chunk in chunks]) for name in ("data", "scale", "zero_point")
     )
@@ -185,8 +191,12 @@ def quantize(
 
 
 @torch.no_grad()
-def quantize_unpacked(x: Tensor, scheme: Scheme) -> UnpackedTensor:
+def quantize_unpacked(x: Tensor, scheme: Scheme, global_scale: Tensor | None = None) -> UnpackedTensor:
     """`quantize` without packing, for what goes on to work with the codes.
+
+    Args:
+        global_scale: of a format that has one (1,), such as `global_scale_of` gives for several weights. None takes
+            that of ``x`` alone.
 
     Raises:
         CanopyError: as `quantize`.
@@ -194,11 +204,37 @@ def quantize_unpacked(x: Tensor, scheme: Scheme) -> UnpackedTensor:
     checks.tensor("x", x)
     if scheme.is_plain_cast:
         return _plain_cast(x.detach(), scheme)
-    chunks = list(_quantize_chunks(x.detach(), scheme))
+    chunks = list(_quantize_chunks(x.detach(), scheme, global_scale))
     codes, scale, zero_point = (
         _cat([getattr(chunk, name) for chunk in chunks]) for name in ("codes", "scale", "zero_point")
     )
     return replace(chunks[0], codes=codes, scale=scale, zero_point=zero_point)
+
+
+def global_scale_of(weights: Iterable[Tensor], scheme: Scheme) -> Tensor | None:
+    """The global scale (1,) that weights have in common, by the largest magnitude of all; None for a format that has
+    none. Servers that compute several layers as one keep a single global scale for them.
+
+    Raises:
+        CanopyError: for NaN or infinity.
+    """
+    if not scheme.format.has_global_scale:
+        return None
+    return scheme.format.global_scale(torch.stack([_absmax(weight) for weight in weights]).amax())
+
+
+def _check_global_scale(global_scale: Tensor, scheme: Scheme) -> None:
+    if not scheme.format.has_global_scale:
+        raise CanopyError(f"{scheme.format.name} has no global scale; leave global_scale out")
+    fits = isinstance(global_scale, Tensor) and (global_scale.dtype, global_scale.shape) == (torch.float32, (1,))
+    if not fits or not 0 < float(global_scale) < float("inf"):
+        raise CanopyError(f"global_scale is {shown(global_scale)}; give a positive float32 number of shape (1,)")
+
+
+def _absmax(x: Tensor) -> Tensor:
+    absmax = x.abs().amax().to(torch.float32)
+    _finite(x, absmax, absmax)
+    return absmax
 
 
 def quantized_bytes(shape: torch.Size, scheme: Scheme, dtype: torch.dtype) -> int:
@@ -224,8 +260,8 @@ def part_bytes(shape: torch.Size, scheme: Scheme, dtype: torch.dtype) -> dict[st
     parts = {"data": count // columns * 4 * -(-columns * fmt.bits // 32) if _is_packed(fmt) else count}
     scales = torch.Size(scheme.granularity.scale_shape(shape)).numel()
     parts["scale"] = scales * scheme.stored_scale_dtype(dtype).itemsize
-    if fmt.has_tensor_scale:
-        parts["tensor_scale"] = torch.float32.itemsize
+    if fmt.has_global_scale:
+        parts["global_scale"] = torch.float32.itemsize
     if not scheme.symmetric:
         parts["zero_point"] = scales
     return parts
@@ -279,20 +315,17 @@ def _plain_cast(x: Tensor, scheme: Scheme) -> UnpackedTensor:
     return UnpackedTensor(cast, None, None, scheme, x.dtype)
 
 
-def _quantize_chunks(x: Tensor, scheme: Scheme) -> Iterator[UnpackedTensor]:
+def _quantize_chunks(x: Tensor, scheme: Scheme, global_scale: Tensor | None = None) -> Iterator[UnpackedTensor]:
     """The codes of ``x`` in slices of its first dimension."""
     _check_fit(x.shape, scheme)
     if scheme.observer != "minmax":  # the others may look past a NaN
         raise_not_finite(x)
-    tensor_scale = None
-    if scheme.format.has_tensor_scale:
-        absmax = x.abs().amax().to(torch.float32)
-        _finite(x, absmax, absmax)
-        tensor_scale = scheme.format.tensor_scale(absmax)
+    if global_scale is None:
+        global_scale = global_scale_of([x], scheme)
     if scheme.format.scale_dtype is None:
         scheme = replace(scheme, scale_dtype=scheme.stored_scale_dtype(x.dtype))
     for chunk in _chunks(x, scheme.granularity):
-        yield _quantize_chunk(chunk, scheme, tensor_scale, x)
+        yield _quantize_chunk(chunk, scheme, global_scale, x)
 
 
 def _cat(parts: list[Tensor | None]) -> Tensor | None:
@@ -307,7 +340,7 @@ def _chunks(x: Tensor, granularity: Granularity) -> Iterator[Tensor]:
     return iter(x.split(max(1, CHUNK * x.shape[0] // x.numel())))
 
 
-def _quantize_chunk(x: Tensor, scheme: Scheme, tensor_scale: Tensor | None, whole: Tensor) -> UnpackedTensor:
+def _quantize_chunk(x: Tensor, scheme: Scheme, global_scale: Tensor | None, whole: Tensor) -> UnpackedTensor:
     """One chunk of the ``whole``: all of the method in ten lines."""
     granularity = scheme.granularity
     rows = granularity.rows(x.to(torch.promote_types(x.dtype, torch.float32)))
@@ -318,11 +351,11 @@ def _quantize_chunk(x: Tensor, scheme: Scheme, tensor_scale: Tensor | None, whol
         )
     lo, hi = find_range(rows, scheme)
     _finite(whole, lo, hi)
-    scale, zero_point = scheme.scale_and_zero_point(lo, hi, tensor_scale)
-    codes = granularity.from_rows(scheme.quantize_rows(rows, scale, zero_point, tensor_scale), x.shape)
+    scale, zero_point = scheme.scale_and_zero_point(lo, hi, global_scale)
+    codes = granularity.from_rows(scheme.quantize_rows(rows, scale, zero_point, global_scale), x.shape)
     shape = granularity.scale_shape(x.shape)
     zero_point = None if zero_point is None else zero_point.reshape(shape)
-    return UnpackedTensor(codes, scale.reshape(shape), zero_point, scheme, whole.dtype, tensor_scale)
+    return UnpackedTensor(codes, scale.reshape(shape), zero_point, scheme, whole.dtype, global_scale)
 
 
 def _is_packed(fmt: Format) -> bool:

@@ -88,14 +88,14 @@ class Scheme:
         return self.format.scale_dtype or self.scale_dtype or (dtype if narrow else torch.float32)
 
     def scale_and_zero_point(
-        self, lo: Tensor, hi: Tensor, tensor_scale: Tensor | None = None, *, check: bool = True
+        self, lo: Tensor, hi: Tensor, global_scale: Tensor | None = None, *, check: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """The scale, as it is stored, and the zero point that lay each row's range over the codes.
 
         Args:
             lo, hi: ends of the ranges, any equal shape, float32 or float64. Symmetric schemes reach as far as the
                 farther end, on either side.
-            tensor_scale: of the whole tensor, for a format that has one.
+            global_scale: of the whole tensor (1,), for a format that has one.
             check: see `affine.scale_and_zero_point`.
 
         Returns:
@@ -106,7 +106,7 @@ class Scheme:
             CanopyError: as `affine.scale_and_zero_point`.
         """
         if self.format.scale_dtype is not None:
-            return self.format.block_scale(torch.maximum(-lo, hi), tensor_scale), None
+            return self.format.block_scale(torch.maximum(-lo, hi), global_scale), None
         return affine.scale_and_zero_point(
             lo, hi, self.format,
             symmetric=self.symmetric, restricted=self.restricted, scale_dtype=self.scale_dtype or torch.float32,
@@ -114,11 +114,11 @@ class Scheme:
         )  # fmt: skip
 
     def quantize_rows(
-        self, rows: Tensor, scale: Tensor, zero_point: Tensor | None = None, tensor_scale: Tensor | None = None
+        self, rows: Tensor, scale: Tensor, zero_point: Tensor | None = None, global_scale: Tensor | None = None
     ) -> Tensor:
         """The codes of ``rows`` (R, n) on stored scales and zero points (R, 1): int8 for integers, the format's own
         dtype for 8-bit floats, uint8 for 4-bit floats and tables."""
-        scale = self.format.float_scale(scale, tensor_scale)
+        scale = self.format.float_scale(scale, global_scale)
         return affine.quantize(rows, scale, zero_point, self.format, restricted=self.restricted)
 
     def dequantize_rows(
@@ -126,7 +126,7 @@ class Scheme:
         codes: Tensor,
         scale: Tensor | None,
         zero_point: Tensor | None = None,
-        tensor_scale: Tensor | None = None,
+        global_scale: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """The real values that ``codes`` (R, n) stand for, in ``dtype``; scales and zero points (R, 1) as stored, no
@@ -134,7 +134,7 @@ class Scheme:
         if scale is None:
             scale = torch.ones((), device=codes.device)
         else:
-            scale = self.format.float_scale(scale, tensor_scale)
+            scale = self.format.float_scale(scale, global_scale)
         return affine.dequantize(codes, scale, zero_point, self.format, dtype)
 
     def fake_quantize_rows(self, rows: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
@@ -163,7 +163,7 @@ class Recipe:
         activations: the scheme of what goes into those layers (…, in_features), or None to leave it as it is. Ranges
             are taken from each input as it comes (dynamic), unless ``static``.
         static: the activations' ranges are fixed beforehand, from calibration data, by the observer of their scheme:
-            one for all tokens.
+            one for all tokens. Of NVFP4 it is the global scale that is fixed, and each block has a range of its own.
         cache: the KV cache that belongs to it, such as ``"kv4"``, or None. The weights do not depend on it.
         exceptions: (module, scheme) pairs for weights that are quantized otherwise; modules are named as in ``ignore``,
             and the first that fits counts.
@@ -173,8 +173,8 @@ class Recipe:
             since a model may have no head; so is an exception that counts for no weight.
 
     Raises:
-        CanopyError: if ``weights`` is no `Scheme`, for ``static`` without activations that have one scale in all, or
-            for an unknown cache.
+        CanopyError: if ``weights`` is no `Scheme`, for ``static`` without activations that have one scale in all, for
+            NVFP4 activations without it, or for an unknown cache.
     """
 
     name: str
@@ -196,7 +196,11 @@ class Recipe:
             )
         if self.activations is not None:
             checks.instance("activations", self.activations, Scheme, "use a Scheme, such as Scheme('int8', 'token')")
-        if self.static and (self.activations is None or str(self.activations.granularity) != "tensor"):
+        has_global_scale = self.activations is not None and self.activations.format.has_global_scale
+        if has_global_scale and not self.static:
+            raise CanopyError(f"{self.activations} activations have a global scale, fixed beforehand; use static=True")
+        granularity = None if self.activations is None else str(self.activations.granularity)
+        if self.static and granularity != "tensor" and not has_global_scale:
             raise CanopyError(
                 f"static activations have one scale for all tokens; {self.activations or 'no activations'} have not"
             )
@@ -229,8 +233,9 @@ class Recipe:
         Names read as the field writes them: ``w4a16-g128`` is 4-bit integer weights with a scale per 128 of them and
         16-bit activations. Weights may have 2 to 8 bits; then ``-tensor``, ``-channel`` or ``-g<size>`` (``w8a16``
         alone is per channel, ``w4a16`` alone g128), and ``-asym`` for a zero point. ``nf4``, ``mxfp4``, ``nvfp4`` stand
-        for weights in those formats. Scales are kept in bfloat16, except where a format brings its own. ``+head`` and
-        ``+embed`` quantize the output head and the embedding too.
+        for weights in those formats, ``mxfp4-w4a4`` and ``nvfp4-w4a4`` for inputs in them too. Scales are kept in
+        bfloat16, except where a format brings its own. ``+head`` and ``+embed`` quantize the output head and the
+        embedding too.
 
         ``w8a8`` quantizes the inputs as well: to as many bits as follow the ``a`` (2 to 8), each token by its own
         range, or with ``-static`` all by one that is calibrated. Here ``-asym`` gives the
@@ -250,6 +255,8 @@ class Recipe:
             bits, granularity, asym = match.groups()
             granularity = granularity or ("channel" if bits == "8" else "g128")
             scheme = Scheme(f"int{bits}", granularity, symmetric=not asym, scale_dtype=torch.bfloat16)
+        elif text in ("mxfp4-w4a4", "nvfp4-w4a4"):
+            scheme = activations = Scheme(text.removesuffix("-w4a4"))
         elif text in ("nf4", "mxfp4", "nvfp4"):
             scheme = Scheme(text, scale_dtype=torch.bfloat16 if text == "nf4" else None)
         elif match := re.fullmatch(r"w([2-8])a([2-8])(?:-(tensor|channel|g[1-9][0-9]{0,8}))?(-static)?(-asym)?", text):
@@ -276,7 +283,8 @@ class Recipe:
         ignore = () if "head" in extras else ("lm_head",)
         name = "+".join([text, *extras] if scheme else extras)
         cache = caches[0] if caches else None
-        return cls(name, scheme, ignore, "embed" in extras, activations, "-static" in text, cache)
+        static = "-static" in text or (activations is not None and activations.format.has_global_scale)
+        return cls(name, scheme, ignore, "embed" in extras, activations, static, cache)
 
     @classmethod
     def of_weights(cls, spec: str | Recipe) -> Recipe:
@@ -306,5 +314,5 @@ def is_part(part: str, module: str) -> bool:
 
 
 RECIPES = ("w8a16", "w8a16-g128", "w4a16-channel", "w4a16-g128", "w4a16-g128-asym", "w4a16-g64", "w4a16-g32",
-           "w3a16-g128", "w2a16-g32", "nf4", "mxfp4", "nvfp4", "w8a8", "w8a8-static", "w8a8-asym", "w4a8-g128",
-           "w4a4-g128", "fp8", "fp8-static")  # fmt: skip
+           "w3a16-g128", "w2a16-g32", "nf4", "mxfp4", "nvfp4", "mxfp4-w4a4", "nvfp4-w4a4", "w8a8", "w8a8-static",
+           "w8a8-asym", "w4a8-g128", "w4a4-g128", "fp8", "fp8-static")  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import canopyq as cq
+from canopyq.tensor.scheme import Recipe
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -64,7 +65,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def save(recipe: str) -> Path:
         if recipe not in folders:
             model = _llama()
-            cq.quantize_(model, recipe, calibration=CALIBRATION if "static" in recipe else None)
+            cq.quantize_(model, recipe, calibration=CALIBRATION if Recipe.parse(recipe).static else None)
             folders[recipe] = tmp_path_factory.mktemp("saved") / recipe
             cq.save(model, folders[recipe], check=False)
         return folders[recipe]

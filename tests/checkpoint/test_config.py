@@ -12,19 +12,22 @@ from hypothesis import strategies as st
 
 from canopyq.checkpoint.config import Group, Quantization, read_config, write_config
 from canopyq.checkpoint.groups import Layer, grouped
-from canopyq.checkpoint.layout import FLOAT, INT, PACKED
+from canopyq.checkpoint.layout import FLOAT, INT, MXFP4, PACKED
 from canopyq.errors import CanopyError
 from canopyq.tensor.scheme import Recipe, Scheme
 
 RECIPES = ["w4a16-g128", "w4a16-g32", "w4a16-channel", "w4a16-g64-asym", "w8a16", "w8a16-g32-asym", "w2a16-g32",
            "w4a16-tensor", "w8a8", "w8a8-static", "w8a8-asym", "w8a8-static-asym", "w4a8-g32", "w4a4-g128", "fp8",
-           "fp8-static"]  # fmt: skip
+           "fp8-static", "nvfp4", "mxfp4", "nvfp4-w4a4", "mxfp4-w4a4"]  # fmt: skip
 PLAIN = {  # the shortest form that transformers loads
     "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
     "ignore": ["lm_head"],
     "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
         "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}}},
 }  # fmt: skip
+
+
+FOUR = {"num_bits": 4, "type": "float", "group_size": 16}
 
 
 def changed(**changes: object) -> dict:
@@ -79,12 +82,15 @@ def test_compressed_tensors_understands_it(name: str) -> None:
     theirs = QuantizationConfig.model_validate(written).config_groups["group_0"]
     weights = theirs.weights
     assert (weights.num_bits, weights.symmetric) == (recipe.weights.format.bits, recipe.weights.symmetric)
-    assert weights.strategy == recipe.weights.granularity.kind
+    assert weights.strategy == ("tensor_group" if "nvfp4" in name else recipe.weights.granularity.kind)
+    assert weights.scale_dtype == recipe.weights.format.scale_dtype
     assert weights.group_size == recipe.weights.granularity.group_size
     assert (theirs.input_activations is None) == (recipe.activations is None)
     if theirs.input_activations is not None:
         inputs = theirs.input_activations
-        assert inputs.dynamic is not recipe.static and inputs.strategy == ("tensor" if recipe.static else "token")
+        kinds = ("tensor" if recipe.static else "token", not recipe.static)
+        kinds = {"nvfp4-w4a4": ("tensor_group", "local"), "mxfp4-w4a4": ("group", True)}.get(name, kinds)
+        assert (inputs.strategy, inputs.dynamic) == kinds
         assert (inputs.num_bits, inputs.symmetric) == (recipe.activations.format.bits, recipe.activations.symmetric)
 
 
@@ -99,6 +105,8 @@ def test_the_short_form_and_older_spellings() -> None:
         assert read.weights == Scheme("int4", kind)
     eight = weights | {"num_bits": 8, "strategy": "channel", "group_size": None}
     assert read_config(changed(format="naive-quantized", group__weights=eight)).groups[0].format == INT
+    four = weights | {"type": "float", "group_size": 32}  # as compressed-tensors wrote it before scales had a dtype
+    assert read_config(changed(format=MXFP4, group__weights=four)).groups[0].weights == Scheme("mxfp4")
     float8 = eight | {"type": "float"}
     assert read_config(changed(format="naive-quantized", group__weights=float8)).groups[0].format == FLOAT
 
@@ -161,12 +169,14 @@ def test_the_same_layers_as_compressed_tensors(targets: list, ignore: list, llam
         (changed(format=["pack-quantized"]), "unknown format"),
         (changed(format="marlin-24"), "format 'marlin-24' of group_0 is not read yet"),
         (changed(format="int-quantized"), "does not hold int4 weights"),
+        (changed(format="mxfp4-pack-quantized"), "does not hold int4 weights"),
         (changed(weights__num_bits=16), "does not hold|int16"),
         (changed(weights__num_bits="4"), "num_bits '4'"),
         (changed(weights__num_bits=True), "num_bits True"),
         (changed(weights__num_bits=4.0), "num_bits 4.0"),
         (changed(weights__type="complex"), "type 'complex'"),
-        (changed(weights__type="float"), "floats of 4 bits"),
+        (changed(weights__type="float"), "FP4 with group_size 128, strategy 'group'"),
+        (changed(weights__type="float", weights__num_bits=6), "floats of 6 bits"),
         (changed(weights__symmetric="yes"), "symmetric 'yes'"),
         (changed(weights__strategy="block"), "strategy 'block' of weights of group_0 is not read yet"),
         (changed(weights__strategy="attn_head"), "strategy 'attn_head'"),
@@ -177,6 +187,10 @@ def test_the_same_layers_as_compressed_tensors(targets: list, ignore: list, llam
         (changed(weights__dynamic=True), "marked dynamic"),
         (changed(group__input_activations={"num_bits": 8, "dynamic": "local"}), "are dynamic 'local'"),
         (changed(group__input_activations={"num_bits": 8, "strategy": "token"}), "'token' of input_.*; tensor"),
+        (changed(group__input_activations=FOUR | {"strategy": "tensor_group", "dynamic": True}), "are dynamic True"),
+        (changed(group__input_activations=FOUR | {"strategy": "tensor_group"}), "are dynamic None"),
+        (changed(group__input_activations=FOUR | {"strategy": "group", "group_size": 32}), "mxfp4 with fixed scales"),
+        (changed(group__input_activations=FOUR | {"strategy": "group", "dynamic": "local"}), "are dynamic 'local'"),
         (changed(group__input_activations={"num_bits": 8, "strategy": "channel", "dynamic": True}), "tensor, group, t"),
         (changed(weights__actorder="group"), "needs a g_idx"),
         (changed(weights__colour="blue"), "'colour' in weights of group_0 is not understood"),
@@ -207,9 +221,8 @@ def test_configs_that_are_refused(config: object, part: str) -> None:
 
 
 def test_recipes_that_no_config_holds() -> None:
-    for name in ("nf4", "mxfp4", "nvfp4"):
-        with pytest.raises(CanopyError):
-            quantization_config(Recipe.parse(name), [])
+    with pytest.raises(CanopyError, match="nf4"):
+        quantization_config(Recipe.parse("nf4"), [])
 
 
 JSON = st.recursive(

@@ -112,7 +112,7 @@ def test_another_process_writes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "options", "part"),
-    [("nf4", {}, "nf4"), ("mxfp4", {}, "mxfp4"),
+    [("nf4", {}, "nf4"),
      ("w8a16", {"method": "outliers", "calibration": [torch.arange(3, 51).reshape(2, 24)]}, "in 16 bits")],
 )  # fmt: skip
 def test_what_no_file_holds_is_refused(recipe: str, options: dict, part: str, tmp_path: Path) -> None:

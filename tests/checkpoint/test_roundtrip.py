@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import canopyq as cq
 from canopyq import cli
+from canopyq.kernels.activations import rounded
 from canopyq.memory import bytes_held
 from canopyq.nn.linear import quantized_layers
 from canopyq.tensor.scheme import Recipe
@@ -27,6 +28,7 @@ from compressed_tensors.quantization import (  # noqa: E402
     QuantizationScheme,
     apply_quantization_config,
 )
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize  # noqa: E402
 from compressed_tensors.quantization.utils import calculate_qparams  # noqa: E402
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig  # noqa: E402
 
@@ -103,6 +105,37 @@ def test_what_canopyq_writes_transformers_reads(
     theirs = in_transformers(saved(recipe), dtype, dequantize=dense)
     rounded = torch.bfloat16 if dense else dtype  # dequantize=True multiplies in the scale's dtype
     assert compare(cq.load(saved(recipe), dtype=dtype), theirs, logits, rounded, inputs)
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "mxfp4"])
+def test_fp4_in_transformers(recipe: str, saved: Callable, logits: Callable) -> None:
+    """It makes bfloat16 of FP4 whatever the model computes in, and the values are ours bit by bit."""
+    ours, theirs = cq.load(saved(recipe), dtype="bfloat16"), in_transformers(saved(recipe), torch.bfloat16)
+    assert close(logits(ours), logits(theirs), torch.bfloat16)
+    for name, layer in quantized_layers(ours):
+        assert torch.equal(theirs.get_submodule(name).weight, layer.quantized_weight.dequantize(torch.bfloat16)), name
+    dense = in_transformers(saved(recipe), torch.float32, dequantize=True)
+    assert close(logits(cq.load(saved(recipe))), logits(dense), torch.bfloat16)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        logits(in_transformers(saved(recipe), torch.float32))
+    assert "in bfloat16" in cq.inspect(saved(recipe)).tools["transformers"]
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4-w4a4", "mxfp4-w4a4"])
+def test_fp4_inputs_in_transformers(recipe: str, saved: Callable, logits: Callable) -> None:
+    """The library rounds a float32 input to the same values; in bfloat16 it rounds NVFP4's scales twice."""
+    ours, theirs = cq.load(saved(recipe), dtype="bfloat16"), in_transformers(saved(recipe), torch.bfloat16)
+    mine, other = logits(ours), logits(theirs)
+    assert float((mine - other).norm() / other.norm()) < 0.15
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 7)[:, None]
+    x[3, :32] = 0
+    for name, layer in quantized_layers(ours):
+        module = theirs.get_submodule(name)
+        assert (layer.input_scale is None) == (recipe == "mxfp4-w4a4")
+        if layer.in_features == 64:
+            expected = forward_quantize(module, x, "input", module.quantization_scheme.input_activations)
+            assert torch.equal(rounded(x, layer.activations, layer.input_scale), expected), name
+    assert cq.inspect(saved(recipe)).tools["canopyq"] == "yes" and cq.inspect(saved(recipe)).made_by["recipe"] == recipe
 
 
 @pytest.mark.parametrize("recipe", ["w8a8-static", "w8a8-static-asym", "fp8-static"])
@@ -224,6 +257,38 @@ def test_what_compressed_tensors_writes_canopyq_reads(
     inputs = None if fixed is None else "dynamic" if fixed["dynamic"] else "static"
     assert compare(ours, theirs, logits, dtype, inputs)
     assert cq.inspect(tmp_path / "model").tools["canopyq"] == "yes"
+
+
+@pytest.mark.parametrize("preset", ["NVFP4A16", "MXFP4A16", "NVFP4", "MXFP4"])
+def test_fp4_that_compressed_tensors_writes(preset: str, llama: Callable, tmp_path: Path, logits: Callable) -> None:
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from compressed_tensors.quantization.utils import generate_gparam
+
+    model = llama()
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"]))
+    for module in model.modules():
+        if (own := getattr(module, "quantization_scheme", None)) is not None:
+            w = module.weight.detach().float()
+            rows, whole = w.reshape(len(w), -1, own.weights.group_size), None
+            if hasattr(module, "weight_global_scale"):
+                whole = generate_gparam(w.min(), w.max()) * 1.7  # not the one that we would take
+                module.weight_global_scale.data = whole
+                if own.input_activations is not None:
+                    module.input_global_scale.data = torch.tensor([1234.5])
+            scale, _ = calculate_qparams(rows.amin(-1), rows.amax(-1), own.weights, global_scale=whole)
+            module.weight_scale.data = scale.to(module.weight_scale.dtype)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path / "model")
+    compressor.update_config(tmp_path / "model")
+    assert cq.inspect(tmp_path / "model").tools["canopyq"] == "yes"
+    ours, theirs = cq.load(tmp_path / "model", dtype="bfloat16"), in_transformers(tmp_path / "model", torch.bfloat16)
+    mine, other = logits(ours), logits(theirs)
+    assert float((mine - other).norm() / other.norm()) < (0.02 if preset.endswith("A16") else 0.15)
+    for name, layer in quantized_layers(ours):
+        assert torch.equal(theirs.get_submodule(name).weight, layer.quantized_weight.dequantize(torch.bfloat16)), name
+        assert preset != "NVFP4" or layer.input_scale.tolist() == [1234.5]
 
 
 def test_theirs_saved_again_by_canopyq(llama: Callable, tmp_path: Path, logits: Callable) -> None:

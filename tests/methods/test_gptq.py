@@ -18,7 +18,7 @@ from tests.methods.cost import output_cost
 
 SCHEMES = [Scheme("int4", "channel"), Scheme("int3", "g16"), Scheme("int4", "g20", symmetric=False),
            Scheme("int2", "g16"), Scheme("int4", "tensor"), Scheme("fp8", "channel"), Scheme("nf4", "g16"),
-           Scheme("mxfp4"), Scheme("int8", "channel", restricted=True)]  # fmt: skip
+           Scheme("mxfp4"), Scheme("nvfp4"), Scheme("int8", "channel", restricted=True)]  # fmt: skip
 
 
 def by_elimination(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float) -> Tensor:
@@ -42,7 +42,7 @@ def by_elimination(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: flo
 def test_as_published(granularity: str, block: int, layer) -> None:
     weight, hessian = layer
     scheme = Scheme("int4", granularity)
-    got, notes = gptq(weight, hessian, scheme, damping=0.05, order=False, block=block, clipped=False, rounds=0)
+    got, notes = gptq(weight, hessian, scheme, damp_percent=0.05, desc_act=False, block=block, clipped=False, rounds=0)
     expected = by_elimination(weight, hessian, scheme, 0.05)
     assert (got.dequantize() - expected).abs().gt(1e-5).float().mean() < 0.01  # a tie may fall the other way
     assert not notes
@@ -77,6 +77,28 @@ def test_clip_is_the_best_of_all_its_ranges_by_brute_force(layer) -> None:
     torch.testing.assert_close(((error @ hessian) * error).sum(1), best, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_blocks_get_the_best_of_all_stored_scales_by_brute_force(name: str, layer) -> None:
+    """Every E4M3 code between 0.6 and 1.7 times the usual scale, and the powers of two beside it."""
+    weight, hessian = layer
+    scheme = Scheme(name)
+    size, values = scheme.format.block_size, scheme.format.values().float()
+    nearest, found = cq.quantize(weight, scheme), clip(weight, hessian, scheme)
+    for row, block in ((0, 0), (3, 0), (5, 48 // size - 1)):
+        part = slice(block * size, min((block + 1) * size, 48))
+        w, h = weight[row, part], hessian[part, part]
+        if name == "nvfp4":
+            codes = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float() / nearest.global_scale
+            usual = nearest.float_scale()[row, block]
+            steps = codes[(codes > 0.6 * usual) & (codes < 1.67 * usual)]
+        else:
+            steps = nearest.float_scale()[row, block] * torch.tensor([0.5, 1, 2])
+        errors = torch.stack([w - values[(w[:, None] / s - values).abs().argmin(1)] * s for s in steps])
+        costs = ((errors @ h) * errors).sum(1)
+        error = w - found.dequantize()[row, part]
+        assert float(error @ h @ error) <= float(costs.min()) * (1 + 1e-4)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([2, 3, 4]), st.sampled_from(["channel", "g7", "g16", "tensor"]),
        st.booleans())  # fmt: skip
@@ -89,14 +111,14 @@ def test_refining_never_makes_it_worse(seed: int, bits: int, granularity: str, s
     hessian = x.t() @ x / len(x)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(k)
     start = quantize_unpacked(weight, Scheme(f"int{bits}", granularity, symmetric=symmetric))
-    better = refine(weight, hessian, start, damping=0.01)
+    better = refine(weight, hessian, start, damp_percent=0.01)
     assert output_cost(weight, better, damped) <= output_cost(weight, start, damped) * (1 + 1e-4) + 1e-6
 
 
 def test_a_singular_hessian_is_damped_and_said(layer) -> None:
     weight, _ = layer
     one = torch.randn(1, 48)
-    got, notes = gptq(weight, one.t() @ one, Scheme("int4", "channel"), damping=0.0)
+    got, notes = gptq(weight, one.t() @ one, Scheme("int4", "channel"), damp_percent=0.0)
     assert got.dequantize().isfinite().all()
     assert len(notes) == 1 and "singular: damping raised from 0 to" in notes[0]
 

@@ -119,7 +119,6 @@ def _hooks(model: torch.nn.Module) -> int:
         ("awq", "w8a8", "quantizes the inputs; use smoothquant"),
         ("awq+smoothquant", "w8a8", "rescale the same channels"),
         ("hqq", "nf4", "evenly spaced codes, which nf4 has not"),
-        ("clip", "mxfp4", "no ranges to choose"),
         ("gptq+hqq", "w4a16", "weights are rounded once"),
         ("gptq+gptq", "w4a16", "names a part twice"),
         ("gtpq", "w4a16", "did you mean 'gptq'"),
@@ -161,3 +160,17 @@ def test_names_of_methods() -> None:
 def test_a_transaction_refuses_weights_that_lie_elsewhere() -> None:
     with pytest.raises(CanopyError, match="accelerate keeps elsewhere"), Transaction() as transaction:
         transaction.change(torch.empty(2, 2, device="meta"), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq+gptq"])
+def test_layers_that_are_computed_as_one_share_their_global_scale(method: str, make, ids) -> None:
+    """vLLM keeps one for query, key and value, and one for gate and up, and takes the largest that it finds."""
+    model = make("llama")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(5)
+    cq.quantize_(model, "nvfp4", method=method, calibration=ids)
+    scales = {name: layer.quantized_weight.global_scale.item() for name, layer in quantized_layers(model)}
+    for i in range(2):
+        q, k, v, o = (scales[f"model.layers.{i}.self_attn.{name}_proj"] for name in "qkvo")
+        gate, up, down = (scales[f"model.layers.{i}.mlp.{name}_proj"] for name in ("gate", "up", "down"))
+        assert q == k == v != o and gate == up != down

@@ -131,8 +131,8 @@ def test_the_arithmetic_equals_a_tensor_that_was_quantized(
     x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     q = quantize(x, name, f"g{group}" if group else None, scale_dtype=dtype)
     predicted = weight_bytes(x.numel(), name, group, scale_bits=8 * dtype.itemsize if dtype else 16)
-    tensor_scale = 4 if name == "nvfp4" else 0  # one number per tensor, left out of the arithmetic
-    assert q.nbytes == predicted.total + tensor_scale
+    global_scale = 4 if name == "nvfp4" else 0  # one number per tensor, left out of the arithmetic
+    assert q.nbytes == predicted.total + global_scale
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_buffers_bear_the_names_of_the_checkpoint_format() -> None:
         "int4 g32 asymmetric": {"weight_packed", "weight_scale", "weight_zero_point", "bias"},
         "w8a16": {"weight", "weight_scale", "bias"},
         "fp8 channel": {"weight", "weight_scale", "bias"},
-        "nvfp4": {"weight_packed", "weight_scale", "weight_tensor_scale", "bias"},
+        "nvfp4": {"weight_packed", "weight_scale", "weight_global_scale", "bias"},
     }
     for scheme, expected in names.items():
         assert set(QuantizedLinear.from_linear(linear(), SCHEMES[scheme]).state_dict()) == expected

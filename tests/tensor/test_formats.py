@@ -216,7 +216,7 @@ def test_any_table_makes_a_format() -> None:
 def test_block_formats_hold_fp4_elements(name: str, size: int, second: bool) -> None:
     fmt = get_format(name)
     assert isinstance(fmt, BlockFormat)
-    assert (fmt.block_size, fmt.has_tensor_scale, fmt.largest, fmt.bits) == (size, second, 6.0, 4)
+    assert (fmt.block_size, fmt.has_global_scale, fmt.largest, fmt.bits) == (size, second, 6.0, 4)
     assert torch.equal(fmt.values(), get_format("fp4").values())
 
 

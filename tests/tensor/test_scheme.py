@@ -161,6 +161,16 @@ def test_recipes_of_activations(name: str, weights: str, inputs: str, static: bo
     assert recipe.weights.scale_dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("name", "static"), [("mxfp4", False), ("nvfp4", True)])
+def test_recipes_of_fp4_activations(name: str, static: bool) -> None:
+    """Of NVFP4 the global scale is fixed beforehand; MXFP4 has none."""
+    recipe = Recipe.parse(f"{name}-w4a4")
+    assert recipe.weights == recipe.activations == Scheme(name) and recipe.static is static
+    if static:
+        with pytest.raises(CanopyError, match="nvfp4.*static=True"):
+            Recipe("mine", Scheme(name), activations=Scheme(name))
+
+
 @pytest.mark.parametrize("inputs", [None, Scheme("int8", "token"), Scheme("int8", "g32")], ids=str)
 def test_a_static_range_is_one_for_all_tokens(inputs: Scheme | None) -> None:
     with pytest.raises(CanopyError, match="static activations have one scale for all tokens"):

@@ -511,14 +511,14 @@ def test_nvfp4_equals_compressed_tensors(magnitude: float) -> None:
         group_size=16,
         scale_dtype=torch.float8_e4m3fn,
     )
-    inverse = generate_gparam(x.amin(), x.amax())  # they keep one over our tensor scale
-    torch.testing.assert_close(1 / q.tensor_scale, inverse, rtol=1e-6, atol=0)
+    global_scale = generate_gparam(x.amin(), x.amax())
+    assert torch.equal(q.global_scale, global_scale)
     blocks = x.reshape(8, 4, 16)
-    scale, zero_point = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args, global_scale=inverse)
+    scale, zero_point = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args, global_scale=global_scale)
     assert q.scale.dtype == torch.float8_e4m3fn
     assert torch.equal(q.scale.float(), scale.float())
-    theirs = fake_quantize(x, scale, zero_point, args, global_scale=inverse)
-    torch.testing.assert_close(q.dequantize(), theirs, rtol=1e-6, atol=0)
+    theirs = fake_quantize(x, scale, zero_point, args, global_scale=global_scale)
+    assert torch.equal(q.dequantize(), theirs)
 
 
 def test_nvfp4_takes_empty_blocks_and_far_apart_ones() -> None:
