@@ -3,6 +3,8 @@
     python -m benchmarks.quality                     print the recorded table, draw the plot
     python -m benchmarks.quality --run [--peers PYTHON] [--seeds 5] [--jobs 2]
                                                      measure what benchmarks/results/quality.json does not have yet
+    python -m benchmarks.quality --fp4 [--run] [--seeds 5] [--jobs 2]
+                                                     the same for NVFP4 and MXFP4, in quality_fp4.json, without peers
     python -m benchmarks.quality --time 3 --peers PYTHON
                                                      time ours and the public ones in turn, so many times
 
@@ -38,7 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import canopyq as cq
-from benchmarks.quality_table import RESULT, SETTINGS, WITH_ZERO_POINTS, plot, table
+from benchmarks.quality_table import FP4, FP4_RESULT, RESULT, SETTINGS, WITH_ZERO_POINTS, plot, table
 from canopyq.disk import write_atomic
 from canopyq.evaluate.machine import describe
 from canopyq.kernels.activations import rounded
@@ -47,6 +49,7 @@ from canopyq.tensor.scheme import Recipe
 WEIGHT_ONLY = ("gptq", "awq", "rotation+gptq", "awq+gptq", "rtn", "hqq", "clip", "rotation")
 WITH_INPUTS = ("smoothquant+gptq", "gptq", "smoothquant", "rotation+smoothquant+gptq", "rotation+gptq", "rtn",
                "rotation")  # fmt: skip
+WITH_BLOCKS = ("rtn", "clip", "awq", "gptq", "awq+gptq", "rotation+gptq")
 PEERS_WEIGHT_ONLY, PEERS_WITH_INPUTS = ("gptq", "hqq"), ("gptq", "smoothquant", "smoothquant+gptq")
 NO_DATA = ("rtn", "hqq", "rotation")
 QUESTIONS, CHATS, TOKENS = 170, 64, 128
@@ -72,6 +75,12 @@ def runs(seeds: int, peers: bool, awq: bool) -> list[Run]:
             if not seed and not inputs:
                 found.append(("canopyq", "hqq", WITH_ZERO_POINTS[setting], seed))
     return sorted(found, key=lambda run: run[1] == "awq" and run[3] > 0)
+
+
+def fp4_runs(seeds: int) -> list[Run]:
+    """Every run of NVFP4 and MXFP4; rounding to nearest has no seed, and what is best gets all of them."""
+    first = [("canopyq", method, setting, 0) for setting in FP4 for method in WITH_BLOCKS]
+    return first + [("canopyq", m, s, seed) for seed in range(1, seeds) for s in FP4 for m in ("gptq", "clip")]
 
 
 class Judge:
@@ -151,14 +160,15 @@ def _job(job: tuple[Run, str | None]) -> dict[str, Any]:
     return _measured(_judge, *job)
 
 
-def measure(seeds: int, python: str | None, jobs: int, awq: bool, result: Path) -> None:
-    """Measure what is missing, ``jobs`` runs at a time. This process alone writes the file, after every run."""
+def measure(wanted: list[Run], python: str | None, jobs: int, result: Path) -> None:
+    """Measure what is missing of ``wanted``, ``jobs`` runs at a time. This process alone writes the file, after every
+    run."""
     global _judge
     torch.set_num_threads(1)
     _judge = Judge()
     found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {"rows": []}
     have = {(row["who"], row["method"], row["setting"], row["seed"]) for row in found["rows"]}
-    missing = [(run, python) for run in runs(seeds, python is not None, awq) if run not in have]
+    missing = [(run, python) for run in wanted if run not in have]
     with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
         about = {
             "machine": pool.apply(describe),
@@ -166,13 +176,12 @@ def measure(seeds: int, python: str | None, jobs: int, awq: bool, result: Path) 
             "date": date.today().isoformat(),
             "questions": QUESTIONS,
             "calibration": {"chats": CHATS, "tokens": TOKENS},
-            "public": PUBLIC,
             "original": {"perplexity": _judge.reference.perplexity, "right": _judge.reference.accuracy.right},
         }
         for row in pool.imap_unordered(_job, missing):
             print(json.dumps(row), flush=True)
             found["rows"].append(row)
-            whole = found | about
+            whole = found | about | ({} if python is None else {"public": PUBLIC})
             write_atomic(result, (json.dumps(whole, indent=1) + "\n").encode())
 
 
@@ -204,15 +213,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many draws of calibration chats")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--time", type=int, default=0, metavar="ROUNDS", help="time ours and the public ones in turn")
-    parser.add_argument("--result", type=Path, default=RESULT, help="the file to complete")
+    parser.add_argument("--fp4", action="store_true", help="NVFP4 and MXFP4")
+    parser.add_argument("--result", type=Path, help="the file to complete")
     arguments = parser.parse_args()
+    arguments.result = arguments.result or (FP4_RESULT if arguments.fp4 else RESULT)
     if arguments.run:
-        measure(arguments.seeds, arguments.peers, arguments.jobs, arguments.awq, arguments.result)
+        seeds, python = arguments.seeds, arguments.peers
+        wanted = fp4_runs(seeds) if arguments.fp4 else runs(seeds, python is not None, arguments.awq)
+        measure(wanted, python, arguments.jobs, arguments.result)
     if arguments.time:
         time_in_turn(arguments.time, arguments.peers, arguments.result)
     found = json.loads(arguments.result.read_text(encoding="utf-8"))
-    plot(found, arguments.result.with_suffix(".png"))
-    print(table(found))
+    if not arguments.fp4:
+        plot(found, arguments.result.with_suffix(".png"))
+    print(table(found, FP4 if arguments.fp4 else SETTINGS))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULT = Path(__file__).parent / "results" / "quality.json"
+FP4_RESULT = RESULT.with_name("quality_fp4.json")
 SETTINGS = ("w4a16-channel", "w4a16-g128", "w3a16-g128", "w2a16-g64", "w8a8", "w4a4-g128")
+FP4 = ("nvfp4", "mxfp4")  # in a record of their own, without a public method beside them
 # The public hqq has a zero point of 16 bits beside each scale of 16. Ours beside it has zero points of as many bits as
 # a weight, and never more bits in all.
 WITH_ZERO_POINTS = {"w4a16-channel": "w4a16-g256-asym", "w4a16-g128": "w4a16-g128-asym",
@@ -74,13 +76,13 @@ def _names(found: Cells) -> list[tuple[str, str]]:
     return sorted(names, key=lambda name: (name[1].split(",")[0], name[0] != "canopyq", name[1]))
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: dict[str, Any], settings: tuple[str, ...] = SETTINGS) -> str:
     """KL of every method in every setting, the mean over seeds and, where there are several, their spread."""
     known = cells(found)
-    lines = ["| method | " + " | ".join(SETTINGS) + " |", "|---|" + "---:|" * len(SETTINGS)]
+    lines = ["| method | " + " | ".join(settings) + " |", "|---|" + "---:|" * len(settings)]
     for who, method in _names(known):
         shown = []
-        for setting in SETTINGS:
+        for setting in settings:
             cell = known.get((who, method, setting))
             spread = f" ± {cell.spread:.1g}" if cell and cell.seeds > 1 else ""
             shown.append(f"{cell.kl:.2g}{spread}" if cell else "")
