@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from canopyq import checks
+from canopyq.calibration.mode import eval_mode
 from canopyq.checkpoint.config import Quantization, write_config
 from canopyq.checkpoint.contents import Contents, bare_config, contents, own_memory, tensors_of, widest
 from canopyq.checkpoint.files import CONFIG, INDEX, SINGLE, as_path
 from canopyq.checkpoint.groups import word
 from canopyq.checkpoint.layout import SCALE_DTYPES
+from canopyq.checkpoint.load import load_as
 from canopyq.checkpoint.output import refuse_not_empty, whole_or_absent
-from canopyq.checkpoint.read_back import Check, read_back
 from canopyq.checkpoint.readers import readers
 from canopyq.checkpoint.skeleton import quiet
 from canopyq.checkpoint.wanted import tied
@@ -30,6 +33,24 @@ from canopyq.memory import human
 from canopyq.nn.linear import QuantizedLinear, quantized_layers
 
 NOTE = "canopyq.json"  # what canopyq itself says of a checkpoint
+MOST = 0.05  # of the logits' norm: from run to run kernels differ by less, and another model by more
+TOKENS = 64
+INPUTS = ("input_scale", "input_zero_point")
+
+
+@dataclass(frozen=True)
+class Check:
+    """What came back from the disk beside the model in memory, on a fixed batch of tokens.
+
+    Attributes:
+        tokens: how many; of a model that takes images or sound, how many numbers of those.
+        max_abs_difference: of any logit, or of any number that a model without logits gives.
+        kl: mean KL divergence, nats per token; of a model without logits None.
+    """
+
+    tokens: int
+    max_abs_difference: float
+    kl: float | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +71,8 @@ class Saved:
     def __str__(self) -> str:
         text = f"{self.folder}: {self.recipe}, {human(self.nbytes)} of tensors"
         if self.check is not None:
-            text += f"; read back, logits differ by at most {self.check.max_abs_difference:.2g}"
+            answers = "answers" if self.check.kl is None else "logits"
+            text += f"; read back, {answers} differ by at most {self.check.max_abs_difference:.2g}"
         return "\n".join([text, *(f"  {tool} will load it: {verdict}" for tool, verdict in self.readers.items())])
 
 
@@ -93,6 +115,7 @@ def save(
     if tokenizer is not None:
         checks.tokenizer(tokenizer)
     refuse_not_empty(folder)
+    _check_generation(checks.loaded("model", model))
     held = contents(model)
     plain = held.plain.values()
     stored = dtype or (torch.bfloat16 if _lossless(plain, torch.bfloat16) else None)
@@ -126,7 +149,7 @@ def _config(model: nn.Module, held: Contents, dtype: torch.dtype) -> dict:
     if any(second in held.plain or isinstance(_owner(model, second), QuantizedLinear) for second in pairs):
         config.tie_word_embeddings = False  # two tensors: tied again they would be one
     content = json.loads(config.to_json_string(use_diff=True))
-    if config.tie_word_embeddings is False:
+    if getattr(config, "tie_word_embeddings", None) is False:
         content["tie_word_embeddings"] = False  # said aloud: its default differs from model to model
     content["quantization_config"] = write_config(held.groups, held.ignore)
     return content
@@ -175,6 +198,17 @@ def _umask() -> int:
     return mask
 
 
+def _check_generation(model: nn.Module) -> None:
+    """Raise `CanopyError` for settings of generation that transformers would refuse to write in the end."""
+    generation = getattr(model, "generation_config", None)
+    try:
+        if generation is not None:
+            with quiet():
+                generation.validate(strict=True)
+    except ValueError as error:
+        raise CanopyError(f"model.generation_config is not valid ({one_line(error)}); mend it first") from error
+
+
 def _write_others(work: Path, model: nn.Module, tokenizer) -> None:
     with quiet():
         if getattr(model, "generation_config", None) is not None:
@@ -192,3 +226,117 @@ def _note(recipe: str, found: Check | None) -> dict:
 
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"canopyq": __version__, "date": date, "recipe": recipe, "check": None if found is None else vars(found)}
+
+
+# Read back ------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def read_back(model: nn.Module, folder: Path, plain: Mapping[str, Tensor], dtype: torch.dtype | None) -> Check:
+    """Load what was written, and compare it with the model: every code and scale, which have to be the same; every
+    other tensor, which has to be what its cast to the file's dtype makes of it; and then the answers of both. How far
+    the cast itself moves them is for the caller to judge, and stands in the result.
+
+    Args:
+        plain: name in the model -> tensor, of what is not quantized.
+        dtype: that it was written in; None for its own.
+
+    Raises:
+        CanopyError: for a file that does not hold the model.
+    """
+    parameter = next(model.parameters())
+    loaded = load_as(
+        folder, parameter.device, parameter.dtype, attention=getattr(model.config, "_attn_implementation", None)
+    )
+    modules = dict(loaded.named_modules())
+    for name, layer in quantized_layers(model):
+        _compare_layer(name, layer, modules.get(name))
+    for name, tensor in plain.items():
+        _compare_plain(name, tensor, loaded, dtype)
+    example = _example(model)
+    with eval_mode(model):
+        try:
+            before, kind = _answer(model, example)
+        except Exception as error:  # whatever a model raises that wants more than one input
+            raise CanopyError(
+                f"{type(model).__name__} gives no answer to {' and '.join(example)} alone ({one_line(error)}), so the "
+                "file could not be judged, and was removed; save it with check=False"
+            ) from error
+        after, _ = _answer(loaded, example)
+        for name, tensor in plain.items():  # now both compute with the same numbers, and only their code can differ
+            module, _, leaf = name.rpartition(".")
+            own = nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else tensor
+            held = loaded.get_submodule(module)
+            (held._parameters if leaf in held._parameters else held._buffers)[leaf] = own
+        same, _ = _answer(loaded, example)
+    if not (off := float((before - same).norm() / before.norm())) <= MOST:
+        raise CanopyError(
+            f"what was written gives other answers than the model ({kind} off by {100 * off:.2g} %), and was removed; "
+            "look for logits that are not finite, or a hook or method that the model's class does not have"
+        )
+    kl = _kl(before, after) if kind == "logits" else None
+    return Check(next(iter(example.values())).numel(), float((before - after).abs().max()), kl)
+
+
+def _example(model: nn.Module) -> dict[str, Tensor]:
+    """What a model takes, by the name of its main input: two sequences of tokens, images or sounds; and two sequences
+    of tokens for a decoder beside its encoder."""
+    parameter, config = next(model.parameters()), model.config
+    text, vision = config.get_text_config(), getattr(config, "vision_config", config)
+    ids = torch.arange(TOKENS).mul(2654435761).remainder(getattr(text, "vocab_size", TOKENS)).reshape(2, -1)
+    name = getattr(model, "main_input_name", "input_ids")
+    if name == "pixel_values":
+        height, width = (vision.image_size,) * 2 if isinstance(vision.image_size, int) else vision.image_size
+        given = _noise(2, getattr(vision, "num_channels", 3), height, width)
+    elif name == "input_features":
+        given = _noise(2, config.num_mel_bins, 2 * config.max_source_positions)
+    else:
+        given = ids
+    example = {name: given}
+    if config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        example["decoder_input_ids"] = ids
+    return {
+        name: x.to(parameter.device, parameter.dtype if x.is_floating_point() else None) for name, x in example.items()
+    }
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _answer(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Tensor, str]:
+    """The logits of a model, or else the first tensor that it gives; and what that is called."""
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    given = model(**example, **options, return_dict=True)
+    name = "logits" if "logits" in given else next(name for name, x in given.items() if isinstance(x, Tensor))
+    return given[name].float(), name
+
+
+def _compare_layer(name: str, layer: QuantizedLinear, other: nn.Module | None) -> None:
+    if isinstance(other, QuantizedLinear):
+        mine, theirs = layer.quantized_weight.parts, other.quantized_weight.parts
+        mine |= {leaf: getattr(layer, leaf) for leaf in INPUTS if getattr(layer, leaf) is not None}
+        theirs |= {leaf: getattr(other, leaf) for leaf in INPUTS if getattr(other, leaf) is not None}
+        if mine.keys() == theirs.keys() and all(_equal(mine[part], theirs[part]) for part in mine):
+            return
+    raise CanopyError(f"{name} came back from the file as something else, which was removed; please report it")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether values are the same; scales may have found a narrower dtype that holds them."""
+    if one.is_floating_point():
+        one, other = one.float(), other.float()
+    return torch.equal(one, other)
+
+
+def _compare_plain(name: str, tensor: Tensor, loaded: nn.Module, dtype: torch.dtype | None) -> None:
+    module, _, leaf = name.rpartition(".")
+    found = getattr(loaded.get_submodule(module), leaf)
+    stored = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    if not torch.equal(stored.to(found.dtype), found):
+        raise CanopyError(f"{name} came back from the file as something else, which was removed; please report it")
+
+
+def _kl(reference: Tensor, logits: Tensor) -> float:
+    p, q = F.log_softmax(reference, -1), F.log_softmax(logits, -1)
+    return max(float((p.exp() * (p - q)).sum(-1).mean()), 0.0)  # in this order NaN stays NaN

@@ -195,7 +195,7 @@ def test_folders_that_are_refused(quantized: nn.Module, tmp_path: Path) -> None:
 def test_a_file_that_answers_otherwise_is_removed(
     quantized: nn.Module, llama: Callable, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("canopyq.checkpoint.read_back.load_as", lambda *a, **k: llama(initializer_range=0.3))
+    monkeypatch.setattr("canopyq.checkpoint.save.load_as", lambda *a, **k: llama(initializer_range=0.3))
     with pytest.raises(CanopyError, match="q_proj came back .* removed"):
         cq.save(quantized, tmp_path / "out")
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_a_changed_tensor_is_found(quantized: nn.Module, tmp_path: Path, monkeyp
         model.model.layers[1].mlp.up_proj.weight_packed[0, 0] ^= 1
 
     for change, name in ((gain, "model.norm.weight"), (code, "layers.1.mlp.up_proj")):
-        monkeypatch.setattr("canopyq.checkpoint.read_back.load_as", spoiled(change))
+        monkeypatch.setattr("canopyq.checkpoint.save.load_as", spoiled(change))
         with pytest.raises(CanopyError, match=f"{name} came back"):
             cq.save(quantized, tmp_path / "out")
 
