@@ -75,7 +75,7 @@ test-browser: $(STAMP) ## Walk through the course in JupyterLab, in a real brows
 notebooks: $(STAMP) ## Run all notebooks again and store their outputs in place
 	$(RUN) tools/notebooks.py execute
 
-book: $(STAMP) ## Make the book in build/book/html: every lesson as a page, quizzes and guesses without a kernel
+book: $(STAMP) ## Make the book in build/book/html: the lessons as a site, with quizzes, guesses and sliders that need no kernel
 	$(RUN) tools/book.py
 
 check-notebooks: $(STAMP) ## Run all notebooks and compare every output with the stored one

@@ -1,31 +1,37 @@
 """Builds the book: every lesson as a page that needs no kernel, with the reference of the package and a search.
 
-    python tools/book.py             into build/book/html
-    python tools/book.py OUT         into OUT
+    python tools/book.py                          into build/book/html
+    python tools/book.py --out DIR --record 01    into DIR, with the explorers of lesson 01 alone
 
 The notebooks' stored outputs become pages. Cards that a kernel answers in JupyterLab answer in the page: `book.js` in
-`docs/book/static/` judges quizzes and holds guesses against what was measured. A page fetches nothing from anywhere.
+`docs/book/static/` judges quizzes, holds guesses against what was measured, and shows what explorers drew beforehand,
+for which the notebooks run once more. A page fetches nothing from anywhere.
 """
 
 from __future__ import annotations
 
+import argparse
 import html
+import json
 import re
 import shutil
-import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import nbformat
+from nbclient import NotebookClient
 
 import canopyq as cq
 from canopyq.lessons import quizzes
 from canopyq.lessons.html import heading
 from canopyq.lessons.text import block, inline
+from canopyq.utils import track
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKER = ROOT / "docs" / "book"
 MEASURED = re.compile(r"Measured: <b>(.*?)</b>")
+EXPLORER = re.compile(r"Explore ([\w-]+):")
 
 
 def quiz_form(name: str) -> str:
@@ -64,11 +70,23 @@ def measurement(name: str, stored: str) -> str:
     )
 
 
-def interactive(output: Any, source: str, guesses: dict[str, str]) -> str | None:
+def explorer_card(recorded: dict[str, Any], stored: str) -> str:
+    """What an explorer drew beforehand, to move through; ``stored`` is its table, for a page without scripts."""
+    data = json.dumps(recorded).replace("</", "<\\/")
+    name = f'class="cq-card cq-explore" data-name="{html.escape(recorded["name"])}"'
+    return (
+        f'<div {name}>{heading("Explore", recorded["title"])}<div class="cq-controls"></div>'
+        f'<div class="cq-line" aria-live="polite"></div><img class="cq-picture" alt="" hidden>'
+        f'<script type="application/json">{data}</script><noscript>{stored}</noscript></div>'
+    )
+
+
+def interactive(output: Any, source: str, guesses: dict[str, str], recordings: dict[str, Any]) -> str | None:
     """The HTML that takes the place of a stored card, or None where the stored one is as good.
 
     Args:
         guesses: variable -> name of the guess that it holds, of the cells before; the cell's own are added.
+        recordings: what each explorer of the lesson drew, by its name.
     """
     stored, plain = output.data.get("text/html", ""), output.data.get("text/plain", "")
     if found := re.match(r"Quiz ([\w-]+):", plain):
@@ -81,17 +99,39 @@ def interactive(output: Any, source: str, guesses: dict[str, str]) -> str | None
         return guess_form(found[1], question, unit[1] if unit else "")
     if plain.startswith("Measured:") and (variable := re.search(r"^(\w+)\.reveal\(", source, re.M)):
         return measurement(guesses[variable[1]], MEASURED.search(stored)[0])
+    if (found := EXPLORER.match(plain)) and found[1] in recordings:
+        return explorer_card(recordings[found[1]], stored)
     return None
 
 
-def page_of(notebook: Path) -> nbformat.NotebookNode:
+def record(notebook: Path) -> dict[str, Any]:
+    """Run a lesson up to its last explorer; what each of them draws, by its name."""
+    lesson = nbformat.read(notebook, as_version=4)
+    with tempfile.TemporaryDirectory() as folder:
+        cells, wanted = [], []
+        for i, cell in enumerate(lesson.cells):
+            cells.append(cell)
+            if any(EXPLORER.match(o.get("data", {}).get("text/plain", "")) for o in cell.get("outputs", [])):
+                path = Path(folder) / f"{i}.json"
+                wanted.append((len(cells) + 1, path))
+                code = f"from canopyq.lessons.explore.recording import record\nrecord(_, {str(path)!r})"
+                cells.append(nbformat.v4.new_code_cell(code))
+        if not wanted:
+            return {}
+        lesson.cells = cells[: wanted[-1][0]]
+        NotebookClient(lesson, timeout=600, resources={"metadata": {"path": str(notebook.parent)}}).execute()
+        recordings = [json.loads(path.read_text(encoding="utf-8")) for _, path in wanted]
+    return {recording["name"]: recording for recording in recordings}
+
+
+def page_of(notebook: Path, recordings: dict[str, Any]) -> nbformat.NotebookNode:
     """The lesson with its cards made to answer in the page."""
     lesson = nbformat.read(notebook, as_version=4)
     guesses: dict[str, str] = {}
     for cell in lesson.cells:
         cell.source = cell.source.replace("](../README.md#the-map)", "](../index.md)")
         for output in cell.get("outputs", []):
-            if "data" in output and (form := interactive(output, cell.source, guesses)):
+            if "data" in output and (form := interactive(output, cell.source, guesses, recordings)):
                 output.data["text/html"] = form
     return lesson
 
@@ -113,27 +153,32 @@ def reference() -> str:
     return "\n".join(lines)
 
 
-def stage(sources: Path) -> None:
-    """Write what Sphinx reads."""
+def stage(sources: Path, lessons: list[str] | None) -> None:
+    """Write what Sphinx reads; ``lessons`` are those whose explorers are recorded, None for all."""
     shutil.rmtree(sources, ignore_errors=True)
     (sources / "lessons").mkdir(parents=True)
     shutil.copytree(MAKER, sources, dirs_exist_ok=True)
-    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        nbformat.write(page_of(notebook), sources / "lessons" / notebook.name)
+    for notebook in track(sorted((ROOT / "notebooks").glob("*.ipynb")), "recording explorers"):
+        recordings = record(notebook) if lessons is None or notebook.name[:2] in lessons else {}
+        nbformat.write(page_of(notebook, recordings), sources / "lessons" / notebook.name)
     (sources / "reference.md").write_text(reference(), encoding="utf-8")
     shutil.copy(ROOT / "docs" / "design.md", sources / "design.md")
 
 
-def build(out: Path) -> None:
+def build(out: Path, lessons: list[str] | None = None) -> None:
     """Write the book into ``out``; a warning of Sphinx is an error."""
     from sphinx.cmd.build import main
 
     sources = ROOT / "build" / "book" / "source"
-    stage(sources)
+    stage(sources, lessons)
     trees = sources.parent / "doctrees"
     if status := main(["-q", "-W", "--keep-going", "-b", "html", "-d", str(trees), str(sources), str(out)]):
         raise SystemExit(status)
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "book" / "html")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "book" / "html")
+    parser.add_argument("--record", nargs="*", metavar="NN", help="lessons whose explorers are recorded; all unless given")
+    options = parser.parse_args()
+    build(options.out, options.record)

@@ -22,7 +22,8 @@ MOST = 20e6  # bytes of the whole book
 @pytest.fixture(scope="module")
 def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("book")
-    done = subprocess.run([sys.executable, "tools/book.py", str(out)], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "tools/book.py", "--out", str(out), "--record", "01"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -88,6 +89,17 @@ def test_a_guess_is_held_against_what_was_measured(page, book: Path, typed: str,
     form.locator("button").click()
     answer = form if "read" in said else page.locator('.cq-measured[data-name="02-error"]')
     assert said in answer.inner_text()
+
+
+def test_what_an_explorer_drew_is_there_to_move_through(page, book: Path) -> None:
+    page.goto((book / "lessons" / "01_precision_formats.html").as_uri())
+    card = page.locator(".cq-explore")
+    shown = []
+    for place in range(card.locator("option").count()):
+        card.locator("select").select_option(str(place))
+        shown.append(card.locator(".cq-line").inner_text())
+    assert len(set(shown)) == len(shown) > 3 and all(shown)
+    assert page.errors == []
 
 
 def test_every_page_is_small_and_links_lead_somewhere(page, book: Path) -> None:

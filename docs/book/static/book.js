@@ -72,7 +72,41 @@ function guess(form) {
   if (before !== null) { entry.value = before; keep(before); }
 }
 
+// What was drawn beforehand, at the places of its controls. Where not every combination was, one control moves at a time.
+function explore(card) {
+  const { controls, frames, title } = JSON.parse(card.querySelector("script").textContent);
+  const at = controls.map((control) => control.start);
+  const inputs = controls.map((control, i) => {
+    const label = document.createElement("label");
+    const input = document.createElement(control.slider ? "input" : "select");
+    const shown = document.createElement("output");
+    if (control.slider) Object.assign(input, { type: "range", min: 0, max: control.places.length - 1 });
+    else control.places.forEach((text, value) => input.add(new Option(text, value)));
+    label.append(control.label || "", " ", input, " ", control.slider ? shown : "");
+    if (!control.label) input.setAttribute("aria-label", title);
+    card.querySelector(".cq-controls").append(label);
+    input.addEventListener("input", () => { at[i] = Number(input.value); show(i); });
+    return { input, shown };
+  });
+  const show = (moved) => {
+    if (!frames[at.join()]) controls.forEach((control, i) => { if (i !== moved) at[i] = control.start; });
+    const [line, picture] = frames[at.join()];
+    inputs.forEach(({ input, shown }, i) => {
+      input.value = at[i];
+      shown.textContent = controls[i].places[at[i]];
+      input.setAttribute("aria-valuetext", controls[i].places[at[i]]);
+    });
+    const image = card.querySelector(".cq-picture");
+    card.querySelector(".cq-line").innerHTML = line;
+    image.hidden = picture === null;
+    if (picture !== null) image.src = "data:image/png;base64," + picture;
+    image.alt = card.querySelector(".cq-line").textContent;
+  };
+  show(-1);
+}
+
 document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll(".cq-quiz").forEach(quiz);
   document.querySelectorAll(".cq-guess").forEach(guess);
+  document.querySelectorAll(".cq-explore").forEach(explore);
 });
