@@ -179,6 +179,6 @@ def build(out: Path, lessons: list[str] | None = None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "book" / "html")
-    parser.add_argument("--record", nargs="*", metavar="NN", help="lessons whose explorers are recorded; all unless given")
+    parser.add_argument("--record", nargs="*", metavar="NN", help="lessons to record explorers of; all unless given")
     options = parser.parse_args()
     build(options.out, options.record)
