@@ -16,7 +16,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed$(if $(CONSTRAINTS),,-newest)
 UNIT_TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore=tests/browser --ignore=tests/docs -n 2 --dist worksteal
 NUMERIC_TESTS := tests/tensor tests/kernels tests/nn tests/calibration tests/methods tests/checkpoint tests/model \
-	$(wildcard tests/test_kv_*.py) tests/test_fused_attention.py tests/test_generate.py tests/evaluate/test_evaluate.py
+	tests/kv_cache tests/test_kv_answers.py tests/test_generate.py tests/evaluate/test_evaluate.py
 # JupyterLab's settings for the course: a saved lesson keeps its cards.
 LAB_SETTINGS := JUPYTER_CONFIG_PATH="$(CURDIR)/jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}"
 LAB_AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)

@@ -27,7 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from canopyq.evaluate.machine import describe
 from canopyq.kernels.cuda import attention
 from canopyq.kernels.timing import microseconds, rotations
-from canopyq.tensor.kv_codes import QuantizedStates, get_cache_format
+from canopyq.kv_cache.quantized_kv import KVView, QuantizedKV
+from canopyq.tensor.formats import get_cache_format
 
 HEADS, KV_HEADS, D, RECENT = 32, 8, 128, 64
 CASES = [(1, 4096), (1, 32768), (16, 4096), (16, 32768)]
@@ -51,15 +52,14 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def ours(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Run, int]:
     """A call on codes in memory of their own, and the bytes that it must read."""
     old = k.shape[2] - RECENT
-    keys = QuantizedStates.quantize(k[:, :, :old], get_cache_format(name), "channel")
-    values = QuantizedStates.quantize(v[:, :, :old], get_cache_format(name), "token")
+    keys = QuantizedKV.quantize(k[:, :, :old], get_cache_format(name), "channel")
+    values = QuantizedKV.quantize(v[:, :, :old], get_cache_format(name), "token")
     new = [x[:, :, old:].clone() for x in (k, v)]
-    read = sum(x.nbytes for x in (*keys.tensors, *values.tensors, *new, q, q))
+    view = KVView(keys, values, *new)
+    read = sum(x.nbytes for x in (*view.tensors, q, q))
 
     def run() -> Tensor:
-        return attention.attend(
-            q, keys.codes, keys.scale, keys.offset, values.codes, values.scale, values.offset, *new, name, D**-0.5
-        ).transpose(1, 2)
+        return attention.attend(q, view, D**-0.5).transpose(1, 2)
 
     return run, read
 

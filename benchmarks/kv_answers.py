@@ -37,7 +37,7 @@ Maker = Callable[[object], cq.QuantizedCache]
 RESULT = Path(__file__).parent / "results" / "kv_answers.json"
 CACHES = {
     "kv8": lambda config: cq.QuantizedCache(config, "kv8"),
-    "kv8 window 0": lambda config: cq.QuantizedCache(config, "kv8", window=0),
+    "kv8 window 0": lambda config: cq.QuantizedCache(config, "kv8", residual_length=0),
     "kv-fp8": lambda config: cq.QuantizedCache(config, "kv-fp8"),
     "kv4": lambda config: cq.QuantizedCache(config, "kv4"),
     "kv2": lambda config: cq.QuantizedCache(config, "kv2"),

@@ -37,7 +37,7 @@ from transformers import QuantizedCache as TheirCache
 import canopyq as cq
 from canopyq.evaluate.machine import describe
 from canopyq.evaluate.quality import compare, examine
-from canopyq.tensor.kv_codes import BLOCK, CACHE_FORMATS
+from canopyq.tensor.formats import CACHE_FORMATS, KV_BLOCK
 from canopyq.utils import track
 
 RESULT = Path(__file__).parent / "results" / "kv_cache.json"
@@ -54,11 +54,11 @@ def theirs(backend: str, **options) -> Maker:
 
 OURS = {name: ours(name) for name in CACHE_FORMATS}
 VARIANTS = {
-    "kv2 window 0": ours("kv2", window=0),
-    "kv4 window 0": ours("kv4", window=0),
-    "kv2 keys per token": ours("kv2", keys="token"),
-    "kv4 keys per token": ours("kv4", keys="token"),
-    "kv8 keys per token": ours("kv8", keys="token"),
+    "kv2 window 0": ours("kv2", residual_length=0),
+    "kv4 window 0": ours("kv4", residual_length=0),
+    "kv2 keys per token": ours("kv2", key_granularity="token"),
+    "kv4 keys per token": ours("kv4", key_granularity="token"),
+    "kv8 keys per token": ours("kv8", key_granularity="token"),
 }
 # As the documentation of transformers advises: axis 0 with quanto, axis 1 with HQQ.
 THEIRS = {
@@ -197,7 +197,7 @@ def time_part(model, makers: dict[str, Maker], tokens: int, rounds: int) -> dict
                 model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
                 step = time.perf_counter() - wall, time.thread_time() - used
                 taken[name][cache.layers[0].keys.numel() < waiting].append(step)  # whether tokens became codes
-    period = {name: getattr(cache.layers[0], "residual_length", BLOCK) for name, (cache, _) in runs.items()}
+    period = {name: flush_period(cache) for name, (cache, _) in runs.items()}
     ms, cpu = ({name: 1000 * a_step(steps, which, period[name]) for name, steps in taken.items()} for which in (0, 1))
     found = {
         name: {
@@ -210,6 +210,11 @@ def time_part(model, makers: dict[str, Maker], tokens: int, rounds: int) -> dict
     for name, row in found.items():
         print(f"{tokens} tokens, {name:<28} {row}", flush=True)
     return found
+
+
+def flush_period(cache: DynamicCache | TheirCache | cq.QuantizedCache) -> int:
+    """Every how many tokens some become codes: ours quantize block by block, transformers' a whole residual."""
+    return KV_BLOCK if isinstance(cache, cq.QuantizedCache) else getattr(cache.layers[0], "residual_length", KV_BLOCK)
 
 
 def a_step(steps: dict[bool, list[tuple[float, float]]], which: int, period: int) -> float:

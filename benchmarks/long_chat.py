@@ -38,10 +38,10 @@ RESULT = Path(__file__).parent / "results" / "long_chat.json"
 CACHES = {
     "kv8": "kv8",
     "kv4": "kv4",
-    "kv4 keys per token": lambda config: cq.QuantizedCache(config, "kv4", keys="token"),
+    "kv4 keys per token": lambda config: cq.QuantizedCache(config, "kv4", key_granularity="token"),
     "kv2": "kv2",
-    "kv2 keys per token": lambda config: cq.QuantizedCache(config, "kv2", keys="token"),
-    "kv2 window 0": lambda config: cq.QuantizedCache(config, "kv2", window=0),
+    "kv2 keys per token": lambda config: cq.QuantizedCache(config, "kv2", key_granularity="token"),
+    "kv2 window 0": lambda config: cq.QuantizedCache(config, "kv2", residual_length=0),
 }
 SHAPES = ("tutor", "llama-2-7b", "llama-3.1-8b", "llama-3.1-70b")
 FORMATS = (None, "kv8", "kv4", "kv2")

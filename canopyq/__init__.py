@@ -17,10 +17,8 @@ if TYPE_CHECKING:
     from canopyq.evaluate.quality import compare, examine
     from canopyq.evaluate.text_quality import compare_text, examine_text
     from canopyq.finetune import attach_lora, load_lora
-    from canopyq.fused_attention import fuse_attention
     from canopyq.gguf.export import export_gguf
-    from canopyq.kv_cache import QuantizedCache
-    from canopyq.kv_static import StaticQuantizedCache
+    from canopyq.kv_cache import QuantizedCache, StaticQuantizedCache, fuse_attention
     from canopyq.methods.mixed import mixed_precision, sensitivity
     from canopyq.model.quantize import plan, quantize_
     from canopyq.model.report import Plan, Report
@@ -46,10 +44,8 @@ _WHERE = {
     ".evaluate.quality": ("compare", "examine"),
     ".evaluate.text_quality": ("compare_text", "examine_text"),
     ".finetune": ("attach_lora", "load_lora"),
-    ".fused_attention": ("fuse_attention",),
     ".gguf.export": ("export_gguf",),
-    ".kv_cache": ("QuantizedCache",),
-    ".kv_static": ("StaticQuantizedCache",),
+    ".kv_cache": ("QuantizedCache", "StaticQuantizedCache", "fuse_attention"),
     ".methods.mixed": ("mixed_precision", "sensitivity"),
     ".model.quantize": ("plan", "quantize_"),
     ".model.report": ("Plan", "Report"),

@@ -15,8 +15,17 @@ from torch import Tensor, nn
 
 from canopyq import checks
 from canopyq.errors import CanopyError, shown, unknown
-from canopyq.tensor.formats import BlockFormat, Format, IntFormat, TableFormat, get_format
-from canopyq.tensor.kv_codes import BLOCK, GROUP, WINDOW, get_cache_format
+from canopyq.tensor.formats import (
+    KV_BLOCK,
+    KV_GROUP_SIZE,
+    KV_RESIDUAL_LENGTH,
+    BlockFormat,
+    Format,
+    IntFormat,
+    TableFormat,
+    get_cache_format,
+    get_format,
+)
 from canopyq.tensor.quantized_tensor import part_bytes
 from canopyq.tensor.scheme import Recipe
 
@@ -254,10 +263,10 @@ def cache_bytes(shape: ModelShape, tokens: int, batch: int = 1, format: str | No
     if format is None:
         return heads * 2 * tokens * dim * 2
     codes = get_cache_format(format)
-    blocks = max(0, tokens - WINDOW) // BLOCK
-    waiting = tokens - blocks * BLOCK
-    scales = blocks * dim + blocks * BLOCK * (dim // min(GROUP, dim))
-    kept = 2 * blocks * BLOCK * dim * codes.bits // 8 + scales * (2 if codes.is_float else 4)
+    blocks = max(0, tokens - KV_RESIDUAL_LENGTH) // KV_BLOCK
+    waiting = tokens - blocks * KV_BLOCK
+    scales = blocks * dim + blocks * KV_BLOCK * (dim // min(KV_GROUP_SIZE, dim))
+    kept = 2 * blocks * KV_BLOCK * dim * codes.bits // 8 + scales * (2 if codes.is_float else 4)
     return heads * (kept + 2 * waiting * dim * 2)
 
 

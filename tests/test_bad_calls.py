@@ -201,11 +201,12 @@ CALLS: dict[str, tuple[Callable, dict[str, Any], dict[str, str]]] = {
     "fuse_attention": (cq.fuse_attention, {"model": M, "format": "kv8"}, {
         "model": "module+no language model+meta", "format": "cache"}),
     "QuantizedCache": (cq.QuantizedCache, {"config": Thing("config")}, {
-        "config": "config", "format": "cache", "keys": "name", "window": "count", "group": "count or none+zero"}),
+        "config": "config", "format": "cache", "key_granularity": "name", "residual_length": "count",
+        "group_size": "count or none+zero"}),
     "StaticQuantizedCache": (cq.StaticQuantizedCache, {
-        "config": Thing("config"), "batch": 1, "length": 64, "dtype": torch.float32, "device": "cpu"}, {
-        "config": "config", "format": "cache+none", "batch": "count+zero", "length": "count+zero",
-        "dtype": "dtype+none", "device": "device+none", "window": "count"}),
+        "config": Thing("config"), "batch": 1, "capacity": 64, "dtype": torch.float32, "device": "cpu"}, {
+        "config": "config", "format": "cache+none", "batch": "count+zero", "capacity": "count+zero",
+        "dtype": "dtype+none", "device": "device+none", "residual_length": "count"}),
     "inspect": (cq.inspect, {"folder": Folder("saved")}, {"folder": "path+absent"}),
     "load": (cq.load, {"folder": Folder("saved")}, {
         "folder": "path+absent", "device": "device+none", "dtype": "dtype", "strict": "flag"}),

@@ -17,7 +17,7 @@ def tutor():
 
 def test_recall_by_cache_and_length(tutor) -> None:
     said = []
-    caches = {"kv4": "kv4", "tokens": lambda config: QuantizedCache(config, "kv2", keys="token")}
+    caches = {"kv4": "kv4", "tokens": lambda config: QuantizedCache(config, "kv2", key_granularity="token")}
     found = long_chat(*tutor, caches, fillers=(0, 6), questions=6, say=said.append)
     assert found == said
     assert [(r.cache, r.fillers) for r in found] == [(c, n) for n in (0, 6) for c in ("none", "kv4", "tokens")]

@@ -19,11 +19,11 @@ from canopyq.kernels.cuda import attention, eight_bits
 from canopyq.kernels.step import add_rms_norm, attend, rotate_and_append, silu_mul
 from canopyq.nn.fused_linear import Separate, join
 from canopyq.nn.linear import QuantizedLinear
-from canopyq.tensor.kv_codes import GROUP, get_cache_format
+from canopyq.tensor.formats import KV_GROUP_SIZE, get_cache_format
 from canopyq.tensor.quantized_tensor import QuantizedTensor
 
 if TYPE_CHECKING:
-    from canopyq.kv_static import StaticQuantizedCache
+    from canopyq.kv_cache import StaticQuantizedCache
 
 FAMILIES = ("llama", "mistral", "qwen2")
 LOOK = 16  # tokens between two looks at whether all sequences have ended
@@ -161,7 +161,7 @@ class Decoder:
         cache = DynamicCache(config=self.config)
         logits = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **as_argument(cache)).logits
         if self.cache is not None:
-            self.cache.take_prompt((layer.keys, layer.values) for layer in cache.layers)
+            self.cache.prefill((layer.keys, layer.values) for layer in cache.layers)
         else:
             for block, layer in zip(self.blocks, cache.layers, strict=True):
                 block.keys[:, :, :start] = layer.keys
@@ -249,11 +249,8 @@ class _Block:
         """(B, Hq, D) -> (B, Hq · D)."""
         if self.cache is None:
             return attend(q, self.keys, self.values, position)
-        seen, _ = self.cache.update(self.keys, self.values, self.index)
-        keys, values = seen.quantized_keys, seen.quantized_values
-        codes = (keys.codes, keys.scale, keys.offset, values.codes, values.scale, values.offset, seen.keys, seen.values)
-        scale = q.shape[2] ** -0.5
-        out = attention.attend(q.unsqueeze(2), *codes, keys.format.name, scale, None, seen.before, seen.window)
+        view, _ = self.cache.update(self.keys, self.values, self.index)
+        out = attention.attend(q.unsqueeze(2), view, q.shape[2] ** -0.5)
         return out.reshape(len(q), -1)
 
 
@@ -285,14 +282,14 @@ def _product(found: tuple[Tensor, Tensor], x: Tensor, layer: QuantizedLinear) ->
 def _quantized_cache(
     model: nn.Module, format: str, batch: int, length: int, dtype: torch.dtype, device: torch.device, head_dim: int
 ) -> StaticQuantizedCache:
-    from canopyq.kv_static import StaticQuantizedCache
+    from canopyq.kv_cache import StaticQuantizedCache
 
-    name = get_cache_format(format).name
-    if reason := attention.refuse(name, head_dim, dtype, "channel", min(GROUP, head_dim), device):
+    codes, group_size = get_cache_format(format), min(KV_GROUP_SIZE, head_dim)
+    if reason := attention.unsupported_reason(codes, head_dim, dtype, "channel", group_size, device):
         raise CanopyError(
-            f"fast_generate cannot read a {name} cache here: {reason}; use model.generate with cq.QuantizedCache"
+            f"fast_generate cannot read a {codes.name} cache here: {reason}; use model.generate with cq.QuantizedCache"
         )
-    return StaticQuantizedCache(model.config, name, batch=batch, length=length, dtype=dtype, device=device)
+    return StaticQuantizedCache(model.config, codes, batch=batch, capacity=length, dtype=dtype, device=device)
 
 
 def _check_request(model: nn.Module, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | None) -> None:

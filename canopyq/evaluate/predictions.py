@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from canopyq.errors import CanopyError
 from canopyq.nn.offload import input_device
-from canopyq.tensor.kv_codes import BLOCK, get_cache_format
+from canopyq.tensor.formats import KV_BLOCK, get_cache_format
 
 CacheMaker = Callable[[Any], Any]  # from a model's config to a transformers cache
 
@@ -36,7 +36,7 @@ def log_probs_of(model: nn.Module, ids: Tensor, cache: Any = None) -> Tensor:
 
         parts, tokens = [], 0
         while tokens < ids.shape[1]:
-            new = ids[:, tokens : tokens + getattr(cache, "room", BLOCK)]
+            new = ids[:, tokens : tokens + getattr(cache, "tokens_until_flush", KV_BLOCK)]
             parts.append(model(input_ids=new, use_cache=True, **as_argument(cache)).logits)
             tokens += new.shape[1]
         logits = torch.cat(parts, 1)

@@ -7,73 +7,68 @@ probability: Σ p (s u + o) = Σ (p s) u + Σ p o.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from canopyq.tensor.formats import e4m3_to_float
-from canopyq.tensor.kv_codes import BLOCK, QuantizedStates
-from canopyq.tensor.packing import unpack_bytes
+from canopyq.tensor.formats import KV_BLOCK
+
+if TYPE_CHECKING:
+    from canopyq.kv_cache.quantized_kv import KVView, QuantizedKV
 
 
-def refuse(query_dtype: torch.dtype, keys: str, device: torch.device) -> str | None:
+def unsupported_reason(query_dtype: torch.dtype, key_granularity: str, device: torch.device) -> str | None:
     """Why these operations are not the way to read a cache, or None if they are."""
     if device.type != "cpu":
         return f"it is for the CPU; these keys lie on {device}"
     if query_dtype not in (torch.float32, torch.float64):
         return f"it computes in float32 or float64; these queries are {query_dtype}"
-    if keys != "channel":
-        return f"it reads keys with a scale per channel of a block; these have one per {keys}"
+    if key_granularity != "channel":
+        return f"it reads keys with a scale per channel of a block; these have one per {key_granularity}"
     return None
 
 
-def attend(
-    query: Tensor,
-    keys: QuantizedStates,
-    values: QuantizedStates,
-    recent_keys: Tensor,
-    recent_values: Tensor,
-    scaling: float,
-    mask: Tensor | None = None,
-) -> Tensor:
+def attend(query: Tensor, view: KVView, scaling: float, mask: Tensor | None = None) -> Tensor:
     """softmax(q · Kᵀ · scaling) · V, where the queries belong to the newest n tokens.
 
     Args:
         query: (B, heads, n, D) float32 or float64, in which all is computed.
-        keys, values: T tokens as codes, the keys with scales per channel.
-        recent_keys, recent_values: (B, kv_heads, R, D): the tokens after those, the newest n included.
-        mask: bool (B or 1, 1, n, T + R), what each query sees; None for all that is not after it.
+        view: of a growing cache, some of it as codes, its keys with scales per channel.
+        mask: bool (B or 1, 1, n, tokens), what each query sees; None for all that is not after it.
 
     Returns:
         (B, n, heads, D), as transformers' attention functions return it.
     """
     batch, heads, n, dim = query.shape
-    q = (query * scaling).reshape(batch, recent_keys.shape[1], -1, dim)  # those that share a key head together
-    scores = torch.cat([*(_scores(q, part) for _, part in keys.tiles()), q @ recent_keys.transpose(2, 3)], 3)
+    keys, values = view.quantized_keys, view.quantized_values
+    q = (query * scaling).reshape(batch, view.keys.shape[1], -1, dim)  # those that share a key head together
+    scores = torch.cat([*(_scores(q, part) for _, part in keys.tiles()), q @ view.keys.transpose(2, 3)], 3)
     if mask is None and n > 1:
         place = torch.arange(scores.shape[3])
         mask = place <= (scores.shape[3] - n + torch.arange(n))[:, None]
     if mask is not None:
         scores = scores.reshape(batch, heads, n, -1).masked_fill(~mask, float("-inf")).reshape(scores.shape)
     p = scores.softmax(-1)
-    out = p[..., keys.tokens :] @ recent_values
+    out = p[..., keys.tokens :] @ view.values
     for start, part in values.tiles():
         out += _weighted(p[..., start : start + part.tokens], part)
     return out.reshape(batch, heads, n, dim).transpose(1, 2)
 
 
-def _scores(q: Tensor, keys: QuantizedStates) -> Tensor:
+def _scores(q: Tensor, keys: QuantizedKV) -> Tensor:
     """q · x̂ᵀ: (B, H, m, D) -> (B, H, m, T)."""
-    codes, scale = _codes(keys, q.dtype)
-    codes = codes.unflatten(2, (-1, BLOCK)).mul_(scale.unsqueeze(3)).flatten(2, 3)
+    codes, scale = keys.unscaled(q.dtype)
+    codes = codes.unflatten(2, (-1, KV_BLOCK)).mul_(scale.unsqueeze(3)).flatten(2, 3)
     scores = q @ codes.transpose(2, 3)
     if keys.offset is not None:
-        scores.unflatten(3, (-1, BLOCK)).add_((q @ keys.offset.to(q.dtype).transpose(2, 3)).unsqueeze(4))
+        scores.unflatten(3, (-1, KV_BLOCK)).add_((q @ keys.offset.to(q.dtype).transpose(2, 3)).unsqueeze(4))
     return scores
 
 
-def _weighted(p: Tensor, values: QuantizedStates) -> Tensor:
+def _weighted(p: Tensor, values: QuantizedKV) -> Tensor:
     """p · x̂: (B, H, m, T) -> (B, H, m, D)."""
-    codes, scale = _codes(values, p.dtype)
+    codes, scale = values.unscaled(p.dtype)
     groups = scale.shape[3]
     if groups == 1:
         out = (p * scale.transpose(2, 3)) @ codes
@@ -82,10 +77,3 @@ def _weighted(p: Tensor, values: QuantizedStates) -> Tensor:
     if values.offset is not None:
         out = (out.unflatten(3, (groups, -1)) + (p @ values.offset.to(p.dtype)).unsqueeze(4)).flatten(3)
     return out
-
-
-def _codes(states: QuantizedStates, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes (B, H, T, D) and the scales that they are to be multiplied by, in a dtype."""
-    if states.format.is_float:
-        return e4m3_to_float(states.codes).to(dtype), states.scale.to(dtype) * 256
-    return unpack_bytes(states.codes, states.format.bits).to(dtype), states.scale.to(dtype)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from canopyq import checks
 from canopyq.errors import CanopyError, unknown
 
 E4M3_LARGEST = 448.0
@@ -320,3 +321,32 @@ def e4m3_to_float(codes: Tensor) -> Tensor:
     """
     bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)  # a copy of the sign fills the upper byte
     return bits.bitwise_and_(0xBF80 - 2**16).view(torch.float16).float()
+
+
+KV_BLOCK = 64  # tokens of a cache that are quantized together, and whose key channels share a scale
+KV_GROUP_SIZE = 64  # channels of one token that share a scale
+KV_RESIDUAL_LENGTH = 32  # newest tokens that stay in full precision, besides those of a block that is not full
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """What a cached key or value is rounded to: unsigned integers of ``bits`` bits, or E4M3."""
+
+    name: str
+    bits: int
+    is_float: bool = False
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Of the tensor that holds the codes, several to a byte if they are shorter."""
+        return torch.float8_e4m3fn if self.is_float else torch.uint8
+
+
+CACHE_FORMATS = {f.name: f for f in (*(CacheFormat(f"kv{b}", b) for b in (8, 4, 2)), CacheFormat("kv-fp8", 8, True))}
+
+
+def get_cache_format(name: str | CacheFormat) -> CacheFormat:
+    """The format called ``name``: kv8, kv4, kv2 or kv-fp8. Raises `CanopyError` for one that does not exist."""
+    if isinstance(name, CacheFormat):
+        return name
+    return CACHE_FORMATS[checks.choice("KV cache", name.lower() if isinstance(name, str) else name, CACHE_FORMATS)]

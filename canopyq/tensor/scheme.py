@@ -11,9 +11,8 @@ from torch import Tensor
 from canopyq import checks
 from canopyq.errors import CanopyError, shown, unknown
 from canopyq.tensor import affine
-from canopyq.tensor.formats import FloatFormat, Format, IntFormat, get_format
+from canopyq.tensor.formats import CACHE_FORMATS, FloatFormat, Format, IntFormat, get_format
 from canopyq.tensor.granularity import Granularity
-from canopyq.tensor.kv_codes import CACHE_FORMATS
 
 OBSERVERS = ("minmax", "percentile", "mse", "entropy")  # see `observers`
 SAMPLE_OBSERVERS = ("average",)  # for static activations: they need to know which sample a value comes from

@@ -29,7 +29,7 @@ def test_answers_are_those_of_a_chat_read_anew(cache: str | None, tutor) -> None
 
 def test_only_what_is_new_goes_through_the_model(tutor) -> None:
     model, tokenizer = tutor
-    talk, seen = Conversation(model, tokenizer, "kv4", window=3), []
+    talk, seen = Conversation(model, tokenizer, "kv4", residual_length=3), []
     hook = model.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
     try:
         for question in ASKED:
@@ -37,7 +37,7 @@ def test_only_what_is_new_goes_through_the_model(tutor) -> None:
     finally:
         hook.remove()
     assert sum(seen) == talk.tokens
-    assert talk.cache.layers[0].window == 3
+    assert talk.cache.layers[0].residual_length == 3
 
 
 def test_bytes_grow_with_the_chat_and_are_fewer_with_fewer_bits(tutor) -> None:

@@ -373,7 +373,12 @@ def test_a_cache_is_read_as_if_the_chat_were_written_token_by_token(tutor, token
 
 
 def test_damage_and_bytes_of_caches(tutor, tokenizer, kept: Evaluation, asked) -> None:
-    caches = {"kv8": "kv8", "kv4": "kv4", "kv2": "kv2", "token": lambda c: cq.QuantizedCache(c, "kv2", keys="token")}
+    caches = {
+        "kv8": "kv8",
+        "kv4": "kv4",
+        "kv2": "kv2",
+        "token": lambda c: cq.QuantizedCache(c, "kv2", key_granularity="token"),
+    }
     found = {name: compare(kept, tutor, tokenizer, asked, cache=cache) for name, cache in caches.items()}
     assert 0 < found["kv8"].kl < found["kv4"].kl / 10 < found["kv2"].kl / 100
     assert found["kv2"].kl < found["token"].kl

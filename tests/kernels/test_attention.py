@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from canopyq.errors import CanopyError
-from canopyq.kernels.cuda import attention, nvrtc
-from canopyq.tensor.kv_codes import QuantizedStates, get_cache_format
+from canopyq.kernels.cuda import attention, kv_append, nvrtc
+from canopyq.kv_cache.quantized_kv import KVView, QuantizedKV
+from canopyq.tensor.formats import CACHE_FORMATS, CacheFormat, get_cache_format
 
 BF16, FP16 = torch.bfloat16, torch.float16
 on_gpu = [
@@ -34,7 +35,7 @@ class Case:
     dtype: torch.dtype = FP16
     starts: tuple[int, ...] | None = None
 
-    def make(self, device: str = "cuda") -> tuple[list, Tensor, Tensor, Tensor]:
+    def make(self, device: str = "cuda") -> tuple[tuple, Tensor, Tensor, Tensor]:
         """The arguments of `attend`, and float64 queries, keys and values that its codes stand for."""
         random = torch.Generator().manual_seed(self.quantized + self.recent + self.group)
 
@@ -45,17 +46,15 @@ class Case:
         q = normal(b, h * self.group, self.n, d).to(self.dtype)
         k = (normal(b, h, tokens, d) + 2 * normal(b, h, 1, d)).to(self.dtype)
         v = (0.7 * normal(b, h, tokens, d) + 0.2).to(self.dtype)
-        states = []
-        for x, per in ((k, "channel"), (v, "token")):
-            format = get_cache_format(self.format)
-            states.append(QuantizedStates.quantize(x[:, :, : self.quantized], format, per))
-        seen = [torch.cat([s.dequantize(torch.empty(b, h, self.quantized, d)).double(), x[:, :, self.quantized :]], 2)
-                for s, x in zip(states, (k, v), strict=True)]  # fmt: skip
-        tensors = [q, *(t for s in states for t in (s.codes, s.scale, s.offset))]
-        tensors += [x[:, :, self.quantized :].clone() for x in (k, v)]
+        codes, recent, seen = [], [], []
+        for x, granularity in ((k, "channel"), (v, "token")):
+            old, new = x[:, :, : self.quantized], x[:, :, self.quantized :].clone()
+            kv = QuantizedKV.quantize(old, get_cache_format(self.format), granularity)
+            seen.append(torch.cat([kv.dequantize(torch.empty(old.shape)).double(), new], 2))
+            codes.append(kv.map(lambda t: t.to(device)))
+            recent.append(new.to(device))
         starts = None if self.starts is None else torch.tensor(self.starts, dtype=torch.int32, device=device)
-        arguments = [None if t is None else t.to(device) for t in tensors] + [self.format, d**-0.5, starts]
-        return arguments, q.double(), *seen
+        return (q.to(device), KVView(*codes, *recent), d**-0.5, starts), q.double(), *seen
 
     def expected(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q · Kᵀ / √D) · V, (B, n, heads, D) float64."""
@@ -69,7 +68,7 @@ class Case:
 
 
 CASES = [
-    *[Case(f, head_dim=d, dtype=t) for f in attention.CODES for d in (64, 128) for t in (FP16, BF16)],
+    *[Case(f, head_dim=d, dtype=t) for f in CACHE_FORMATS for d in (64, 128) for t in (FP16, BF16)],
     *[Case(group=g, kv_heads=h) for g, h in ((1, 3), (2, 1), (3, 2), (7, 1), (8, 1), (9, 1), (16, 2))],
     *[Case("kv4", group=g, n=n, dtype=BF16) for g, n in ((4, 2), (4, 4), (1, 5), (8, 8), (16, 3))],
     *[Case(f, quantized=q, recent=r) for f in ("kv8", "kv4") for q, r in ((64, 1), (128, 64), (4160, 63), (8192, 130))],
@@ -110,7 +109,7 @@ class TestOnAGpu:
 
     def test_queries_may_lie_in_any_order(self) -> None:
         case = Case(n=2, batch=2)
-        (q, *rest), *values = case.make()
+        (q, *rest), *_ = case.make()
         turned = q.transpose(1, 2).contiguous().transpose(1, 2)
         shifted = torch.empty(q.numel() + 1, dtype=q.dtype, device="cuda")[1:].view_as(q).copy_(q)
         for each in (turned, shifted):
@@ -119,36 +118,29 @@ class TestOnAGpu:
     def test_recent_tokens_in_a_ring_and_lengths_on_the_device(self) -> None:
         """One captured graph goes on from token to token, as the number of tokens on the device grows."""
         case = Case(quantized=256, recent=1)
-        window, ring = 5, 128
-        (q, kc, ks, ko, vc, vs, vo, _, _, *rest), _, _, _ = case.make()
+        residual_length, ring = 5, 128
+        (q, view, scaling, _), *_ = case.make()
+        codes = view.quantized_keys, view.quantized_values
         random = torch.Generator().manual_seed(1)
         tokens = [torch.randn(1, 2, 256 + ring, 128, generator=random).half() for _ in range(2)]
         rings = [torch.full((1, 2, ring, 128), float("nan"), dtype=FP16, device="cuda") for _ in range(2)]
         before = torch.zeros(1, dtype=torch.int32, device="cuda")
-        inputs = (q, kc, ks, ko, vc, vs, vo, *rings, *rest[:2], None, before, window)
+        static = KVView(*codes, *rings, before, residual_length)
         graph = torch.cuda.CUDAGraph()
-        attention.attend(*inputs)
+        attention.attend(q, static, scaling)
         with torch.cuda.graph(graph):
-            out = attention.attend(*inputs)
+            out = attention.attend(q, static, scaling)
         for total in (1, 6, 64, 69, 70, 133, 134, 260):
-            quantized = max(total - 1 - window, 0) // 64 * 64
+            quantized = max(total - 1 - residual_length, 0) // 64 * 64
             for ring_of, x in zip(rings, tokens, strict=True):
                 ring_of.fill_(float("nan"))
                 slots = torch.arange(quantized, total) % ring
                 ring_of[:, :, slots] = x[:, :, quantized:total].cuda()
             before.fill_(total - 1)
             graph.replay()
-            cut = slice(0, quantized // 64), slice(0, quantized)
-            held = [
-                kc[:, :, cut[1]],
-                ks[:, :, cut[0]],
-                ko[:, :, cut[0]],
-                vc[:, :, cut[1]],
-                vs[:, :, cut[1]],
-                vo[:, :, cut[1]],
-            ]
-            recent = [x[:, :, quantized:total].cuda() for x in tokens]
-            expected = attention.attend(q, *(x.clone() for x in held), *(x.clone() for x in recent), *rest)
+            recent = [x[:, :, quantized:total].clone().cuda() for x in tokens]
+            growing = KVView(*(kv.narrow(0, quantized) for kv in codes), *recent)
+            expected = attention.attend(q, growing, scaling)
             assert relative_error(out, expected.cpu().double()) < 1e-3, total
 
     def test_it_compiles_whole(self) -> None:
@@ -158,43 +150,141 @@ class TestOnAGpu:
         assert relative_error(compiled(*arguments) / 2, case.expected(*values)) < 1e-3
 
     def test_the_operator_is_well_formed(self) -> None:
-        arguments, *_ = Case().make()
-        torch.library.opcheck(attention.attend, tuple(arguments))
+        (q, view, scaling, _), *_ = Case().make()
+        torch.library.opcheck(attention.attend_codes, (q, view.tensors, "kv8", scaling))
 
-    def test_an_empty_batch_passes_through(self) -> None:
-        arguments, *_ = Case().make()
-        empty = [x[:0] if isinstance(x, Tensor) else x for x in arguments]
-        assert attention.attend(*empty).shape == (0, 1, 8, 128)
 
-    @pytest.mark.parametrize(
-        ("index", "change", "words"),
-        [
-            (0, lambda q: q.repeat(1, 1, 17, 1), "at most 16 new tokens"),
-            (0, lambda q: q[:, :7], "cannot share 2 key heads"),
-            (0, lambda q: q.float(), "float16 and bfloat16"),
-            (0, lambda q: q[..., :96], "heads of 64 or 128"),
-            (1, lambda c: c[:, :, :100], "blocks of 64"),
-            (1, lambda c: c.transpose(2, 3).contiguous().transpose(2, 3), "key_codes must be contiguous"),
-            (2, lambda s: s.float(), "key_scale should be torch.float16"),
-            (3, lambda o: None, "key_offset is missing"),
-            (5, lambda s: s[:, :, :64], "value_scale should be"),
-            (6, lambda o: o.cpu(), "value_offset lies on cpu"),
-            (7, lambda r: r.bfloat16(), "recent_keys should be torch.float16"),
-            (8, lambda r: r[:, :, :3], "recent_values should be"),
-            (10, lambda s: -1.0, "positive number"),
-            (11, lambda s: torch.zeros(2, dtype=torch.int32, device="cuda"), "starts should be"),
-        ],
+# Anywhere, without a launch: what is asked before it, and what it is given.
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """As on a GPU; the kernels write nothing. Name, grid and arguments of each launch."""
+    launches: list[tuple] = []
+
+    class Function:
+        registers = 128
+
+        def __init__(self, file: str, name: str, constants: dict, arguments: str, *_: object) -> None:
+            self.name, self.arguments = name, arguments
+
+        def __call__(self, grid: tuple, *values: object) -> None:
+            kinds = [float if kind == "f" else int for kind in self.arguments]
+            assert all(isinstance(value, kind) for value, kind in zip(values, kinds, strict=True))
+            launches.append((self.name, grid, values))
+
+    for clear in (attention._functions, kv_append._function):
+        clear.cache_clear()
+    monkeypatch.setattr(attention.launch, "unavailable", lambda device: None)
+    monkeypatch.setattr(attention.launch, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(attention.launch, "Function", Function)
+    yield launches
+    for clear in (attention._functions, kv_append._function):
+        clear.cache_clear()
+
+
+def addresses(view: KVView) -> list[int]:
+    """In the order of the kernels' parameters; 0 is null."""
+    tensors = [x for kv in (view.quantized_keys, view.quantized_values) for x in (kv.codes, kv.scale, kv.offset)]
+    return [0 if x is None else x.data_ptr() for x in (*tensors, view.keys, view.values)]
+
+
+@pytest.mark.parametrize("format", CACHE_FORMATS)
+def test_kernels_get_each_tensor_in_its_place(format: str, emulated: list[tuple]) -> None:
+    (q, view, scaling, starts), *_ = Case(format, recent=64, batch=2, starts=(0, 3)).make("cpu")
+    assert attention.attend(q, view, scaling, starts).shape == (2, 1, 8, 128)
+    (name, _, values), (combine, *_) = emulated
+    assert (name, combine) == ("attention_decode", "attention_combine")
+    assert list(values[:11]) == [q.data_ptr(), *addresses(view), 0, starts.data_ptr()]
+    static = dataclasses.replace(view, before=torch.tensor([300], dtype=torch.int32), residual_length=5)
+    attention.attend(q, static, scaling)
+    _, _, values = emulated[2]
+    assert list(values[1:11]) == [*addresses(view), static.before.data_ptr(), 0]
+    assert values[20] == 5
+    new = torch.zeros(2, 2, 1, 128, dtype=FP16)
+    kv_append.append_codes._init_fn(new, new, static.tensors, static.before, format, 5)
+    *codes, recent_keys, recent_values = addresses(view)
+    name, grid, values = emulated[-1]
+    assert (name, grid) == ("append", (2, 2, 2))
+    assert list(values[:15]) == [new.data_ptr()] * 2 + [
+        recent_keys, recent_values, *codes, static.before.data_ptr(), 1, 320, 64, 5]  # fmt: skip
+
+
+def test_an_empty_batch_passes_through(emulated: list[tuple]) -> None:
+    (q, view, scaling, _), *_ = Case().make("cpu")
+    codes = (kv.map(lambda x: x[:0]) for kv in (view.quantized_keys, view.quantized_values))
+    empty = KVView(*codes, view.keys[:0], view.values[:0])
+    assert attention.attend(q[:0], empty, scaling).shape == (0, 1, 8, 128)
+    assert not emulated
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        (lambda q: q.repeat(1, 1, 17, 1), "17"),
+        (lambda q: q[:, :7], "7 query heads"),
+        (lambda q: q.float(), "torch.float32"),
+        (lambda q: q[..., :96], "96"),
+        (lambda q: q.bfloat16(), "torch.bfloat16"),
+        (lambda q: q[0], r"\(8, 1, 128\)"),
+        (lambda q: q.repeat(2, 1, 1, 1), r"\(2, 8, 1, 128\)"),
+    ],
+)
+def test_queries_that_do_not_fit_are_refused(change, value: str, emulated: list[tuple]) -> None:
+    (q, view, scaling, _), *_ = Case().make("cpu")
+    with pytest.raises(CanopyError, match=value):
+        attention.attend(change(q), view, scaling)
+    assert not emulated
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "value"),
+    [
+        ("key_codes", lambda x: x[:, :, :100], "100"),
+        ("key_codes", lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), "contiguous"),
+        ("key_scale", lambda x: x.float(), "key_scale"),
+        ("key_offset", lambda x: None, "key_offset"),
+        ("key_scale", lambda x: x[..., :0], "key_scale"),
+        ("value_scale", lambda x: x[:, :, :64], "value_scale"),
+        ("value_offset", lambda x: x.to("meta"), "value_offset lies on meta"),
+        ("keys", lambda x: x.bfloat16(), "torch.bfloat16"),
+        ("values", lambda x: x[:, :, :3], r"\(1, 2, 3, 128\)"),
+        ("before", lambda x: torch.zeros(2, dtype=torch.int32), "before"),
+        ("before", lambda x: torch.zeros(1, dtype=torch.int32), "7"),  # a ring is a whole number of blocks
+    ],
+)
+def test_tensors_that_do_not_go_together_are_refused(tensor: str, change, value: str, emulated: list[tuple]) -> None:
+    (q, view, scaling, _), *_ = Case().make("cpu")
+    with pytest.raises(CanopyError, match=value):
+        attention.attend(q, changed(view, tensor, change), scaling)
+    assert not emulated
+
+
+def changed(view: KVView, name: str, change) -> KVView:
+    """The view with one tensor of its own, or of its quantized keys or values, in another form."""
+    if hasattr(view, name):
+        return dataclasses.replace(view, **{name: change(getattr(view, name))})
+    which, tensor = name.split("_")
+    kv = getattr(view, f"quantized_{which}s")
+    return dataclasses.replace(
+        view, **{f"quantized_{which}s": dataclasses.replace(kv, **{tensor: change(getattr(kv, tensor))})}
     )
-    def test_bad_input_is_refused(self, index: int, change, words: str) -> None:
-        arguments, *_ = Case().make()
-        arguments[index] = change(arguments[index])
-        with pytest.raises(CanopyError, match=words):
-            attention.attend(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "starts", "value"),
+    [(-1.0, None, "-1.0"), (float("nan"), None, "nan"), (0.1, torch.zeros(2, dtype=torch.int32), "starts")],
+)
+def test_other_arguments_that_cannot_be_are_refused(scaling, starts, value: str, emulated: list[tuple]) -> None:
+    (q, view, *_), *_ = Case().make("cpu")
+    with pytest.raises(CanopyError, match=value):
+        attention.attend(q, view, scaling, starts)
+    assert not emulated
 
 
 COMPILED = [
-    *[(f, 128, BF16, 8, "sm_90a") for f in attention.CODES],
-    *[(f, 64, FP16, 16, arch) for f, arch in zip(attention.CODES, 2 * ("sm_80", "sm_100"), strict=True)],
+    *[(f, 128, BF16, 8, "sm_90a") for f in CACHE_FORMATS],
+    *[(f, 64, FP16, 16, arch) for f, arch in zip(CACHE_FORMATS, 2 * ("sm_80", "sm_100"), strict=True)],
     *[("kv8", 128, FP16, 16, arch) for arch in ("sm_80", "sm_100")],
 ]
 
@@ -202,18 +292,18 @@ COMPILED = [
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 @pytest.mark.parametrize(("format", "head_dim", "dtype", "rows", "arch"), COMPILED, ids=str)
 def test_it_compiles_without_spilling(format: str, head_dim: int, dtype: torch.dtype, rows: int, arch: str) -> None:
-    found = nvrtc.compile("attention.cu", attention.constants(format, head_dim, dtype, rows), arch)
+    found = nvrtc.compile("attention.cu", attention.constants(get_cache_format(format), head_dim, dtype, rows), arch)
     assert found.spilled == 0 and not found.warnings
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": "kv6"}, "this cache is kv6"),
+        ({"format": CacheFormat("kv6", 6)}, "this cache is kv6"),
         ({"head_dim": 96}, "these have 96"),
         ({"dtype": torch.float32}, "torch.float32"),
-        ({"keys": "token"}, "one per token"),
-        ({"group": 32}, "one per 32"),
+        ({"key_granularity": "token"}, "one per token"),
+        ({"group_size": 32}, "one per 32"),
         ({"device": torch.device("cpu")}, "lies on cpu"),
     ],
 )
@@ -221,14 +311,14 @@ def test_a_refusal_names_what_is_in_the_way(change: dict, words: str, monkeypatc
     if "device" not in change:
         monkeypatch.setattr(attention.launch, "unavailable", lambda device: None)
     given = {
-        "format": "kv8",
+        "format": get_cache_format("kv8"),
         "head_dim": 128,
         "dtype": BF16,
-        "keys": "channel",
-        "group": 64,
+        "key_granularity": "channel",
+        "group_size": 64,
         "device": torch.device("cuda"),
     }
-    assert words in attention.refuse(**(given | change))
+    assert words in attention.unsupported_reason(**(given | change))
 
 
 @pytest.mark.parametrize(("blocks", "jobs"), [(0, 8), (1, 1), (63, 8), (511, 8), (63, 128), (511, 128), (511, 1000)])

@@ -1,5 +1,5 @@
 // New tokens of a quantized KV cache of fixed size: keys and values go into a ring in full precision, and a block of 64
-// tokens becomes codes as soon as `window` newer tokens have come. Same ranges and codes as kv_codes.py.
+// tokens becomes codes as soon as `residual_length` newer tokens have come. Same ranges and codes as kv_cache/quantized_kv.py.
 //
 // The number of tokens lies on the device, so that a CUDA graph can hold the launch. The attention of the same pass
 // still reads the block from the ring; codes written here are for the next one.
@@ -36,7 +36,7 @@ struct Range {
 extern "C" __global__ void __launch_bounds__(THREADS)
     append(const u16* keys, const u16* values, u16* recent_keys, u16* recent_values, u8* key_codes, u16* key_scale,
            u16* key_offset, u8* value_codes, u16* value_scale, u16* value_offset, const int* before, int count,
-           int capacity, int ring, int window, int batch_stride, int head_stride, int token_stride,
+           int capacity, int ring, int residual_length, int batch_stride, int head_stride, int token_stride,
            int value_batch_stride, int value_head_stride, int value_token_stride) {
     let_next_kernel_start();
     wait_for_earlier_kernels();
@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             from[size_t(i / D) * (is_key ? token_stride : value_token_stride) + i % D];
     __syncthreads();
 
-    for (int block = max(start - window, 0) / BLOCK; block < max(start + count - window, 0) / BLOCK; block++) {
+    for (int block = max(start - residual_length, 0) / BLOCK; block < max(start + count - residual_length, 0) / BLOCK; block++) {
         const u16* x = recent + block * BLOCK % ring * D;  // a ring is a multiple of a block, so none is cut
         const size_t token = size_t(pair) * capacity + block * BLOCK;
         if (is_key) {

@@ -307,7 +307,7 @@ __device__ __forceinline__ void recent_step(State& s, const u16* q, const u16* k
 // q (batch, heads, q_len, D) by strides. Codes (batch, kv_heads, capacity, ROW_BYTES), scales beside them: keys' per
 // block and channel, values' per token and 64 channels. recent_*: (batch, kv_heads, recent_capacity, D). How many
 // tokens are quantized and how many recent is given either as two numbers, or by `before`, the tokens held before these q_len
-// came, and `window`: then the recent tokens lie in a ring, the one at position p in slot p % recent_capacity.
+// came, and `residual_length`: then the recent tokens lie in a ring, the one at position p in slot p % recent_capacity.
 // starts: (batch) first position that is no padding, or null. group: query heads to a key head. tiles: of ROWS rows
 // each, to hold group × q_len. Grid: (kv_heads, batch × tiles, splits).
 // partial (batch, q_len, heads, splits, D); sums the same with (maximum, sum) in the place of D.
@@ -316,7 +316,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
                      const u8* value_codes, const u16* value_scale, const u16* value_offset, const u16* recent_keys,
                      const u16* recent_values, const int* before, const int* starts, float* partial, float2* sums,
                      int quantized, int recent, int group, int tiles, int q_len, int capacity, int recent_capacity,
-                     int window, int q_batch_stride, int q_head_stride, int q_token_stride, float log2_scale) {
+                     int residual_length, int q_batch_stride, int q_head_stride, int q_token_stride, float log2_scale) {
     __shared__ __align__(16) Shared shared;
     let_next_kernel_start();
     wait_for_earlier_kernels();
@@ -325,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
     const int pair = batch * gridDim.x + kv_head, rows = group * q_len;
     const int split = blockIdx.z, splits = gridDim.z;
     if (before) {  // never beyond what is allocated, whatever the number says
-        quantized = min(max(*before - window, 0), capacity) / BLOCK * BLOCK;
+        quantized = min(max(*before - residual_length, 0), capacity) / BLOCK * BLOCK;
         recent = min(*before + q_len - quantized, recent_capacity);
     }
     const int total = quantized + recent;

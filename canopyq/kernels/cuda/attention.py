@@ -4,52 +4,66 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from canopyq.errors import CanopyError
 from canopyq.kernels.cuda import launch
+from canopyq.tensor.formats import CACHE_FORMATS, KV_BLOCK, KV_GROUP_SIZE, CacheFormat, get_cache_format
 
-BLOCK, GROUP = 64, 64  # tokens that share a key channel's scale; channels that share a value's
-MOST_TOKENS = 16  # of one pass; for more, attention on dequantized keys is faster
-CODES = {"kv8": 8, "kv4": 4, "kv2": 2, "kv-fp8": 0}  # the kernel's name of each format
+if TYPE_CHECKING:
+    from canopyq.kv_cache.quantized_kv import KVView
+
+MAX_QUERY_TOKENS = 16  # of one pass; for more, attention on dequantized keys is faster
 THREADS = 128
 REGISTERS = 65536  # of a multiprocessor
 DECODE = "PPPPPPPPPPPPPiiiiiiiiiiif"
 COMBINE = "PPPi"
 
 
-def constants(format: str, head_dim: int, dtype: torch.dtype, rows: int) -> dict[str, int]:
+def code_constant(format: CacheFormat) -> int:
+    """What the CUDA sources call a format: its bits, and 0 for E4M3."""
+    return 0 if format.is_float else format.bits
+
+
+def constants(format: CacheFormat, head_dim: int, dtype: torch.dtype, rows: int) -> dict[str, int]:
     """What the kernel is compiled for; ``rows`` are queries that share a key head."""
-    tiles = 1 if rows <= 8 else 2
     return {
-        "CODE": CODES[format],
+        "CODE": code_constant(format),
         "HEAD_DIM": head_dim,
         "ELEMENT_BF16": int(dtype == torch.bfloat16),
-        "ROW_TILES": tiles,
+        "ROW_TILES": 1 if rows <= 8 else 2,
     }
 
 
-def refuse(format: str, head_dim: int, dtype: torch.dtype, keys: str, group: int, device: torch.device) -> str | None:
+def unsupported_reason(
+    format: CacheFormat,
+    head_dim: int,
+    dtype: torch.dtype,
+    key_granularity: str,
+    group_size: int,
+    device: torch.device,
+) -> str | None:
     """Why the kernel cannot read such a cache, or None if it can.
 
     Args:
-        keys: ``"channel"`` or ``"token"``, what a key's scale belongs to.
-        group: channels of a token that share a scale.
+        key_granularity: ``"channel"`` or ``"token"``, what a key's scale belongs to.
+        group_size: channels of a token that share a scale.
     """
     if reason := launch.unavailable(device):
         return reason
-    if format not in CODES:
-        return f"it reads {', '.join(CODES)}; this cache is {format}"
+    if format not in CACHE_FORMATS.values():
+        return f"it reads {', '.join(CACHE_FORMATS)}; this cache is {format.name}"
     if head_dim not in (64, 128):
         return f"it takes heads of 64 or 128 channels; these have {head_dim}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16; these keys are {dtype}"
-    if keys != "channel":
-        return f"it reads keys with a scale per channel of a block; these have one per {keys}"
-    if group != GROUP:
-        return f"it reads values with a scale per {GROUP} channels; these have one per {group}"
+    if key_granularity != "channel":
+        return f"it reads keys with a scale per channel of a block; these have one per {key_granularity}"
+    if group_size != KV_GROUP_SIZE:
+        return f"it reads values with a scale per {KV_GROUP_SIZE} channels; these have one per {group_size}"
     return None
 
 
@@ -66,57 +80,41 @@ def splits_for(blocks: int, jobs: int, multiprocessors: int, resident: int) -> i
     return max(n for n, value in load.items() if value <= 1.05 * least)
 
 
-@cache
-def _functions(format: str, head_dim: int, dtype: torch.dtype, tiles: int, device: int) -> tuple:
-    defined = constants(format, head_dim, dtype, 8 * tiles)
-    return tuple(
-        launch.Function("attention.cu", name, defined, letters, device, THREADS)
-        for name, letters in (("attention_decode", DECODE), ("attention_combine", COMBINE))
-    )
-
-
-@torch.library.custom_op("canopyq::attend_codes", mutates_args=())
-def attend(
-    query: Tensor,
-    key_codes: Tensor,
-    key_scale: Tensor,
-    key_offset: Tensor | None,
-    value_codes: Tensor,
-    value_scale: Tensor,
-    value_offset: Tensor | None,
-    recent_keys: Tensor,
-    recent_values: Tensor,
-    format: str,
-    scaling: float,
-    starts: Tensor | None = None,
-    before: Tensor | None = None,
-    window: int = 0,
-) -> Tensor:
+def attend(query: Tensor, view: KVView, scaling: float, starts: Tensor | None = None) -> Tensor:
     """softmax(q · Kᵀ · scaling) · V with causal mask, where the queries belong to the newest n tokens.
 
     Args:
         query: (B, heads, n, D) float16 or bfloat16, n at most 16, D 64 or 128.
-        key_codes, value_codes: (B, kv_heads, T, D · bits / 8), T a multiple of 64, in the order of `kv_codes`.
-        key_scale, key_offset: float16 (B, kv_heads, T / 64, D); offsets are None for kv-fp8.
-        value_scale, value_offset: float16 (B, kv_heads, T, D / 64).
-        recent_keys, recent_values: (B, kv_heads, R, D) in the query's dtype: the tokens after the quantized ones, the
-            newest n included.
-        format: kv8, kv4, kv2 or kv-fp8.
+        view: the keys and values, in the query's dtype where they are recent; keys with a scale per channel.
         starts: int32 (B,), how many of each row's first tokens are padding.
-        before: int32 (1,), the number of tokens that came before these n. With it T and R are capacities, R a multiple
-            of 64: a block is quantized once ``window`` more tokens have come, and recent tokens lie in a ring. Without
-            it all T and R tokens are there.
 
     Returns:
         (B, n, heads, D) in the query's dtype, as transformers' attention functions return it.
 
     Raises:
-        CanopyError: for shapes, dtypes, devices and layouts that do not fit together.
+        CanopyError: for a view that the kernel cannot read, and queries that do not fit it.
     """
-    _check(query, key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, recent_keys, recent_values,
-           format, scaling, starts, before, window)  # fmt: skip
+    keys, values = view.quantized_keys, view.quantized_values
+    if keys.granularity != "channel":
+        raise CanopyError(f"attention on codes reads keys with a scale per channel, not per {keys.granularity}")
+    tensors = [*keys.tensors, *values.tensors, view.keys.contiguous(), view.values.contiguous()]
+    return attend_codes(query, tensors, keys.format.name, scaling, starts, view.before, view.residual_length)
+
+
+@torch.library.custom_op("canopyq::attend_codes", mutates_args=())
+def attend_codes(
+    query: Tensor,
+    cache: list[Tensor],
+    format: str,
+    scaling: float,
+    starts: Tensor | None = None,
+    before: Tensor | None = None,
+    residual_length: int = 0,
+) -> Tensor:
+    """`attend` as an operator. ``cache``: the tensors of a `KVView`, contiguous, the keys with scales per channel."""
+    _check(query, cache, get_cache_format(format), scaling, starts)
     batch, heads, tokens, head_dim = query.shape
-    kv_heads, capacity, recent = key_codes.shape[1], key_codes.shape[2], recent_keys.shape[2]
+    kv_heads, capacity, recent = cache[0].shape[1], cache[0].shape[2], cache[-1].shape[2]
     if not query.numel():
         return query.new_empty(batch, tokens, heads, head_dim)
     if query.stride(3) != 1 or query.data_ptr() % 16 or any(s % 8 for s in query.stride()[:3]):
@@ -125,77 +123,72 @@ def attend(
     tiles = 1 if rows <= 8 else 2
     row_tiles = -(-rows // (8 * tiles))
     device = query.device.index
-    decode, combine = _functions(format, head_dim, query.dtype, tiles, device)
+    decode, combine = _functions(get_cache_format(format), head_dim, query.dtype, tiles, device)
     resident = REGISTERS // (decode.registers * THREADS)
-    splits = splits_for(capacity // BLOCK, batch * kv_heads * row_tiles, launch.multiprocessors(device), resident)
+    splits = splits_for(capacity // KV_BLOCK, batch * kv_heads * row_tiles, launch.multiprocessors(device), resident)
     out = query.new_empty(batch, tokens, heads, head_dim)
     partial = torch.empty(batch * tokens * heads, splits, head_dim, dtype=torch.float32, device=query.device)
     sums = torch.empty(batch * tokens * heads, splits, 2, dtype=torch.float32, device=query.device)
-    pointers = [
-        0 if x is None else x.data_ptr()
-        for x in (query, key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, recent_keys,
-                  recent_values, before, starts, partial, sums)
-    ]  # fmt: skip
+    numbers = [0 if x is None else x.data_ptr() for x in (before, starts)]
     decode(
         (kv_heads, batch * row_tiles, splits),
-        *pointers, capacity, recent, heads // kv_heads, row_tiles, tokens, capacity, recent, window,
+        query.data_ptr(), *pointers(cache, get_cache_format(format)), *numbers, partial.data_ptr(), sums.data_ptr(),
+        capacity, recent, heads // kv_heads, row_tiles, tokens, capacity, recent, residual_length,
         *query.stride()[:3], scaling / math.log(2),
     )  # fmt: skip
     combine((batch * tokens * heads, 1, 1), partial.data_ptr(), sums.data_ptr(), out.data_ptr(), splits)
     return out
 
 
-@attend.register_fake
-def _(query, key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, recent_keys, recent_values,
-      format, scaling, starts=None, before=None, window=0):  # fmt: skip
+@attend_codes.register_fake
+def _(query, cache, format, scaling, starts=None, before=None, residual_length=0):
     batch, heads, tokens, head_dim = query.shape
     return query.new_empty(batch, tokens, heads, head_dim)
 
 
-def _check(query, key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, recent_keys, recent_values,
-           format, scaling, starts, before, window) -> None:  # fmt: skip
-    if query.dim() != 4 or key_codes.dim() != 4 or recent_keys.dim() != 4:
-        raise CanopyError("queries, codes and recent keys have four dimensions: batch, heads, tokens, channels")
+def pointers(cache: list[Tensor], format: CacheFormat) -> list[int]:
+    """Addresses of the tensors of a `KVView`, as the CUDA sources expect them: codes, scale and offset of keys and of
+    values, 0 for an offset that floats do not have; recent keys and values."""
+    found = [x.data_ptr() for x in cache]
+    return [*found[:2], 0, *found[2:4], 0, *found[4:]] if format.is_float else found
+
+
+@cache
+def _functions(format: CacheFormat, head_dim: int, dtype: torch.dtype, tiles: int, device: int) -> tuple:
+    defined = constants(format, head_dim, dtype, 8 * tiles)
+    return tuple(
+        launch.Function("attention.cu", name, defined, letters, device, THREADS)
+        for name, letters in (("attention_decode", DECODE), ("attention_combine", COMBINE))
+    )
+
+
+def _check(query: Tensor, cache: list[Tensor], format: CacheFormat, scaling: float, starts: Tensor | None) -> None:
+    """Refuse what the kernel cannot read, and queries that do not fit the cache; a `KVView` has checked itself."""
+    if query.dim() != 4:
+        raise CanopyError(f"queries have four dimensions: batch, heads, tokens, channels; got {tuple(query.shape)}")
+    recent, value_scale = cache[-1], cache[3 if format.is_float else 4]
     batch, heads, tokens, head_dim = query.shape
-    kv_heads, capacity = key_codes.shape[1:3]
-    if reason := refuse(format, head_dim, query.dtype, "channel", GROUP, query.device):
+    group_size = recent.shape[3] // value_scale.shape[3]
+    if reason := unsupported_reason(format, head_dim, query.dtype, "channel", group_size, query.device):
         raise CanopyError(f"attention on codes cannot run: {reason}")
-    if tokens > MOST_TOKENS:
-        raise CanopyError(f"attention on codes is for at most {MOST_TOKENS} new tokens, got {tokens}; dequantize")
+    if tokens > MAX_QUERY_TOKENS:
+        raise CanopyError(f"attention on codes is for at most {MAX_QUERY_TOKENS} new tokens, got {tokens}; dequantize")
+    kv_heads = recent.shape[1]
     if not (kv_heads and heads % kv_heads == 0 and heads // kv_heads <= 128):
         raise CanopyError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
-    if capacity % BLOCK:
-        raise CanopyError(f"quantized tokens come in blocks of {BLOCK}, got {capacity}")
+    if (batch, head_dim, query.dtype, query.device) != (len(recent), recent.shape[3], recent.dtype, recent.device):
+        raise CanopyError(
+            f"queries are {query.dtype} {tuple(query.shape)} on {query.device}, and the cache holds {recent.dtype} "
+            f"{tuple(recent.shape)} on {recent.device}"
+        )
     if not (math.isfinite(scaling) and scaling > 0):
         raise CanopyError(f"the scaling of scores must be a positive number, got {scaling}")
-    if window < 0 or (before is not None and recent_keys.shape[2] % BLOCK):
-        raise CanopyError(f"a ring of recent tokens is a multiple of {BLOCK} long, got {recent_keys.shape[2]}")
-    bits, dtype = CODES[format] or 8, torch.float8_e4m3fn if format == "kv-fp8" else torch.uint8
-    codes, recent = (batch, kv_heads, capacity, head_dim * bits // 8), (batch, kv_heads, recent_keys.shape[2], head_dim)
-    per_channel = (batch, kv_heads, capacity // BLOCK, head_dim)
-    per_token = (batch, kv_heads, capacity, head_dim // GROUP)
-    none = format == "kv-fp8"
-    expected = {
-        "key_codes": (key_codes, codes, dtype),
-        "key_scale": (key_scale, per_channel, torch.float16),
-        "key_offset": (key_offset, None if none else per_channel, torch.float16),
-        "value_codes": (value_codes, codes, dtype),
-        "value_scale": (value_scale, per_token, torch.float16),
-        "value_offset": (value_offset, None if none else per_token, torch.float16),
-        "recent_keys": (recent_keys, recent, query.dtype),
-        "recent_values": (recent_values, recent, query.dtype),
-    }
-    if starts is not None:
-        expected["starts"] = (starts, (batch,), torch.int32)
-    if before is not None:
-        expected["before"] = (before, (1,), torch.int32)
-    for name, (x, shape, kind) in expected.items():
-        if x is None or shape is None:
-            if x is not None or shape is not None:
-                raise CanopyError(f"{name} is {'missing' if x is None else 'for integer codes only'} with {format}")
-        elif tuple(x.shape) != shape or x.dtype != kind:
-            raise CanopyError(f"{name} should be {kind} {shape}, got {x.dtype} {tuple(x.shape)}")
-        elif x.device != query.device:
-            raise CanopyError(f"{name} lies on {x.device} and the queries on {query.device}; move them together")
-        elif not x.is_contiguous() or x.data_ptr() % 16:
-            raise CanopyError(f"{name} must be contiguous and begin at a multiple of 16 bytes; use .clone()")
+    given = starts is not None and (starts.dtype, tuple(starts.shape), starts.device)
+    if given and given != (torch.int32, (batch,), query.device):
+        raise CanopyError(f"starts should be torch.int32 {(batch,)} on {query.device}, got {given}")
+    for x in cache:
+        if not x.is_contiguous() or x.data_ptr() % 16:
+            raise CanopyError(
+                f"the cache's {x.dtype} tensor {tuple(x.shape)} must be contiguous and begin at a multiple of 16 "
+                "bytes; use .clone()"
+            )

@@ -17,8 +17,9 @@ from canopyq import checks
 from canopyq.errors import CanopyError
 from canopyq.kernels import cpu_attention
 from canopyq.kernels.cuda import attention
-from canopyq.kv_states import ATTENTION, CachedStates
-from canopyq.tensor.kv_codes import GROUP, CacheFormat, get_cache_format
+from canopyq.kv_cache.cache import ATTENTION
+from canopyq.kv_cache.quantized_kv import KVView
+from canopyq.tensor.formats import KV_GROUP_SIZE, CacheFormat, get_cache_format
 
 
 def fuse_attention(model: nn.Module, format: str | CacheFormat = "kv8") -> nn.Module:
@@ -31,7 +32,7 @@ def fuse_attention(model: nn.Module, format: str | CacheFormat = "kv8") -> nn.Mo
         CanopyError: if the kernel cannot run here, or not with this model, with the reason.
     """
     config = checks.language_model("model", model).config.get_text_config(decoder=True)
-    if reason := refuse(model, format):
+    if reason := unsupported_reason(model, format):
         raise CanopyError(f"attention on codes cannot run in this {config.model_type}: {reason}")
     AttentionInterface.register(ATTENTION, attend_cached)
     AttentionMaskInterface.register(ATTENTION, mask_of_pass)
@@ -39,7 +40,7 @@ def fuse_attention(model: nn.Module, format: str | CacheFormat = "kv8") -> nn.Mo
     return model
 
 
-def refuse(model: nn.Module, format: str | CacheFormat = "kv8") -> str | None:
+def unsupported_reason(model: nn.Module, format: str | CacheFormat = "kv8") -> str | None:
     """Why a model's attention cannot read codes, or None if it can."""
     config = model.config.get_text_config(decoder=True)
     for name in ("attn_logit_softcapping", "attn_logits_soft_cap"):
@@ -49,10 +50,12 @@ def refuse(model: nn.Module, format: str | CacheFormat = "kv8") -> str | None:
         return "its attention has sinks, which the kernel does not know"
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     weight = next(model.parameters())
-    name = get_cache_format(format).name
     if weight.device.type == "cpu":
-        return cpu_attention.refuse(weight.dtype, "channel", weight.device)
-    return attention.refuse(name, head_dim, weight.dtype, "channel", min(GROUP, head_dim), weight.device)
+        return cpu_attention.unsupported_reason(weight.dtype, "channel", weight.device)
+    group_size = min(KV_GROUP_SIZE, head_dim)
+    return attention.unsupported_reason(
+        get_cache_format(format), head_dim, weight.dtype, "channel", group_size, weight.device
+    )
 
 
 def mask_of_pass(*sizes: int, **given: object) -> Tensor | None:
@@ -71,38 +74,36 @@ def _capturing() -> bool:
 def attend_cached(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | CachedStates,
-    value: Tensor | CachedStates,
+    key: Tensor | KVView,
+    value: Tensor | KVView,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (B, heads, n, D) -> (B, n, heads, D)."""
-    if isinstance(key, CachedStates):
-        keys, values = key.quantized_keys, key.quantized_values
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        growing = key.before is None  # the processor's kernel reads what a cache holds, not a buffer of fixed size
-        if growing and dropout == 0.0 and cpu_attention.refuse(query.dtype, keys.per, query.device) is None:
-            if attention_mask is None or attention_mask.dtype == torch.bool:
-                return cpu_attention.attend(query, keys, values, key.keys, key.values, scale, attention_mask), None
-        starts, simple = _starts(attention_mask, key)
-        if simple and dropout == 0.0 and _readable(query, key):
-            parts = (keys.codes, keys.scale, keys.offset, values.codes, values.scale, values.offset)
-            recent = (key.keys.contiguous(), key.values.contiguous())
-            last = (keys.format.name, scale, starts, key.before, key.window)
-            return attention.attend(query, *parts, *recent, *last), None
-        key, value = key.joined()
+    if isinstance(key, KVView):
+        view, scale = key, query.shape[3] ** -0.5 if scaling is None else scaling
+        growing = view.before is None  # the processor's kernel reads what a cache holds, not a buffer of fixed size
+        granularity = view.quantized_keys.granularity
+        on_cpu = growing and cpu_attention.unsupported_reason(query.dtype, granularity, query.device) is None
+        if on_cpu and dropout == 0.0 and (attention_mask is None or attention_mask.dtype == torch.bool):
+            return cpu_attention.attend(query, view, scale, attention_mask), None
+        starts, simple = _starts(attention_mask, view)
+        if simple and dropout == 0.0 and _readable(query, view):
+            return attention.attend(query, view, scale, starts), None
+        key, value = view.dequantized()
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
-def _readable(query: Tensor, held: CachedStates) -> bool:
+def _readable(query: Tensor, view: KVView) -> bool:
     """A cache may be of another form than the one that `fuse_attention` was asked about."""
-    keys, values = held.quantized_keys, held.quantized_values
-    return attention.refuse(keys.format.name, query.shape[3], query.dtype, keys.per, values.group, query.device) is None
+    keys, group_size = view.quantized_keys, view.quantized_values.group_size
+    form = (keys.format, query.shape[3], query.dtype, keys.granularity, group_size, query.device)
+    return attention.unsupported_reason(*form) is None
 
 
-def _starts(mask: Tensor | None, held: CachedStates) -> tuple[Tensor | None, bool]:
+def _starts(mask: Tensor | None, view: KVView) -> tuple[Tensor | None, bool]:
     """How many of each row's first tokens are hidden (B,), None for none; and whether the mask hides nothing else but
     what comes after a token."""
     if mask is None:
@@ -119,4 +120,4 @@ def _starts(mask: Tensor | None, held: CachedStates) -> tuple[Tensor | None, boo
         simple = bool((mask == (causal & (place >= starts[:, None, None, None]))).all())
         mask._canopyq_starts = starts.to(torch.int32), simple
     starts, simple = mask._canopyq_starts
-    return starts, simple and mask.shape[3] == held.tokens
+    return starts, simple and mask.shape[3] == view.tokens

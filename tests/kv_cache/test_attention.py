@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import canopyq as cq
-from canopyq import fused_attention
 from canopyq.evaluate.generate import Decoder
 from canopyq.kernels import cpu_attention
 from canopyq.kernels.cuda import attention
 from canopyq.kv_cache import as_argument
-from canopyq.tensor.kv_codes import QuantizedStates, get_cache_format
+from canopyq.kv_cache import attention as fused_attention
+from canopyq.kv_cache.quantized_kv import KVView, QuantizedKV
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU that torch can use")
 
@@ -28,20 +28,24 @@ def tiny(head_dim: int = 64, **change: object) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**config, initializer_range=0.3, **change)).eval()
 
 
-def attend_in_words(query, key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, keys, values,
-                    format, scaling, starts=None, before=None, window=0) -> Tensor:  # fmt: skip
+def attend_in_words(query: Tensor, view: KVView, scaling: float, starts: Tensor | None = None) -> Tensor:
     """What the kernel does, from the definition."""
+    n, total, old = query.shape[2], view.keys.shape[2], view.quantized_keys.tokens
+    slots = torch.arange(total)
+    if view.before is not None:
+        start = int(view.before)
+        old = max(start - view.residual_length, 0) // 64 * 64
+        slots = torch.arange(old, start + n) % total
 
-    def whole(codes: Tensor, scale: Tensor, offset: Tensor, per: str, recent: Tensor) -> Tensor:
-        if not codes.shape[2]:
-            return recent.double()
-        states = QuantizedStates(codes, scale, offset, get_cache_format(format), per)
-        old = states.dequantize(torch.empty(*codes.shape[:3], recent.shape[3], dtype=torch.float64))
-        return torch.cat([old, recent.double()], 2)
+    def whole(quantized: QuantizedKV, recent: Tensor) -> Tensor:
+        recent = recent[:, :, slots].double()
+        if not old:
+            return recent
+        before = quantized.part(0, old).dequantize(recent.new_empty(*recent.shape[:2], old, recent.shape[3]))
+        return torch.cat([before, recent], 2)
 
-    k = whole(key_codes, key_scale, key_offset, "channel", keys)
-    v = whole(value_codes, value_scale, value_offset, "token", values)
-    group, n, total = query.shape[1] // k.shape[1], query.shape[2], k.shape[2]
+    k, v = whole(view.quantized_keys, view.keys), whole(view.quantized_values, view.values)
+    group, total = query.shape[1] // k.shape[1], k.shape[2]
     scores = query.double() @ k.repeat_interleave(group, 1).transpose(2, 3) * scaling
     place = torch.arange(total)
     visible = place <= (total - n + torch.arange(n))[:, None]
@@ -60,9 +64,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(query.shape[2])
         return attend_in_words(query, *rest)
 
-    monkeypatch.setattr(cpu_attention, "refuse", lambda *_: "it is not asked")
-    monkeypatch.setattr(fused_attention, "refuse", lambda *_: None)
-    monkeypatch.setattr(attention, "refuse", lambda *_: None)
+    monkeypatch.setattr(cpu_attention, "unsupported_reason", lambda *_: "it is not asked")
+    monkeypatch.setattr(fused_attention, "unsupported_reason", lambda *_: None)
+    monkeypatch.setattr(attention, "unsupported_reason", lambda *_: None)
     monkeypatch.setattr(attention, "attend", stand_in)
     return found
 
@@ -105,16 +109,16 @@ def test_codes_are_read_on_a_cpu(format: str, mask: str, monkeypatch: pytest.Mon
         given[1, slice(0, 70) if mask == "padding" else slice(30, 40)] = 0
     plain = logits(model, ids, cq.QuantizedCache(model.config, format), given)
     cq.fuse_attention(model)
-    monkeypatch.setattr(QuantizedStates, "dequantize", None)
+    monkeypatch.setattr(QuantizedKV, "dequantize", None)
     fused = logits(model, ids, cq.QuantizedCache(model.config, format), given)
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_keys_per_token_and_long_passes_are_dequantized_on_a_cpu() -> None:
     model, ids = tiny().double(), torch.randint(97, (1, 206))
-    plain = logits(model, ids, cq.QuantizedCache(model.config, "kv4", keys="token"))
+    plain = logits(model, ids, cq.QuantizedCache(model.config, "kv4", key_granularity="token"))
     cq.fuse_attention(model)
-    fused = logits(model, ids, cq.QuantizedCache(model.config, "kv4", keys="token"))
+    fused = logits(model, ids, cq.QuantizedCache(model.config, "kv4", key_granularity="token"))
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
 
 
@@ -147,7 +151,7 @@ def test_a_refusal_leaves_the_model_as_it_was(change: dict, words: str) -> None:
     with pytest.raises(cq.CanopyError, match=words):
         cq.fuse_attention(model)
     assert model.config._attn_implementation == before
-    assert words in fused_attention.refuse(model)
+    assert words in fused_attention.unsupported_reason(model)
 
 
 @pytest.mark.gpu
@@ -176,29 +180,19 @@ def test_the_kernel_in_a_model(head_dim: int, format: str, padding: int, dtype: 
 FORMATS = ["kv8", "kv4", "kv2", "kv-fp8"]
 
 
-def make(model, format: str, length: int = 300, batch: int = 1, **options: object) -> cq.StaticQuantizedCache:
+def make(model, format: str, capacity: int = 300, batch: int = 1, **options: object) -> cq.StaticQuantizedCache:
     weight = next(model.parameters())
-    given = {"batch": batch, "length": length, "dtype": weight.dtype, "device": weight.device} | options
+    given = {"batch": batch, "capacity": capacity, "dtype": weight.dtype, "device": weight.device} | options
     return cq.StaticQuantizedCache(model.config, format, **given)
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernel does, where there is no GPU."""
-
-    def attend(query, kc, ks, ko, vc, vs, vo, keys, values, format, scaling, starts, before, window) -> Tensor:
-        if before is None:
-            return attend_in_words(query, kc, ks, ko, vc, vs, vo, keys, values, format, scaling, starts)
-        start, n = int(before), query.shape[2]
-        old = max(start - window, 0) // 64 * 64
-        slots = torch.arange(old, start + n) % keys.shape[2]
-        cut = [None if x is None else x[:, :, : old // (kc.shape[2] // x.shape[2])] for x in (kc, ks, ko, vc, vs, vo)]
-        return attend_in_words(query, *cut, keys[:, :, slots], values[:, :, slots], format, scaling, starts)
-
-    monkeypatch.setattr(cpu_attention, "refuse", lambda *_: "it is not asked")
-    monkeypatch.setattr(fused_attention, "refuse", lambda *_: None)
-    monkeypatch.setattr(attention, "refuse", lambda *_: None)
-    monkeypatch.setattr(attention, "attend", attend)
+    monkeypatch.setattr(cpu_attention, "unsupported_reason", lambda *_: "it is not asked")
+    monkeypatch.setattr(fused_attention, "unsupported_reason", lambda *_: None)
+    monkeypatch.setattr(attention, "unsupported_reason", lambda *_: None)
+    monkeypatch.setattr(attention, "attend", attend_in_words)
 
 
 @torch.inference_mode()
@@ -211,12 +205,14 @@ def passes_of(model, ids: Tensor, cache, passes: tuple[int, ...]) -> Tensor:
 
 
 @pytest.mark.usefixtures("stand_in")
-@pytest.mark.parametrize(("format", "window"), [("kv8", 0), ("kv8", 70), ("kv4", 32), ("kv2", 32), ("kv-fp8", 32)])
-def test_it_holds_what_the_growing_cache_holds(format: str, window: int) -> None:
+@pytest.mark.parametrize(
+    ("format", "residual_length"), [("kv8", 0), ("kv8", 70), ("kv4", 32), ("kv2", 32), ("kv-fp8", 32)]
+)
+def test_it_holds_what_the_growing_cache_holds(format: str, residual_length: int) -> None:
     model = cq.fuse_attention(tiny().double(), format)
     ids, passes = torch.randint(97, (2, 270)), (120, 1, 16, 1, 5, *[16] * 7, 15)
-    growing = cq.QuantizedCache(model.config, format, window=window)
-    fixed = make(model, format, batch=2, window=window)
+    growing = cq.QuantizedCache(model.config, format, residual_length=residual_length)
+    fixed = make(model, format, batch=2, residual_length=residual_length)
     ours, theirs = passes_of(model, ids, fixed, passes), passes_of(model, ids, growing, passes)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(fixed.layers, growing.layers, strict=True):
@@ -233,9 +229,9 @@ def test_it_holds_what_the_growing_cache_holds(format: str, window: int) -> None
 @pytest.mark.usefixtures("stand_in")
 def test_it_takes_no_more_than_it_has_room_for() -> None:
     model = cq.fuse_attention(tiny())
-    cache = make(model, "kv8", length=128)
+    cache = make(model, "kv8", capacity=128)
     ids = torch.randint(97, (1, 140))
-    with pytest.raises(cq.CanopyError, match="room for 128 tokens, not for 129"):
+    with pytest.raises(cq.CanopyError, match="capacity of 128 tokens, not of 129"):
         model(ids[:, :129], **as_argument(cache))
     model(ids[:, :20], **as_argument(cache))
     with pytest.raises(cq.CanopyError, match="only when it is empty, and it holds 20"):
@@ -243,7 +239,7 @@ def test_it_takes_no_more_than_it_has_room_for() -> None:
     cache.reset()
     assert cache.get_seq_length() == 0 and torch.equal(cache.position_ids(2), torch.tensor([[0, 1]]))
     model(ids[:, :128], **as_argument(cache))
-    with pytest.raises(cq.CanopyError, match="not for 129"):
+    with pytest.raises(cq.CanopyError, match="not of 129"):
         model(ids[:, 128:129], **as_argument(cache))
 
 
@@ -277,7 +273,7 @@ def test_a_captured_step_has_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     model(ids[:, :30], **as_argument(cache))
     monkeypatch.setattr(fused_attention, "_capturing", lambda: True)
     plain = fused_attention._starts
-    monkeypatch.setattr(fused_attention, "_starts", lambda mask, held: seen.append(mask) or plain(mask, held))
+    monkeypatch.setattr(fused_attention, "_starts", lambda mask, view: seen.append(mask) or plain(mask, view))
     model(ids[:, 30:31], position_ids=cache.position_ids(1), **as_argument(cache))
     assert seen == [None] * len(cache.layers)
     padded = torch.ones(1, 32, dtype=torch.long)
@@ -288,7 +284,7 @@ def test_a_captured_step_has_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bytes_do_not_grow() -> None:
     model = tiny()
-    cache = make(model, "kv8", length=4096)
+    cache = make(model, "kv8", capacity=4096)
     full = 2 * 2 * 2 * 4096 * 64 * 2  # keys and values, layers, heads, tokens, channels, two bytes each
     assert cache.nbytes < 0.6 * full and cache.nbytes == sum(x.nbytes for layer in cache.layers for x in layer.tensors)
 

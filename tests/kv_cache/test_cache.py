@@ -25,8 +25,8 @@ from transformers.utils import logging
 import canopyq as cq
 from canopyq.errors import CanopyError
 from canopyq.kv_cache import QuantizedCache, as_argument
-from canopyq.kv_layer import QuantizedLayer
-from canopyq.tensor.kv_codes import CACHE_FORMATS, get_cache_format
+from canopyq.kv_cache.cache import QuantizedCacheLayer
+from canopyq.tensor.formats import CACHE_FORMATS, get_cache_format
 
 FORMATS = tuple(CACHE_FORMATS)
 SLIDING = ["full_attention", "sliding_attention"]
@@ -74,7 +74,7 @@ def same(a: QuantizedCache, b: QuantizedCache) -> bool:
 )  # fmt: skip
 def test_any_split_into_chunks_stores_the_same_bytes(name, keys, window, lengths, seed) -> None:
     x = torch.randn(2, 2, 1, sum(lengths), 16, generator=torch.Generator().manual_seed(seed))
-    whole, parts = (QuantizedLayer(get_cache_format(name), keys, 16, window) for _ in range(2))
+    whole, parts = (QuantizedCacheLayer(get_cache_format(name), keys, 16, window) for _ in range(2))
     whole.update(x[0], x[1])
     for chunk in x.split(lengths, dim=3):
         parts.update(chunk[0], chunk[1])
@@ -84,7 +84,7 @@ def test_any_split_into_chunks_stores_the_same_bytes(name, keys, window, lengths
 
 
 def test_what_is_quantized_once_is_never_touched_again() -> None:
-    layer = QuantizedLayer(get_cache_format("kv2"), "channel", 16, 0)
+    layer = QuantizedCacheLayer(get_cache_format("kv2"), "channel", 16, 0)
     x = torch.randn(2, 1, 1, 640, 16)
     layer.update(*x[..., :64, :])
     first = [tensor.clone() for tensor in layer.tensors]
@@ -127,7 +127,7 @@ def test_passes_of_one_block_see_what_generating_token_by_token_sees(model) -> N
     by_token = torch.cat([feed(model, one, ids[:, i : i + 1]) for i in range(200)], 1)
     blocks, by_block, start = QuantizedCache(model.config, "kv2"), [], 0
     while start < 200:
-        stop = start + blocks.room
+        stop = start + blocks.tokens_until_flush
         by_block.append(feed(model, blocks, ids[:, start:stop]))
         start = stop
     torch.testing.assert_close(torch.cat(by_block, 1), by_token, rtol=1e-5, atol=1e-5)
@@ -164,13 +164,13 @@ def test_a_batch_with_left_padding_answers_as_each_chat_alone(model) -> None:
 
 def test_crop_goes_back_exactly_where_it_can() -> None:
     x = torch.randn(2, 1, 2, 200, 16)
-    layer = QuantizedLayer(get_cache_format("kv4"), "channel", 16, 10)
+    layer = QuantizedCacheLayer(get_cache_format("kv4"), "channel", 16, 10)
     layer.update(x[0], x[1])
     assert layer.keys.shape[2] == 72
     for length, remove in ((195, -5), (140, -55), (128, -12), (64, 64), (0, -1000)):  # 64 keeps 64, as before 5.18
         layer.crop(remove)
         assert layer.get_seq_length() == length
-        expected = QuantizedLayer(get_cache_format("kv4"), "channel", 16, 10)
+        expected = QuantizedCacheLayer(get_cache_format("kv4"), "channel", 16, 10)
         expected.update(*x[:, :, :, :200])
         if length >= 128:
             expected.keys, expected.values = x[0, :, :, 128:length], x[1, :, :, 128:length]
@@ -179,7 +179,7 @@ def test_crop_goes_back_exactly_where_it_can() -> None:
 
 
 def test_crop_inside_a_quantized_block_is_refused(model) -> None:
-    cache = QuantizedCache(model.config, "kv4", window=0)
+    cache = QuantizedCache(model.config, "kv4", residual_length=0)
     feed(model, cache, tokens(150))
     before = [tensor.clone() for tensor in held(cache)]
     with pytest.raises(CanopyError, match="crop to 64 and feed 36 again"):
@@ -305,7 +305,10 @@ def test_all_layers_go_back_or_none() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"group": 24}, "groups of 24 channels do not divide heads of 16; use one that does, such as group=16"),
+        (
+            {"group_size": 24},
+            "groups of 24 channels do not divide heads of 16; use one that does, such as group_size=16",
+        ),
     ],
 )
 def test_bad_options_are_named(options: dict, message: str) -> None:
@@ -315,9 +318,9 @@ def test_bad_options_are_named(options: dict, message: str) -> None:
 
 def test_a_head_that_64_does_not_divide() -> None:
     wide = config(head_dim=80)
-    with pytest.raises(CanopyError, match="groups of 64 channels do not divide heads of 80; .* group=40"):
+    with pytest.raises(CanopyError, match="groups of 64 channels do not divide heads of 80; .* group_size=40"):
         QuantizedCache(wide)
-    assert QuantizedCache(wide, group=40).layers[0].group == 40
+    assert QuantizedCache(wide, group_size=40).layers[0].group_size == 40
 
 
 def test_a_model_in_place_of_its_config(model) -> None:
@@ -447,7 +450,7 @@ def test_keys_and_values_that_do_not_go_together(model) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_batch_of_no_chats(model, name: str) -> None:
-    cache = QuantizedCache(model.config, name, window=0)
+    cache = QuantizedCache(model.config, name, residual_length=0)
     for n in (100, 1, 30):
         for layer in range(3):
             seen = cache.update(torch.randn(0, 2, n, 16), torch.randn(0, 2, n, 16), layer)

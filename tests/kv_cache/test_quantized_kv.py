@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from canopyq.errors import CanopyError
-from canopyq.tensor.kv_codes import CACHE_FORMATS, QuantizedStates, get_cache_format
+from canopyq.kv_cache.quantized_kv import QuantizedKV
+from canopyq.tensor.formats import CACHE_FORMATS, get_cache_format
 from canopyq.tensor.packing import unpack
 
 INTEGERS = ("kv8", "kv4", "kv2")
@@ -21,8 +22,8 @@ def states(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=generator) * spread + torch.randn(shape[-1], generator=generator) * 5
 
 
-def back(x: torch.Tensor, name: str, per: str, group: int) -> tuple[QuantizedStates, torch.Tensor]:
-    quantized = QuantizedStates.quantize(x, get_cache_format(name), per, group)
+def back(x: torch.Tensor, name: str, per: str, group: int) -> tuple[QuantizedKV, torch.Tensor]:
+    quantized = QuantizedKV.quantize(x, get_cache_format(name), per, group)
     return quantized, quantized.dequantize(torch.empty_like(x))
 
 
@@ -95,9 +96,9 @@ def test_constant_and_zero_channels_come_back() -> None:
 
 def test_a_part_is_the_same_codes_in_storage_of_its_own() -> None:
     x = states(1, 2, 256, 32)
-    whole = QuantizedStates.quantize(x, get_cache_format("kv4"), "channel", 32)
+    whole = QuantizedKV.quantize(x, get_cache_format("kv4"), "channel", 32)
     part = whole.narrow(64, 192)
-    alone = QuantizedStates.quantize(x[:, :, 64:192], get_cache_format("kv4"), "channel", 32)
+    alone = QuantizedKV.quantize(x[:, :, 64:192], get_cache_format("kv4"), "channel", 32)
     assert all(torch.equal(a, b) for a, b in zip(part.tensors, alone.tensors, strict=True))
     assert sum(t.untyped_storage().nbytes() for t in part.tensors) == sum(
         t.untyped_storage().nbytes() for t in whole.tensors
@@ -112,7 +113,7 @@ def test_what_is_held_is_held_and_the_rest_refused(value: float, name: str, per:
     """A scale may fit into float16 where the offset does not."""
     x = torch.full((1, 1, 64, 8), sign * value)
     try:
-        held = QuantizedStates.quantize(x, get_cache_format(name), per, 8)
+        held = QuantizedKV.quantize(x, get_cache_format(name), per, 8)
     except CanopyError as error:
         assert value > 65504 and "cannot be cached" in str(error)
         return
@@ -128,7 +129,7 @@ def test_codes_never_stand_for_infinity(name: str, dtype: torch.dtype) -> None:
     for most in (6e4, 65504.0):
         x = torch.linspace(-most, most, 512).reshape(1, 1, 64, 8).to(dtype)
         try:
-            found = QuantizedStates.quantize(x, get_cache_format(name), "token", 8).dequantize(torch.empty_like(x))
+            found = QuantizedKV.quantize(x, get_cache_format(name), "token", 8).dequantize(torch.empty_like(x))
         except CanopyError as error:
             assert "cannot be cached" in str(error) and most > 65000
         else:
@@ -141,7 +142,7 @@ def test_what_float16_scales_cannot_hold_is_refused(bad: float) -> None:
     x[0, 0, 5, 3] = bad
     for name in CACHE_FORMATS:
         with pytest.raises(CanopyError, match="cannot be cached"):
-            QuantizedStates.quantize(x, get_cache_format(name), "channel", 8)
+            QuantizedKV.quantize(x, get_cache_format(name), "channel", 8)
 
 
 def test_an_unknown_format_is_named() -> None:
