@@ -118,6 +118,7 @@ _CSS = """
 .canopyq-choices > div { flex-direction: column; width: 100%; }
 .canopyq-card button:focus-visible, .canopyq-card .noUi-handle:focus-visible { outline: 2px solid #1f6feb;
   outline-offset: 1px; }
+.canopyq-card .widget-readout { width: auto; min-width: 4em; max-width: none; overflow: visible; }
 .canopyq-card .jupyter-widgets-disconnected::before { content: none; }
 .canopyq-card.jupyter-widgets-disconnected::before {
   content: "Not connected: run this cell. If a name is missing, Run → Run All Above Selected Cell helps.";

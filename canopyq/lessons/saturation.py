@@ -59,8 +59,10 @@ class Clipped:
         return self.clipping + self.rounding
 
 
-def clipped(x: Tensor, end: float | Tensor, format: str | Format = "int8") -> Clipped:
+def clipped(x: Tensor, end: float | Tensor, format: str | Format = "int8", counts: Tensor | None = None) -> Clipped:
     """What becomes of the values of ``x`` if the symmetric range ends at ± ``end``.
+
+    ``counts`` says how often each value occurs; without them, once.
 
     Raises:
         CanopyError: for a range that ends below zero, or is none.
@@ -72,4 +74,6 @@ def clipped(x: Tensor, end: float | Tensor, format: str | Format = "int8") -> Cl
     scale, _ = affine.scale_and_zero_point(-limit, limit, format)
     squared = (affine.fake_quantize(values, scale, None, format) - values).square()
     beyond = values.abs() > limit
-    return Clipped(beyond.float().mean().item(), (squared * beyond).mean().item(), (squared * ~beyond).mean().item())
+    share = torch.ones_like(values) if counts is None else counts.flatten()
+    share = share.double() / share.sum()
+    return Clipped(*(float((each * share).sum()) for each in (beyond, squared * beyond, squared * ~beyond)))

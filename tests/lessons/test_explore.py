@@ -57,7 +57,7 @@ MOVES = {
     "float-bits": ("number", 17.3),
     "clip": ("clip", 0.4),
     "outlier": ("outlier", 200.0),
-    "choose": ("memory", 20.0),
+    "choose": ("memory", 24.0),
     "groups": ("scale", "g32"),
     "context": ("context", "256k"),
     "turns": ("turn", 3),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from ipywidgets import FloatLogSlider, SelectionSlider, Widget
+from ipywidgets import SelectionSlider, Widget
 from matplotlib.figure import Figure
 
 from canopyq.advisor import ROWS, Measurement, Needs, Option, advise, recorded
@@ -19,6 +19,7 @@ MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b", "llama-2-7b", "mistral
           "qwen2.5-32b", "llama-3.1-70b")  # fmt: skip
 CONTEXTS = {"none": 0, "4k": 4096, "32k": 32768, "128k": 131072}
 BUDGETS = (4e9, 6e9, 8e9, 16e9, 24e9)
+MEMORY = {f"{gb} GB": float(gb) for gb in (1, 2, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192)}
 SMALL = 0.1  # a cache below this share of the memory is not worth a thought
 TREE = """\
 <ol style="margin:4px 0;padding-left:22px">
@@ -46,7 +47,7 @@ class Choose(Explorer):
         return {
             "priority": buttons([priority for _, priority, _ in ROWS if priority], "balanced"),
             "model": SelectionSlider(options=MODELS, value="mistral-7b", description="model"),
-            "memory": FloatLogSlider(8.0, base=10, min=0, max=2.4, step=0.05, description="GB", readout_format=".3g"),
+            "memory": SelectionSlider(options=MEMORY, value=8.0, description="memory"),
             "context": SelectionSlider(options=CONTEXTS, value=32768, description="context"),
         }
 

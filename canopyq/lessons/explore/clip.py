@@ -23,6 +23,7 @@ class Clip(Explorer):
     def __init__(self, x: torch.Tensor) -> None:
         self.x = x.detach().float().flatten()
         self.absmax = self.x.abs().max()
+        self.values, self.counts = self.x.unique(return_counts=True)  # weights of 16 bits take few values
         self._known: dict[tuple[float, int], Clipped] = {}
 
     def make_controls(self) -> dict[str, Widget]:
@@ -34,7 +35,7 @@ class Clip(Explorer):
     def at(self, share: float, bits: int) -> Clipped:
         """What becomes of the values if the range ends at this share of absmax."""
         if (share, bits) not in self._known:
-            self._known[share, bits] = clipped(self.x, self.absmax * share, f"int{bits}")
+            self._known[share, bits] = clipped(self.values, self.absmax * share, f"int{bits}", self.counts)
         return self._known[share, bits]
 
     def draw(self, figure: Figure, clip: float, bits: int) -> str:
@@ -57,7 +58,7 @@ class Clip(Explorer):
     def _picture(self, figure: Figure, clip: float, bits: int) -> Figure:
         fig = new_figure(2.9, figure)
         left, right = fig.subplots(1, 2)
-        left.hist(numbers(self.x), bins=80, color="#9ecae1", log=True)
+        left.hist(numbers(self.values), bins=80, weights=numbers(self.counts), color="#9ecae1", log=True)
         end = self.absmax.item() * clip
         for side in (-end, end):
             left.axvline(side, color=RED, linewidth=1.5, linestyle="--")

@@ -49,8 +49,8 @@ class Context(Explorer):
         return box(
             "info",
             f"<b>{model}, {many} of {CONTEXTS[context]:,} tokens</b>: the cache takes {human(cache)} in BF16, "
-            f"{cache / weights:.2g} times the INT4 weights; with kv4 {human(sizes['cache, kv4'])}, "
-            f"{sizes['cache, kv4'] / weights:.2g} times.",
+            f"{_times(cache / weights)} times the INT4 weights; with kv4 {human(sizes['cache, kv4'])}, "
+            f"{_times(sizes['cache, kv4'] / weights)} times.",
         )
 
     @styled
@@ -76,3 +76,7 @@ class Context(Explorer):
                 names = ("weights, INT4 g128", *CACHES)
                 lines.append([model, context, *(human(sizes[name]) for name in names)])
         return ["model", "one chat of", "weights, INT4 g128", *CACHES], lines
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2g}" if ratio < 10 else f"{ratio:,.0f}"

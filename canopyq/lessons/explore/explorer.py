@@ -57,6 +57,8 @@ class Explorer(Card):
         self.line.add_class("canopyq-line")
         for control in self.controls.values():
             control.observe(self._changed, "value")
+            if hasattr(control, "readout"):  # a slider: its label and what it reads are whole
+                control.layout.width, control.style.description_width = "370px", "initial"
         self._changed()
         row = HBox(list(self.controls.values()), layout=Layout(flex_flow="row wrap", overflow="visible"))
         live = [HTML(heading("Explore", self.title)), row, self.line, self.image]

@@ -11,7 +11,7 @@ from ..roofline import H200, Machine, linear_work
 from .explorer import Explorer
 
 ROWS = tuple(2**i for i in range(13))
-BITS = {"BF16": 16.0, "INT8": 8.0, "INT4 g128": 4.125}
+BITS = {"BF16": 16.0, "W8A16": 8.0, "W4A16 g128": 4.125}
 INPUTS, OUTPUTS = 4096, 11008
 
 
@@ -27,7 +27,7 @@ class Speed(Explorer):
     def make_controls(self) -> dict[str, Widget]:
         return {
             "tokens": SelectionSlider(options=ROWS, value=1, description="tokens"),
-            "weights": buttons(list(BITS), "INT4 g128"),
+            "weights": buttons(list(BITS), "W4A16 g128"),
         }
 
     def draw(self, figure: Figure, tokens: int, weights: str) -> str:
@@ -37,9 +37,9 @@ class Speed(Explorer):
         time, gain = 1e6 * work.seconds(self.machine), full.seconds(self.machine) / work.seconds(self.machine)
         return box(
             "info",
-            f"<b>{tokens} tokens, {weights}</b>: {work.nbytes / 1e6:.1f} MB and {work.operations / 1e9:.2f} billion "
-            f"operations, {work.intensity:.1f} for each byte. At least {time:.1f} µs, set by "
-            f"{work.limit(self.machine)}; {gain:.2f} times as fast as BF16 could be.",
+            f"<b>{tokens} token{'s' * (tokens > 1)}, {weights}</b>: {work.nbytes / 1e6:.1f} MB and "
+            f"{work.operations / 1e9:.2f} billion operations, {work.intensity:.1f} for each byte. At least "
+            f"{time:.1f} µs, set by {work.limit(self.machine)}; {gain:.2f} times as fast as BF16 could be.",
         )
 
     @styled
@@ -70,4 +70,4 @@ class Speed(Explorer):
         for tokens in (1, 16, 64, 256, 1024, 4096):
             times = [1e6 * linear_work(tokens, INPUTS, OUTPUTS, bits).seconds(self.machine) for bits in BITS.values()]
             lines.append([f"{tokens:,}", *(f"{time:.1f} µs" for time in times), f"{times[0] / times[-1]:.2f}"])
-        return ["tokens", *BITS, "BF16 / INT4"], lines
+        return ["tokens", *BITS, "BF16 / W4A16"], lines
