@@ -1,88 +1,126 @@
-"""What lies on the hub: models of every class, and files under the names that their authors gave the tensors."""
+"""A model by its name: a folder, the hub's cache, or the hub, which is here a small server on this machine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import json
+import re
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 
 import pytest
-import torch
-import transformers as tf
-from torch import nn
 
-import canopyq as cq
-from canopyq.checkpoint.stream import quantize_checkpoint
+from canopyq.checkpoint.hub import model_folder
 from canopyq.errors import CanopyError
-from canopyq.tensor.scheme import Recipe
 
-SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-         "num_attention_heads": 2}  # fmt: skip
-ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-BERT = tf.BertConfig(**SIZES, max_position_embeddings=64)
-LLAMA = tf.LlamaConfig(**SIZES, num_key_value_heads=1, max_position_embeddings=64, **ENDS)
-T5 = tf.T5Config(vocab_size=96, d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2, decoder_start_token_id=0)
-WHISPER = tf.WhisperConfig(
-    vocab_size=96, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
-    encoder_ffn_dim=128, decoder_ffn_dim=128, max_source_positions=32, max_target_positions=64, num_mel_bins=16,
-    decoder_start_token_id=1, **ENDS)  # fmt: skip
-VIT = tf.ViTConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=32)
-CLASSES = {
-    "encoder": lambda: tf.BertModel(BERT),
-    "classifier": lambda: tf.BertForSequenceClassification(BERT),
-    "tagger": lambda: tf.BertForTokenClassification(BERT),
-    "reader": lambda: tf.BertForQuestionAnswering(BERT),
-    "base": lambda: tf.LlamaModel(LLAMA),
-    "decoder that classifies": lambda: tf.LlamaForSequenceClassification(LLAMA),
-    "t5": lambda: tf.T5ForConditionalGeneration(T5),
-    "t5 encoder": lambda: tf.T5EncoderModel(T5),
-    "whisper": lambda: tf.WhisperForConditionalGeneration(WHISPER),
-    "images": lambda: tf.ViTForImageClassification(VIT),
-}
+COMMITS = {"main": "a" * 40, "v1": "b" * 40}
+FILES = {
+    "config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{}", "modeling_own.py": b"code",
+    "pytorch_model.bin": b"pickle", "consolidated.safetensors": b"weights again", "original/params.json": b"{}",
+}  # fmt: skip
 
 
-def make(of: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return of().eval()
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A hub with one model, some/model, of two revisions; a cache of its own. ``asked`` are the paths it was asked for,
+    and ``close`` is a hub that cannot be reached."""
+    asked: list[str] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def answer(self, content: bytes | None, **headers: str) -> None:
+            self.send_response(404 if content is None else 200)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content or b"")
+
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            _, _, path = self.path.partition("some/model/")
+            kind, revision, file = (path.split("?")[0].split("/", 2) + ["", ""])[:3]
+            commit = COMMITS.get(revision, revision)
+            if not path:
+                self.answer(None, X_Error_Code="RepoNotFound")
+            elif commit not in COMMITS.values():
+                self.answer(None, X_Error_Code="RevisionNotFound")
+            elif kind == "revision":
+                siblings = [{"rfilename": name} for name in FILES]
+                self.answer(json.dumps({"id": "some/model", "sha": commit, "siblings": siblings}).encode())
+            elif kind == "tree":
+                entries = [{"type": "file", "path": n, "size": len(c), "oid": n} for n, c in FILES.items()]
+                self.answer(json.dumps(entries).encode())
+            else:
+                self.answer(FILES[file], ETag=f'"{commit[0]}-{file}"', X_Repo_Commit=commit)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+
+    def use(endpoint: str) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    use(f"http://127.0.0.1:{server.server_port}")
+    yield SimpleNamespace(asked=asked, close=lambda: use("http://127.0.0.1:9"))
+    server.shutdown()
+    server.server_close()
 
 
-def state(model: nn.Module) -> dict[str, bytes]:
-    """Every tensor, bit by bit."""
-    return {name: x.reshape(-1).view(torch.uint8).numpy().tobytes() for name, x in model.state_dict().items()}
+def failure(name: str, revision: str | None = None) -> str:
+    with pytest.raises(CanopyError) as caught:
+        model_folder(name, revision)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_a_model_of_any_class_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
-    model = make(CLASSES[name])
-    model.save_pretrained(tmp_path / "source")
-    recipe = Recipe.parse("w8a16")
-    if name == "whisper":
-        recipe = replace(recipe, ignore=[*recipe.ignore, "proj_out"])  # the head, tied to the embedding
-    cq.quantize_(model, recipe)
-    saved = cq.save(model, tmp_path / "saved")
-    assert saved.check.tokens >= 64 and saved.check.max_abs_difference == 0
-    loaded = cq.load(tmp_path / "saved")
-    assert type(loaded) is type(model) and state(loaded) == state(model)
-    quantize_checkpoint(tmp_path / "source", recipe, tmp_path / "streamed")
-    assert state(cq.load(tmp_path / "streamed")) == state(model)
+def test_a_folder_goes_before_the_hub(hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "model").mkdir(parents=True)
+    assert model_folder("some/model") == Path("some/model") and not hub.asked
+    assert "'v1'" in failure("some/model", "v1")
 
 
-def test_a_model_that_wants_two_inputs_is_saved_unjudged_or_not(tmp_path: Path) -> None:
-    text = {**SIZES, "max_position_embeddings": 64}
-    model = make(lambda: tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=VIT.to_dict())))
-    cq.quantize_(model, "w8a16")
-    with pytest.raises(CanopyError, match="check=False"):
-        cq.save(model, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-    cq.save(model, tmp_path / "out", check=False)
-    assert state(cq.load(tmp_path / "out")) == state(model)
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "nowhere", "no such/model", "../x/y"])
+def test_what_is_neither_folder_nor_id(name: str, hub) -> None:
+    assert repr(name) in failure(name) and not hub.asked
 
 
-def test_settings_of_generation_are_judged_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make(lambda: tf.LlamaForCausalLM(LLAMA))
-    cq.quantize_(model, "w8a16")
-    model.generation_config.temperature = 0.5  # and do_sample=False, which transformers will not write
-    monkeypatch.setattr("canopyq.checkpoint.save.contents", lambda model: pytest.fail("the work had begun"))
-    with pytest.raises(CanopyError, match="temperature"):
-        cq.save(model, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+def test_a_model_is_fetched_once_without_code_or_pickles(hub) -> None:
+    folder = model_folder("some/model")
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    fetched = [path for path in hub.asked if "/resolve/" in path]
+    assert model_folder("some/model") == folder
+    assert [path for path in hub.asked if "/resolve/" in path] == fetched
+    hub.close()
+    assert model_folder("some/model") == folder and model_folder("some/model", COMMITS["main"]) == folder
+
+
+def test_a_revision(hub) -> None:
+    assert model_folder("some/model", "v1").name == COMMITS["v1"]
+    assert "'v9'" in failure("some/model", "v9")
+    hub.close()
+    assert model_folder("some/model", "v1").name == COMMITS["v1"]
+    assert "cannot be reached" in failure("some/model")  # of main there is nothing
+
+
+def test_a_model_that_the_hub_does_not_have(hub) -> None:
+    assert re.search(r"does not give 'nobody/nothing'.*404", failure("nobody/nothing"))
+    assert len(hub.asked) == 1
+
+
+def test_without_a_network(hub) -> None:
+    hub.close()
+    message = failure("some/model")
+    assert "'some/model'" in message and "cannot be reached" in message and not hub.asked
