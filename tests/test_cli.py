@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from canopyq.cli.examine import MOST_QUESTIONS
 from canopyq.cli.output import console
 from canopyq.errors import CanopyError, shown
 from canopyq.evaluate.machine import Check
+from canopyq.kernels import select
 from canopyq.tensor.formats import FORMATS
 from canopyq.tutor import SKILLS, loading
 from canopyq.tutor.exam import up_to
@@ -707,6 +709,56 @@ def test_the_app_raises_its_errors_for_python_callers() -> None:
     assert isinstance(found.exception, CanopyError) and found.stdout == ""
     assert runner.invoke(cli.app, ["size", "7B", "--foo"]).exit_code == 2
     assert runner.invoke(cli.app, ["size", "7B"]).exit_code == 0
+
+
+# 80 columns -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`canopyq bench` with long numbers and the longest name of a kernel, and nothing to wait for."""
+    from canopyq.evaluate import bench
+    from canopyq.evaluate.bench import Timed
+
+    kernel = max((kernel.name for kernel in select.KERNELS), key=len)
+    times = [Timed(recipe, 8192, 28672, rows, kernel, 123456.7, 234567.8, 9e-07)
+             for recipe in ("w4a16-g128", "w4a16-channel") for rows in (1, 1024)]  # fmt: skip
+    monkeypatch.setattr(bench, "bench", lambda *_: times)
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
+@pytest.mark.parametrize(
+    "words",
+    ["doctor", "size 70B --group-size 32 --asymmetric", "size 1.5T", "bench", "explain tutor --recipe w8a16",
+     "explain tutor --recipe w8a8", "eval tutor --questions 1 --recipe w4a16-g128+kv4",
+     "quantize tutor --recipe w4a16-g128 --out x --dry-run", "advise --model 7B --memory 8GB --context 32k --gpu h100",
+     "advise --model tutor --memory 5MB", "inspect saved", "chat tutor --recipe w4a16-g128+kv4"],
+)  # fmt: skip
+def test_everything_can_be_read_in_80_columns(
+    words: str, terminal: bool, timed, canopyq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal no line is longer, and in a pipe no table is; no word is broken or left out: they are those that
+    are printed where there is room for them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console, "_force_terminal", terminal)
+    if words.startswith("inspect"):
+        model, tokenizer = cq.tutor.load()
+        cq.quantize_(model, "w4a16-g128")
+        cq.save(model, "saved", tokenizer, check=False)
+    printed = {}
+    for width in (80, 1000):
+        monkeypatch.setattr(console, "_width", width)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("What is 7 + 5?\n"))
+        done = canopyq(*words.split())
+        assert not done.err and done.code in (0, 1)
+        printed[width] = re.sub(r"\x1b\[[\d;]*m", "", done.out)
+    if not terminal:
+        broken = set(printed[80].splitlines()) - set(printed[1000].splitlines())
+    else:
+        broken = set(printed[80].splitlines())
+    assert max(map(len, broken), default=0) <= 80
+    at_80, at_1000 = (Counter(re.sub("[─━│┃┏┓┗┛┡┩┳╇┴┌┐└┘├┤┼█]", " ", text).split()) for text in printed.values())
+    assert at_80 == at_1000, (at_80 - at_1000, at_1000 - at_80)
 
 
 # explain --------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from rich.table import Table
 
 import canopyq as cq
 from canopyq.cli.named import RevisionOption, load_named
-from canopyq.cli.output import JsonFlag, cell, console, print_json, print_plain
+from canopyq.cli.output import JsonFlag, cell, console, print_json, print_plain, table
 from canopyq.errors import CanopyError, shown
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TOKENS = 8192  # what text_quality takes too, which needs torch to be loaded
 MOST_QUESTIONS = 816  # of 17 skills, the one with the fewest held-out questions has 48
-BAR = 30  # characters of the longer bar
+BAR = 20  # characters of the longer bar
 
 
 def evaluate(
@@ -308,7 +308,7 @@ def _turn(talk: Conversation, question: str, who: str) -> None:
     except CanopyError as error:
         print_plain(f"{error}: type /new", "red")
         return
-    console.print(f"[bold green]{who}>[/] {cell(answer)}", highlight=False, soft_wrap=True)
+    console.print(f"[bold green]{who}>[/] {cell(answer)}", highlight=False, soft_wrap=not console.is_terminal)
     console.print(_bars(talk))
 
 
@@ -319,14 +319,14 @@ def _bars(talk: Conversation) -> Table:
     weights, cache = talk.weight_bytes, talk.cache_bytes
     kind = getattr(talk.cache, "format", None)
     tokens = f"{talk.tokens:,}" + ("" if talk.limit is None else f" of {talk.limit:,}")
-    table = Table(box=None, show_header=False, padding=(0, 1, 0, 0), style="dim")
+    bars = Table(box=None, show_header=False, padding=(0, 1, 0, 0), style="dim")
     for name, size, note in (
         ("weights", weights, ""),
         ("cache", cache, f"{kind.name if kind else 'not quantized'}, {tokens} tokens"),
     ):
         bar = "█" * max(1, round(BAR * size / max(weights, cache)))
-        table.add_row(name, f"[{'yellow' if name == 'cache' else 'blue'}]{bar}[/]", human(size), note)
-    return table
+        bars.add_row(name, f"[{'yellow' if name == 'cache' else 'blue'}]{bar}[/]", human(size), note)
+    return bars
 
 
 def explain(
@@ -357,9 +357,10 @@ def explain(
         print_json({"layers": layers})
         return
     for title, first in found.groups().items():
-        table = Table("kernel", "runs for", "or why not", title=cell(title), title_justify="left")
+        print_plain(title, "italic")
+        kernels = table("kernel", "runs for, or why not")
         for kernel, rows in first.runs.items():
-            table.add_row(cell(kernel), cell(rows), "", style="bold green")
+            kernels.add_row(cell(kernel), cell(rows), style="bold green")
         for kernel, reason in first.refused.items():
-            table.add_row(cell(kernel), "", cell(reason))
-        console.print(table)
+            kernels.add_row(cell(kernel), cell(reason))
+        console.print(kernels)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 import canopyq as cq
-from canopyq.cli.output import JsonFlag, cell, console, print_json, print_plain
+from canopyq.cli.output import JsonFlag, cell, console, print_json, print_plain, table
 
 
 def doctor(as_json: JsonFlag = False) -> None:
@@ -20,13 +20,13 @@ def doctor(as_json: JsonFlag = False) -> None:
     if as_json:
         print_json({"machine": machine, "checks": [vars(check) for check in found]})
     else:
-        table = Table("what", "found", title=f"canopyq {cq.__version__}", title_justify="left")
+        print_plain(f"canopyq {cq.__version__}", "italic")
+        found_here = table("what", "found")
         for name, value in machine.items():
-            table.add_row(name, cell(value))
-        console.print(table)
+            found_here.add_row(name, cell(value))
+        console.print(found_here)
         for check in found:
-            verdict = "[green]ok [/]" if check.ok else "[red]no [/]"
-            console.print(f"{verdict} {cell(f'{check.name}: {check.detail}')}", highlight=False, soft_wrap=True)
+            print_plain(f"{'ok' if check.ok else 'no'}  {check.name}: {check.detail}", "green" if check.ok else "red")
     if not all(check.ok for check in found if check.needed):
         raise typer.Exit(1)
 
@@ -58,22 +58,18 @@ def size(
         print_json({"model": model, "parameters": count, "group_size": group_size, "bytes": formats})
         return
     groups = f", groups of {group_size}" if group_size else ", one scale a row or tensor (not counted)"
-    console.print(f"{count:,} weights{groups}", style="italic", highlight=False, soft_wrap=True)
-    table = Table()
-    for heading in ("format", "codes", "scales", *(["zero points"] if asymmetric else []), "total", "of FP32"):
-        table.add_column(heading, overflow="fold")  # a narrow terminal gets more lines, and all of each number
+    print_plain(f"{count:,} weights{groups}", "italic")
+    sizes = table("format", "codes", "scales", *(["zero points"] if asymmetric else []), "total", "of FP32")
     for name, row in sorted(rows.items(), key=lambda item: -item[1].total):
         share = f"{100 * row.total / (4 * count):.1f} %"
         parts = [row.codes, row.scales, *([row.zero_points] if asymmetric else [])]
         cells = [human(part) if part else "" for part in parts]
-        table.add_row(name, *cells, human(row.total), share, style="bold green" if name == chosen else "")
-    console.print(table)
+        sizes.add_row(name, *cells, human(row.total), share, style="bold green" if name == chosen else "")
+    console.print(sizes)
     row = rows[chosen]
     extra = f" + {human(row.scales)} of scales" if row.scales else ""
     extra += f" + {human(row.zero_points)} of zero points" if row.zero_points else ""
-    console.print(
-        f"{chosen}: {human(row.codes)} of codes{extra} = [bold]{human(row.total)}[/]", highlight=False, soft_wrap=True
-    )
+    print_plain(f"{chosen}: {human(row.codes)} of codes{extra} = {human(row.total)}")
 
 
 def inspect(
@@ -140,8 +136,10 @@ def bench(
         print_json({"machine": describe(), "device": place, "results": results})
         return
     plain = "bfloat16" if place.startswith("cuda") else "float32"
-    table = Table("layer", "recipe", "rows", "µs", f"{plain} µs", "faster", "error", "kernel")
-    for x in timed:
-        cells = [f"{x.inputs}→{x.outputs}", cell(x.recipe), str(x.rows), f"{x.us:.1f}", f"{x.unquantized_us:.1f}"]
-        table.add_row(*cells, f"{x.speedup:.2f}×", f"{x.error:.1g}", cell(x.kernel))
-    console.print(table)
+    for (inputs, outputs, name), rows in groupby(timed, lambda x: (x.inputs, x.outputs, x.recipe)):
+        print_plain(f"{inputs}→{outputs}, {name}", "italic")
+        times = table("rows", "µs", f"{plain} µs", "faster", "error", "kernel")
+        for x in rows:
+            numbers = f"{x.us:.1f}", f"{x.unquantized_us:.1f}", f"{x.speedup:.2f}×", f"{x.error:.1g}"
+            times.add_row(str(x.rows), *numbers, cell(x.kernel))
+        console.print(times)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from canopyq.errors import printable
 
@@ -21,9 +24,28 @@ def print_json(content: Any) -> None:
 
 
 def print_plain(text: object, style: str | None = None) -> None:
-    """Lines as they are, without markup, and never broken by a narrow terminal."""
-    lines = "\n".join(map(printable, str(text).split("\n")))
-    console.print(lines, style=style, highlight=False, markup=False, soft_wrap=True)
+    """Lines as they are, without markup: whole in a pipe, where grep finds them, broken between words on a terminal.
+    What is broken off goes on below the text, to the right of what the line is called."""
+    lines = list(map(printable, str(text).split("\n")))
+    if console.is_terminal:
+        lines = [part for line in lines for part in _broken(line)]
+    console.print("\n".join(lines), style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def _broken(line: str) -> list[str]:
+    name = re.match(r" *(?:\S.{0,20}?  +)?", line).group()
+    indent = " " * len(name)
+    return textwrap.wrap(
+        line, console.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    ) or [line]
+
+
+def table(*headings: str) -> Table:
+    """A table whose cells go on in another line where the terminal is narrow: nothing is cut off."""
+    made = Table()
+    for heading in headings:
+        made.add_column(heading, overflow="fold")
+    return made
 
 
 def cell(text: object) -> str:
