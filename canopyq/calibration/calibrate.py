@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canopyq import checks
@@ -23,7 +22,7 @@ from canopyq.calibration.data import Batch, read_batches
 from canopyq.calibration.mode import eval_mode
 from canopyq.calibration.statistics import ActivationStats, Seen
 from canopyq.errors import CanopyError, by_reason, unknown
-from canopyq.nn.targets import expert_weights, linear_kind
+from canopyq.nn.sites import Kind, Site, weight_sites
 from canopyq.utils import progress
 
 SETTLED = 0.05  # a range that the second half of the data widens by less than this is called settled
@@ -169,21 +168,19 @@ def calibration_blocks(
         yield block, {name: collector.statistics.pop(name) for name in names if name in collector.statistics}
 
 
-def _layers(model: nn.Module, wanted: Collection[str] | None) -> dict[str, str]:
-    """Layer -> the name of the module whose inputs tell of it."""
+def _layers(model: nn.Module, wanted: Collection[str] | None) -> dict[str, Site]:
+    """Layer -> the weight whose inputs are watched."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    found = {}
-    for name, module in model.named_modules():
-        kind = linear_kind(module)
-        if kind == "expert":
-            found |= {f"{name}.{part}": name for part in expert_weights(module)}
-        elif kind is not None and (module is not head or wanted is not None):
-            found[name] = name
+    found = {
+        site.name: site
+        for site in weight_sites(model)
+        if site.kind.multiplies and (site.module is not head or wanted is not None)
+    }
     if wanted is None:
         return found
     if missing := [layer for layer in wanted if layer not in found]:
         raise unknown("linear layer", missing[0], found)
-    return {layer: module for layer, module in found.items() if layer in wanted}
+    return {layer: site for layer, site in found.items() if layer in wanted}
 
 
 class _Collector:
@@ -215,14 +212,14 @@ class _Collector:
         """Layers that no token reached, and why."""
         never, not_sent = "the model never called it", "the router sent no token to it"
         return {
-            layer: not_sent if module in self._called else never
-            for layer, module in self.watched.items()
+            layer: not_sent if site.owner in self._called else never
+            for layer, site in self.watched.items()
             if layer not in self.statistics
         }
 
     def inside(self, block: str) -> list[str]:
         """The watched layers of a block."""
-        return [layer for layer, module in self.watched.items() if module.startswith(f"{block}.")]
+        return [layer for layer in self.watched if layer.startswith(f"{block}.")]
 
     def begin(self, batch: Batch) -> None:
         """Say which batch comes next."""
@@ -233,10 +230,10 @@ class _Collector:
 
     @contextmanager
     def watching(self, layers: Collection[str]) -> Iterator[None]:
-        modules = dict.fromkeys(self.watched[layer] for layer in layers)
+        sites = {site.owner: site for site in (self.watched[layer] for layer in layers)}
         handles = [
-            self.model.get_submodule(name).register_forward_pre_hook(self._hook(name), with_kwargs=True)
-            for name in modules
+            site.module.register_forward_pre_hook(self._hook(name, site.kind), with_kwargs=True)
+            for name, site in sites.items()
         ]
         try:
             yield
@@ -245,27 +242,17 @@ class _Collector:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, name: str) -> Callable:
+    def _hook(self, owner: str, kind: Kind) -> Callable:
+        parts = {site.part: layer for layer, site in self.watched.items() if site.owner == owner}
+
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             given = [*args, *kwargs.values()]
-            self._called.add(name)
-            if linear_kind(module) == "expert":
-                self._experts(name, module, given[0], given[1])
-            else:
-                self._add([name], given[0])
+            self._called.add(owner)
+            for own, x, token in kind.inputs(module, given, parts):
+                sample = None if token is None else self._sample_of(owner, given[0])[token]
+                self._add([parts[part] for part in own if part in parts], x, sample)
 
         return hook
-
-    def _experts(self, name: str, module: nn.Module, x: Tensor, chosen: Tensor) -> None:
-        """Each expert sees the tokens that were routed to it; what goes into its last projection is computed here."""
-        sample = self._sample_of(name, x)
-        for number, (gate_up, _) in enumerate(zip(module.gate_up_proj, module.down_proj, strict=True)):
-            token = (chosen == number).any(-1).nonzero().flatten()
-            routed, own = x[token], sample[token]
-            self._add([f"{name}.{number}.gate_proj", f"{name}.{number}.up_proj"], routed, own)
-            if f"{name}.{number}.down_proj" in self.watched and len(token):
-                gate, up = F.linear(routed, gate_up).chunk(2, dim=-1)
-                self._add([f"{name}.{number}.down_proj"], module.act_fn(gate) * up, own)
 
     def _add(self, layers: list[str], x: Tensor, sample: Tensor | None = None) -> None:
         layers = [layer for layer in layers if layer in self.watched]

@@ -32,7 +32,7 @@ def output_errors(
 
         return hook
 
-    handles = [t.module.register_forward_hook(watch(t)) for t in targets if t.kind in ("linear", "conv1d")]
+    handles = [t.module.register_forward_hook(watch(t)) for t in targets if t.kind.is_linear]
     try:
         with eval_mode(model):
             for batch in track(batches, "measuring output errors", len(batches)):

@@ -13,13 +13,11 @@ from canopyq.checkpoint.names import Names
 from canopyq.errors import CanopyError, prefixed
 from canopyq.methods.registry import Method
 from canopyq.methods.rotation import needs_online
-from canopyq.nn.embedding import QuantizedEmbedding, is_embedding
-from canopyq.nn.experts import is_experts
 from canopyq.nn.hadamard import online_hadamard
 from canopyq.nn.linear import QuantizedLinear
 from canopyq.nn.offload import is_away, lies
 from canopyq.nn.outlier_linear import OutlierLinear
-from canopyq.nn.targets import linear_kind
+from canopyq.nn.sites import Kind, weight_holders, weight_sites
 from canopyq.tensor.formats import IntFormat
 from canopyq.tensor.scheme import Recipe, Scheme
 
@@ -30,12 +28,12 @@ class Layer:
 
     Attributes:
         name: in the files.
-        kind: ``"linear"``, ``"conv1d"``, ``"embedding"`` or ``"expert"``.
+        kind: of the module that holds its weight before it is quantized.
         weights, activations, static: as in `Group`. What goes into an embedding, token ids, is never quantized.
     """
 
     name: str
-    kind: str
+    kind: Kind
     weights: Scheme
     activations: Scheme | None
     static: bool
@@ -50,18 +48,18 @@ def grouped(layers: Iterable[Layer]) -> list[Group]:
     kinds: dict[tuple, list[Layer]] = {}
     for layer in layers:
         weights, inputs = layer.weights, layer.activations
-        key = (weights.format, weights.granularity, weights.symmetric, inputs, layer.static, layer.kind == "conv1d")
+        key = (weights.format, weights.granularity, weights.symmetric, inputs, layer.static, layer.kind.transposed)
         kinds.setdefault(key, []).append(layer)
     groups = []
     for i, alike in enumerate(kinds.values()):
         first = alike[0]
         targets = [layer.name for layer in alike]
         if len(kinds) == 1:
-            targets = ["Embedding" if layer.kind == "embedding" else "Linear" for layer in alike]
+            targets = [layer.kind.config_class for layer in alike]
         format = disk_format(first.weights, first.activations)
         targets = tuple(dict.fromkeys(targets))
         groups.append(Group(f"group_{i}", targets, first.weights, first.activations, format, first.static,
-                            first.kind == "conv1d"))  # fmt: skip
+                            first.kind.transposed))  # fmt: skip
     return groups
 
 
@@ -74,7 +72,7 @@ def layers_of(model: nn.Module, original: nn.Module, files: Names) -> list[Layer
     Raises:
         CanopyError: for a model without quantized layers, or with one that no file holds.
     """
-    were = dict(original.named_modules(remove_duplicate=False))
+    sites = {name: site for site in weight_sites(original) for name in site.names}
     layers = []
     for name, module in model.named_modules(remove_duplicate=False):
         if is_away(module):
@@ -84,8 +82,12 @@ def layers_of(model: nn.Module, original: nn.Module, files: Names) -> list[Layer
             )
         if isinstance(module, QuantizedLinear):
             _check(name, module, model)
-            kind, static = _kind(name, module, were), module.input_scale is not None
-            layers.append(Layer(files.of_layer(name), kind, module.scheme, module.activations, static))
+            if name not in sites:
+                raise CanopyError(
+                    f"{name} is no layer that quantize_ puts into {type(original).__name__}; only those are written"
+                )
+            static = module.input_scale is not None
+            layers.append(Layer(files.of_layer(name), sites[name].kind, module.scheme, module.activations, static))
     if not layers:
         raise CanopyError("the model is not quantized; call cq.quantize_(model, recipe) first, or use save_pretrained")
     return layers
@@ -123,15 +125,17 @@ def ignored(model: nn.Module, layers: Iterable[Layer], files: Names) -> list[str
         model: quantized, or on its way to be.
         layers: what is quantized of it, or will be.
     """
-    quantized, embeds = {layer.name for layer in layers}, any(layer.kind == "embedding" for layer in layers)
+    layers = list(layers)
+    quantized, embeds = {layer.name for layer in layers}, any(not layer.kind.multiplies for layer in layers)
     found: list[str] = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        weight = module._parameters.get("weight")
-        if is_experts(module):
-            tensors = [f"{name}.gate_up_proj", f"{name}.down_proj"]
-            found += [file.removesuffix(".weight") for tensor in tensors for file in files.of(tensor)]
-        elif weight is not None and weight.dim() == 2 and (embeds or not isinstance(module, nn.Embedding)):
-            found += dict.fromkeys([file, name]) if (file := files.of_layer(name)) not in quantized else []
+    for holder in weight_holders(model):
+        weight = holder.tensors.get("weight")
+        for name in holder.names:
+            if any(site.part for site in holder.sites):
+                tensors = dict.fromkeys(f"{name}.{leaf}" for leaf in holder.tensors)
+                found += [file.removesuffix(".weight") for tensor in tensors for file in files.of(tensor)]
+            elif weight is not None and weight.dim() == 2 and (embeds or not isinstance(holder.module, nn.Embedding)):
+                found += dict.fromkeys([file, name]) if (file := files.of_layer(name)) not in quantized else []
     return [name for name in found if name not in quantized]
 
 
@@ -149,24 +153,6 @@ def _check(name: str, layer: QuantizedLinear, model: nn.Module) -> None:
         )
     with prefixed(f"{name}: "):
         disk_format(layer.scheme, layer.activations)
-
-
-def _kind(name: str, layer: QuantizedLinear, were: dict[str, nn.Module]) -> str:
-    """What a quantized layer was: ``"linear"``, ``"conv1d"``, ``"embedding"`` or ``"expert"``."""
-    was = were.get(name)
-    if isinstance(layer, QuantizedEmbedding):
-        kind, known = "embedding", was is not None and is_embedding(was)
-    elif was is None:
-        kind, known = "expert", is_experts(were.get(name.rsplit(".", 2)[0], nn.Identity()))
-    else:
-        kind = linear_kind(was)
-        known = kind in ("linear", "conv1d")
-    if not known:
-        raise CanopyError(
-            f"{name} was {'nothing' if was is None else f'a {type(was).__name__}'} in {type(were['']).__name__}; only "
-            "what quantize_ puts into a model is written"
-        )
-    return kind
 
 
 def word(group: Group) -> str:

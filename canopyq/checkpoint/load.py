@@ -21,9 +21,8 @@ from canopyq.checkpoint.pretrained import teach_transformers
 from canopyq.checkpoint.skeleton import build, compute_buffers, quiet, read_model_config
 from canopyq.checkpoint.wanted import Wanted, part_shape, plain, quantized, tied
 from canopyq.errors import CanopyError, and_more, one_line, prefixed, shown
-from canopyq.nn.embedding import QuantizedEmbedding
-from canopyq.nn.experts import QuantizedExperts
 from canopyq.nn.linear import QuantizedLinear
+from canopyq.nn.sites import put_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,15 +150,13 @@ def _fill(
         module, _, leaf = name.rpartition(".")
         if module in layers and name not in plainly:
             held[module].append(leaf)
-    experts: dict[str, list[QuantizedLinear]] = {}
-    for name, layer in layers.items():
-        made = _layer(layer, name, {leaf: _own(read(f"{name}.{leaf}"), place) for leaf in held[name]})
-        if layer.kind == "expert":
-            experts.setdefault(layer.layer.rsplit(".", 2)[0], []).append(made)
-        else:
-            model.set_submodule(layer.layer, made)
-    for name, projections in experts.items():
-        model.set_submodule(name, QuantizedExperts.like(model.get_submodule(name), projections))
+    made = {
+        layer.name: _layer(layer, name, {leaf: _own(read(f"{name}.{leaf}"), place) for leaf in held[name]})
+        for name, layer in layers.items()
+    }
+    owners = {layer.module: layer.owner for layer in layers.values()}
+    for module, new in put_layers(list(layers.values()), made).items():
+        model.set_submodule(owners[module], new)
     _tie(model, rest)
     for name, buffer in list(model.named_buffers()):
         checked = buffer.dtype.itemsize == 1  # E4M3 codes, when they were read; and as one of them, infinity is 448
@@ -181,10 +178,8 @@ def _layer(layer: Wanted, file: str, tensors: Mapping[str, Tensor]) -> Quantized
         fixed = input_from_disk(tensors, group.activations, dtype) if group.static else (None, None)
         own = {leaf: tensor for leaf, tensor in tensors.items() if leaf.startswith("weight")}
         weight = from_disk(own, group.weights, layer.shape, dtype)
-    if layer.kind == "embedding":
-        return QuantizedEmbedding.like(layer.module, weight).eval()
-    bias = None if layer.kind == "expert" else layer.module.bias
-    return QuantizedLinear(weight, bias, group.activations, *fixed).eval()
+    bias = layer.module.bias if layer.kind.is_linear else None
+    return layer.kind.layer(layer.module, weight, bias, group.activations, *fixed).eval()
 
 
 class _Reader:

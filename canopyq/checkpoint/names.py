@@ -7,13 +7,14 @@ and often under other names: Mixtral's ``mlp.experts.gate_up_proj`` is ``block_s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from canopyq.errors import CanopyError, one_line
-from canopyq.nn.experts import is_experts
+from canopyq.nn.sites import weight_holders
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,16 @@ def names_of(model: nn.Module) -> Names:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    fused = [name for name, module in model.named_modules() if is_experts(module)]
+    fused = [holder for holder in weight_holders(model) if any(site.part for site in holder.sites)]
+    shapes = {  # of the numbers that stand for a tensor: one for each part
+        f"{holder.name}.{leaf}": shape for holder in fused for leaf, shape in holder.kind.parted(holder.tensors).items()
+    }
     probes: dict[str, Tensor] = {}
-    given: dict[str, range] = {}  # the numbers that stand for a tensor, one for each part of it
     first = 0
     for name, tensor in model.state_dict().items():
-        module, _, leaf = name.rpartition(".")
-        count = tensor.shape[0] * (2 if leaf == "gate_up_proj" else 1) if module in fused else 1
-        given[name] = range(first, first + count)
-        numbers = torch.arange(first, first + count)
-        probes[name] = numbers.reshape((tensor.shape[0], -1, 1) if module in fused else (1,) * tensor.dim())
-        first += count
+        shape = shapes.get(name, (1,) * tensor.dim())
+        probes[name] = torch.arange(first, first + math.prod(shape)).reshape(shape)
+        first += probes[name].numel()
     try:
         written = revert_weight_conversion(model, probes)
     except Exception as error:  # whatever a conversion of another shape raises
@@ -74,13 +74,13 @@ def names_of(model: nn.Module) -> Names:
         ) from error
     held = {tuple(numbers.flatten().tolist()): name for name, numbers in written.items()}
     tensors, layers = {}, {}
-    for name, numbers in given.items():
-        parts = tuple(held.get((number,), "") for number in numbers)
-        tensors[name] = parts if all(parts) else (held.get(tuple(numbers), name),)
-    for module in fused:
-        gate_up, down = tensors[f"{module}.gate_up_proj"], tensors[f"{module}.down_proj"]
-        if len(gate_up) == 2 * len(down):  # else files hold them fused too
-            for i in range(len(down)):
-                projections = {"gate_proj": gate_up[2 * i], "up_proj": gate_up[2 * i + 1], "down_proj": down[i]}
-                layers |= {f"{module}.{i}.{name}": file.removesuffix(".weight") for name, file in projections.items()}
+    for name, numbers in probes.items():
+        every = numbers.flatten().tolist()
+        parts = tuple(held.get((number,), "") for number in every)
+        tensors[name] = parts if all(parts) else (held.get(tuple(every), name),)
+    for holder in fused:
+        own = {leaf: probes[f"{holder.name}.{leaf}"] for leaf in holder.tensors}
+        names = {part: held.get((int(number),), "") for part, (_, number) in holder.kind.split(own).items()}
+        if all(names.values()):  # else files hold them fused too
+            layers |= {f"{holder.name}.{part}": file.removesuffix(".weight") for part, file in names.items()}
     return Names(tensors, layers)

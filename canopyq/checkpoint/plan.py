@@ -103,7 +103,7 @@ class Plan:
         whole = 12 if self.recipe.weights.granularity.kind == "tensor" else 0  # then nothing is done in chunks
 
         def needed(step: Step) -> int:
-            turned = step.info.nbytes if step.layer.kind == "conv1d" else 0
+            turned = step.info.nbytes if step.layer.kind.transposed else 0
             return step.info.nbytes + turned + 2 * step.nbytes + whole * torch.Size(step.info.shape).numel()
 
         return WORK + max(map(needed, self.quantized))
@@ -162,12 +162,12 @@ def make_plan(source: Checkpoint, recipe: Recipe, shard_bytes: int = SHARD_BYTES
                 f"{target.name} is a {type(target.module).__name__} that the files do not hold as {name}.weight of its "
                 "own; add it to the recipe's ignore list, or load the model and use quantize_"
             )
-        if target.kind == "embedding" and _shared(target.module, model):
+        if not target.kind.multiplies and _shared(target.module, model):
             raise CanopyError(
                 f"{target.name} and the output head are one tensor in the files, and quantized they are two; load the "
                 "model and use quantize_, or leave +embed out"
             )
-        inputs = None if target.kind == "embedding" else recipe.activations
+        inputs = recipe.activations if target.kind.multiplies else None
         layers[f"{name}.weight"] = Layer(name, target.kind, recipe.weights, inputs, static=False)
     config = write_config(grouped(layers.values()), ignored(model, layers.values(), files))
     order = sorted(source.tensors.items(), key=lambda item: (str(item[1][0]), item[1][1].start, item[0]))
@@ -227,7 +227,7 @@ def _match(source: Checkpoint, model: nn.Module, files: Names) -> list[str]:
 
 
 def _shape(info: TensorInfo, layer: Layer) -> tuple[int, int]:
-    return info.shape[::-1] if layer.kind == "conv1d" else info.shape
+    return info.shape[::-1] if layer.kind.transposed else info.shape
 
 
 def _outputs(name: str, info: TensorInfo, layer: Layer | None) -> Announced:

@@ -130,7 +130,7 @@ def _do(step: Step, plan: Plan, writer: Writer) -> None:
         return
     with prefixed(f"{layer.name}: "):
         weight = plan.source.read(step.name)
-        weight = weight.t().contiguous() if layer.kind == "conv1d" else weight
+        weight = weight.t().contiguous() if layer.kind.transposed else weight
         global_scale = None
         if len(step.together) > 1:
             global_scale = global_scale_of(map(plan.source.read, step.together), layer.weights)

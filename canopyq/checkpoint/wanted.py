@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -12,26 +12,17 @@ from canopyq.checkpoint.config import Group, Quantization
 from canopyq.checkpoint.files import Checkpoint
 from canopyq.checkpoint.names import Names
 from canopyq.errors import CanopyError
-from canopyq.nn.embedding import is_embedding
-from canopyq.nn.experts import expert_weights
-from canopyq.nn.targets import linear_kind
+from canopyq.nn.sites import Site, weight_holders
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A quantized weight, and what becomes of it.
+@dataclass(frozen=True, eq=False)
+class Wanted(Site):
+    """A quantized weight.
 
     Attributes:
-        layer: its name in the model: the module's, or for an expert ``<module>.<number>.<projection>``.
-        module: what holds the weight in a model that is not quantized.
-        kind: ``"linear"``, ``"conv1d"``, ``"embedding"`` or ``"expert"``.
-        shape: (out_features, in_features); of an embedding (vocabulary, hidden).
+        group: how it is quantized.
     """
 
-    layer: str
-    module: nn.Module
-    kind: str
-    shape: tuple[int, int]
     group: Group
 
 
@@ -48,58 +39,36 @@ def quantized(model: nn.Module, files: Names, quantization: Quantization) -> dic
         CanopyError: if that is nothing, a layer of a kind that is never held quantized, or some experts of a layer and
             not all of them.
     """
+    named: dict[str, str] = {}  # in the files -> what configs call such layers
+    holders = weight_holders(model)
+    for holder in holders:
+        if holder.kind is not None:
+            named |= {files.of_layer(site.name): holder.kind.config_class for site in holder.sites}
+        elif isinstance(holder.module, (nn.Linear, nn.Embedding)):
+            named[files.of_layer(holder.name)] = "Linear" if isinstance(holder.module, nn.Linear) else "Embedding"
+    groups = quantization.groups_of(named)
     found: dict[str, Wanted] = {}
-    modules = [(name, module, list(_weights(name, module))) for name, module in model.named_modules()]
-    groups = quantization.groups_of(
-        {
-            files.of_layer(layer): "Embedding" if isinstance(module, nn.Embedding) else "Linear"
-            for _, module, weights in modules
-            for layer, _, _ in weights
-        }
-    )
-    for name, module, weights in modules:
-        own = {}
-        for layer, kind, shape in weights:
-            file = files.of_layer(layer)
-            group = groups[file]
-            if group is not None and kind is None:
-                raise CanopyError(
-                    f"{file} is a {type(module).__name__}; canopyq holds plain nn.Linear and nn.Embedding quantized"
-                )
-            if group is not None:
-                own[file] = Wanted(layer, module, kind, shape, group)
-        if own and len(own) < len(weights):
+    for holder in holders:
+        own = {files.of_layer(site.name): site for site in holder.sites}
+        if not own and groups.get(file := files.of_layer(holder.name)) is not None:
+            raise CanopyError(f"{file} is said to be quantized, and is {holder.reason}")
+        wanted = {file: Wanted(**vars(site), group=groups[file]) for file, site in own.items() if groups[file]}
+        if wanted and len(wanted) < len(own):
             raise CanopyError(
-                f"{len(own)} of {len(weights)} projections of {name} are quantized; canopyq holds all experts of a "
-                "layer quantized or none"
+                f"{len(wanted)} of {len(own)} projections of {holder.name} are quantized; canopyq holds all experts of "
+                "a layer quantized or none"
             )
-        found |= own
+        found |= wanted
     if not found:
         raise CanopyError("quantization_config names no linear layer of this model; mend its targets")
     return found
-
-
-def _weights(name: str, module: nn.Module) -> Iterator[tuple[str, str | None, tuple[int, int]]]:
-    """Layer, kind and shape of every weight of a module that a config can name; the kind is None for layers that do
-    more with it than multiply or look up."""
-    kind = "embedding" if is_embedding(module) else linear_kind(module)
-    if kind == "expert":
-        for part, weight in expert_weights(module).items():
-            yield f"{name}.{part}", kind, tuple(weight.shape)
-    elif kind is not None or isinstance(module, (nn.Linear, nn.Embedding)):
-        yield name, kind, tuple(module.weight.t().shape if kind == "conv1d" else module.weight.shape)
 
 
 def plain(model: nn.Module, files: Names, found: Mapping[str, Wanted], checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Name in the model -> parameter or buffer, of all that the checkpoint has to hold beside quantized weights."""
     left = dict(model.state_dict(keep_vars=True))
     for wanted in found.values():
-        if wanted.kind == "expert":
-            module = wanted.layer.rsplit(".", 2)[0]
-            left.pop(f"{module}.gate_up_proj", None)
-            left.pop(f"{module}.down_proj", None)
-        else:
-            del left[f"{wanted.layer}.weight"]
+        left.pop(wanted.tensor, None)  # which holds several experts
     may_lack = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     second = {name: of for name, of in tied(model).items() if name in left}
 

@@ -17,8 +17,9 @@ from canopyq.gguf.base import copy_fields, over, read
 from canopyq.gguf.tensors import REQUANTIZED, Tally, library, tensors_of, write
 from canopyq.gguf.tokenizer import add_tokenizer
 from canopyq.memory import human
-from canopyq.nn.experts import QuantizedExperts, is_experts
+from canopyq.nn.experts import QuantizedExperts
 from canopyq.nn.linear import QuantizedLinear
+from canopyq.nn.sites import Experts, kind_of
 from canopyq.utils import Preformatted, track
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def export_gguf(
     if tokenizer is not None:
         checks.tokenizer(tokenizer)
     config = checks.language_model("model", model).config
-    if any(isinstance(module, QuantizedExperts) or is_experts(module) for module in model.modules()):
+    if any(isinstance(module, QuantizedExperts) or isinstance(kind_of(module), Experts) for module in model.modules()):
         raise CanopyError(f"{type(model).__name__} has experts, which are not written to GGUF yet; use cq.save")
     kind = getattr(config, "model_type", "")
     if base is None and kind not in ARCHITECTURES:

@@ -76,7 +76,7 @@ def round_weights(
     by_name, global_scale = {target.name: target for target in targets}, _GlobalScales(targets)
     results: dict[str, RoundingResult] = {}
     if batches is not None and (method.needs_data or method.transforms):
-        watched = [target.name for target in targets if target.kind != "embedding"]
+        watched = [target.name for target in targets if target.kind.multiplies]
         hessian = method.smoothing == "awq" or method.rounding in ("clip", "gptq")
         examples = EXAMPLES if method.smoothing == "smoothquant" or not hessian else 0
         for block, statistics in calibration_blocks(
@@ -161,7 +161,7 @@ def _round(
     with prefixed(f"{target.name}: "):
         weight = original = target.read()
         hessian, outliers = None if stats is None else stats.hessian, None
-        if stats is not None and "outliers" in method.transforms and target.kind != "expert":
+        if stats is not None and "outliers" in method.transforms and target.kind.is_linear:
             outliers = _loudest(weight, stats)
             weight, hessian = _without(outliers[0], weight, hessian)
             notes = [*notes, f"{len(outliers[0])} of {weight.shape[1]} inputs kept in 16 bits"]

@@ -21,14 +21,13 @@ from canopyq.methods.registry import Method
 from canopyq.methods.rotation import needs_online, rotate_
 from canopyq.methods.transaction import Transaction
 from canopyq.model.report import LayerReport, Plan, Report
-from canopyq.nn.embedding import QuantizedEmbedding
-from canopyq.nn.experts import QuantizedExperts
 from canopyq.nn.explanation import require_fast
 from canopyq.nn.hadamard import OnlineHadamard, online_hadamard
 from canopyq.nn.linear import QuantizedLinear
-from canopyq.nn.offload import Replacing, carry_over, is_away, lies, runs_on, values
+from canopyq.nn.offload import Replacing, carry_over, is_away, lies, runs_on
 from canopyq.nn.outlier_linear import OutlierLinear
-from canopyq.nn.targets import Target, adapter_parts, find_targets
+from canopyq.nn.sites import adapter_parts, put_layers
+from canopyq.nn.targets import Target, find_targets
 from canopyq.tensor.quantized_tensor import quantized_bytes
 from canopyq.tensor.scheme import Recipe
 
@@ -55,7 +54,7 @@ def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
     added = sum(after for _, _, after in layers.values())
     if recipe.static:  # a scale, and perhaps a zero point, for what goes into each layer
         own = 4 if recipe.activations.format.has_global_scale else 2 if recipe.activations.symmetric else 3
-        added += own * sum(target.kind != "embedding" for target in targets)
+        added += own * sum(target.kind.multiplies for target in targets)
     notes = tuple(_of_files(model, recipe, Method.parse("rtn")))
     return Plan(recipe.name, layers, kept, before, before - removed + added, before + added, notes)
 
@@ -120,7 +119,7 @@ def quantize_(
         done = round_weights(model, recipe, how, targets, batches, transaction)
         inputs: dict[str, tuple[Tensor, Tensor | None]] = {}
         if recipe.static:
-            watched = [target for target in targets if target.kind != "embedding"]
+            watched = [target for target in targets if target.kind.multiplies]
             if batches is not None:
                 seen = calibrate(model, batches, layers=[target.name for target in watched])
             inputs = {target.name: _input_scale(target, seen, recipe) for target in watched}
@@ -241,10 +240,8 @@ def _warn_of_loud(names: list[str], seen: Calibration, recipe: Recipe, how: Meth
 def _layer(
     target: Target, rounded: RoundingResult, recipe: Recipe, inputs: tuple[Tensor | None, Tensor | None]
 ) -> QuantizedLinear | OutlierLinear:
-    if target.kind == "embedding":
-        return QuantizedEmbedding.like(target.module, rounded.weight)
-    bias = None if target.kind == "expert" else values(target.module).get("bias")
-    layer = QuantizedLinear(rounded.weight, bias, recipe.activations, *inputs).train(target.module.training)
+    layer = target.kind.layer(target.module, rounded.weight, target.bias(), recipe.activations, *inputs)
+    layer.train(target.module.training)
     if rounded.outliers is not None:
         layer = OutlierLinear(layer, *rounded.outliers).train(target.module.training)
     if (size := online_hadamard(target.module)) is not None:
@@ -267,15 +264,7 @@ def _replace(model: nn.Module, targets: list[Target], layers: dict[str, Quantize
     with Replacing() as replacing:
         for target in targets:
             replacing.take(target.name, target.module, layers[target.name])
-    new: dict[nn.Module, nn.Module] = {}
-    experts: dict[nn.Module, list[QuantizedLinear]] = {}
-    for target in targets:
-        if target.kind == "expert":
-            experts.setdefault(target.module, []).append(layers[target.name])
-        else:
-            new[target.module] = layers[target.name]
-    for module, parts in experts.items():
-        new[module] = QuantizedExperts.like(module, parts)
+    new = put_layers(targets, layers)
     places = [name for name, module in model.named_modules(remove_duplicate=False) if module in new]
     modules = {name: model.get_submodule(name) for name in places}
     _untie(model, new)

@@ -35,7 +35,7 @@ class QuantizedEmbedding(QuantizedLinear):
 
     @classmethod
     def like(cls, module: nn.Embedding, weight: QuantizedTensor) -> QuantizedEmbedding:
-        """What takes the place of a module that `is_embedding`."""
+        """What takes the place of a module, plain or scaling its rows."""
         return cls(weight, module.padding_idx, getattr(module, "embed_scale", None)).train(module.training)
 
     @property
@@ -76,10 +76,3 @@ class QuantizedEmbedding(QuantizedLinear):
         super()._apply(fn, recurse)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         return self
-
-
-def is_embedding(module: nn.Module) -> bool:
-    """Whether a module looks rows up as they are, or as transformers' ``…ScaledWordEmbedding`` times ``embed_scale``.
-    Other subclasses of nn.Embedding, such as OPT's positions, do something else with their input."""
-    scaled = type(module).__name__.endswith("ScaledWordEmbedding") and hasattr(module, "embed_scale")
-    return isinstance(module, nn.Embedding) and (type(module) is nn.Embedding or scaled) and module.max_norm is None

@@ -14,6 +14,7 @@ from canopyq.checkpoint.config import Group, Quantization, read_config, write_co
 from canopyq.checkpoint.groups import Layer, grouped
 from canopyq.checkpoint.layout import FLOAT, INT, MXFP4, PACKED
 from canopyq.errors import CanopyError
+from canopyq.nn.sites import Linear
 from canopyq.tensor.scheme import Recipe, Scheme
 
 RECIPES = ["w4a16-g128", "w4a16-g32", "w4a16-channel", "w4a16-g64-asym", "w8a16", "w8a16-g32-asym", "w2a16-g32",
@@ -45,7 +46,7 @@ def changed(**changes: object) -> dict:
 
 def quantization_config(recipe: Recipe, ignore: list[str]) -> dict:
     """Of a model in which all linear layers but the ignored ones are quantized."""
-    layer = Layer("model.layers.0.mlp.up_proj", "linear", recipe.weights, recipe.activations, recipe.static)
+    layer = Layer("model.layers.0.mlp.up_proj", Linear(), recipe.weights, recipe.activations, recipe.static)
     return write_config(grouped([layer]), ignore)
 
 

@@ -256,17 +256,16 @@ class Plain(nn.Linear):
 
 def watched(model: nn.Module) -> tuple[nn.Module, dict[str, list[torch.Tensor]]]:
     """The model with a layer of its own for every projection of every expert, and a list of what each layer gets."""
-    from canopyq.nn.experts import QuantizedExpert, expert_weights, is_experts
+    from canopyq.nn.sites import weight_holders
 
     model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if is_experts(module):
+    for holder in weight_holders(model):
+        if any(site.part for site in holder.sites):
             layers = []
-            for weight in expert_weights(module).values():
-                layers.append(Plain(weight.shape[1], weight.shape[0], bias=False))
-                layers[-1].weight.data.copy_(weight)
-            made = [QuantizedExpert(*layers[i : i + 3]) for i in range(0, len(layers), 3)]
-            model.set_submodule(name, QuantizedExperts(made, module.act_fn))
+            for site in holder.sites:
+                layers.append(Plain(site.weight.shape[1], site.weight.shape[0], bias=False))
+                layers[-1].weight.data.copy_(site.weight)
+            model.set_submodule(holder.name, holder.kind.replacement(holder.module, layers))
     inputs: dict[str, list[torch.Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
