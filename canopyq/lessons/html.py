@@ -107,17 +107,25 @@ def frame(children: Sequence[Widget], *names: str, border: str = "1px solid #c9d
 
 
 # Choices stand in a column and wrap; the chosen one is framed; what has the keyboard's focus can be seen. Without its
-# kernel, after a restart or in a notebook that is opened again, a card says so once and shows no verdict.
+# kernel, after a restart or in a notebook that is opened again, a card says so once and shows no verdict. A measurement
+# that waits for a guess keeps back what else its cell and the one before it have put out.
 _CSS = """
 .canopyq-card .widget-html-content { line-height: 1.5; white-space: normal; }
 .canopyq-choices .widget-toggle-button { display: block; width: 100%; height: auto; min-height: 30px; margin: 3px 0;
   padding: 4px 12px; text-align: left; line-height: 1.5; white-space: normal; border: 1px solid rgba(110,118,129,.35);
   border-radius: 6px; box-shadow: none; }
-.canopyq-choices .widget-toggle-button.mod-active { background: #dcebfb; color: #0d2c4d; border-color: #1f6feb;
+.canopyq-card .widget-toggle-button.mod-active { background: #dcebfb; color: #0d2c4d; border-color: #1f6feb;
   box-shadow: inset 3px 0 0 #1f6feb; }
 .canopyq-choices > div { flex-direction: column; width: 100%; }
 .canopyq-card button:focus-visible, .canopyq-card .noUi-handle:focus-visible { outline: 2px solid #1f6feb;
   outline-offset: 1px; }
+.jp-OutputArea:has(.canopyq-locked:not(.jupyter-widgets-disconnected)) > :not(:has(.canopyq-card)),
+.jp-Cell:has(+ .jp-Cell .canopyq-locked:not(.jupyter-widgets-disconnected)) .jp-OutputArea > :not(:has(.canopyq-card)) {
+  display: none; }
+.jp-Cell:has(+ .jp-Cell .canopyq-locked:not(.jupyter-widgets-disconnected)) .jp-OutputArea:has(> *)::after {
+  content: "Opens with your guess."; display: block; font: italic 14px/2 var(--jp-ui-font-family, sans-serif);
+  color: var(--jp-content-font-color1); padding-left: calc(var(--jp-cell-prompt-width, 64px) + 12px); }
+.jp-Cell:has(.canopyq-card) .jp-OutputArea.jp-OutputArea::after { content: none; }
 .canopyq-card .widget-readout { width: auto; min-width: 4em; max-width: none; overflow: visible; }
 .canopyq-card .jupyter-widgets-disconnected::before { content: none; }
 .canopyq-card.jupyter-widgets-disconnected::before {

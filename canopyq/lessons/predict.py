@@ -109,15 +109,18 @@ class Reveal(Card):
         self._answer = verdict()
         self._show = Button(description="Show it without a guess", layout=Layout(width="auto", align_self="flex-start"))
         self._show.on_click(lambda _button: self._open(f"Measured: <b>{self.measured}{_unit(self.unit)}</b>."))
-        card = frame([self._answer, self._show], "canopyq-reveal", border="none")
+        self._card = frame([self._answer, self._show], "canopyq-reveal", border="none")
         self._refresh()
         _displayed[self.predict.id].add(self)
-        return card
+        return self._card
 
     def _refresh(self) -> None:
         guess = self.predict.guess
         if guess is None:
-            self._answer.value = box("info", "Measured. Make your guess on the card above, and it opens here.")
+            self._card.add_class("canopyq-locked")
+            self._answer.value = box(
+                "info", "Measured. Make your guess on the card above, and it opens, with what else the cells here show."
+            )
             return
         self._open(
             f"You said <b>{guess:g}</b>; measured: <b>{self.measured}{_unit(self.unit)}</b>"
@@ -127,6 +130,7 @@ class Reveal(Card):
     def _open(self, body: str) -> None:
         self._answer.value = box("info", body)
         self._show.layout.display = "none"
+        self._card.remove_class("canopyq-locked")
 
     def static_html(self) -> str:
         return details("Open when you have guessed", box("info", f"Measured: <b>{self.measured}{_unit(self.unit)}</b>"))

@@ -13,7 +13,8 @@ EVERYTHING = [
     'lessons.quiz("symmetry")',
     'lessons.quiz("budget")',
     'guess = lessons.predict("02-error", "How large can the rounding error get, in steps of `scale`?", "steps")\nguess',
-    "guess.reveal(0.5)",
+    '"half a step"',
+    'display("half a step, too")\nguess.reveal(0.5)',
     'ex = lessons.exercise("02-quantize-asymmetric")\nex',
     'def quantize(x, bits):\n    raise NotImplementedError("replace this line")\n\n\nex.check(quantize)',
     "def quantize(x, bits):\n"

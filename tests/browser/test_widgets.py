@@ -45,12 +45,15 @@ def test_a_quiz_can_be_answered_from_the_keyboard(demo) -> None:
 
 def test_a_guess_is_kept_and_held_against_the_measurement(demo) -> None:
     demo.page.locator(".canopyq-reveal", has_text="Make your guess").wait_for()
+    told = demo.page.locator(".jp-OutputArea-output", has_text="half a step")
+    assert told.count() == 2 and not any(output.is_visible() for output in told.all())
     entry = demo.page.locator(".canopyq-guess input")
     entry.scroll_into_view_if_needed()
     entry.fill("0,3")
     entry.press("Enter")
     demo.page.locator(".canopyq-predict", has_text="Your guess: 0.3 steps").wait_for()
     demo.page.locator(".canopyq-reveal", has_text="You said 0.3; measured: 0.5 steps").wait_for()
+    assert all(output.is_visible() for output in told.all())
     demo.photograph("guess", demo.page.locator(".canopyq-predict"))
 
 
