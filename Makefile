@@ -34,7 +34,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test setup test-units test-fast test-browser notebooks book check-notebooks check-docs train-tutor lint \
-	clean sweep fuzz test-lowest
+	clean sweep fuzz test-lowest test-oldest
 
 help: ## Show this list
 	@echo "Canopy Quantization: make <target>"
@@ -65,7 +65,10 @@ test-lowest: $(STAMP) ## Unit tests of numbers only, as on a processor without A
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 \
 		$(RUN) -m pytest $(NUMERIC_TESTS) -m "not slow" -n 2 --dist worksteal
 
-sweep: $(STAMP) ## Hold every CPU kernel to float64 over the whole grid of shapes, at each capability; takes long
+test-oldest: ## Unit tests on the oldest versions allowed, in an environment of their own
+	$(MAKE) --no-print-directory test-units VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+sweep: $(STAMP) ## Hold every CPU kernel to float64 over the whole grid of shapes, at each capability; twenty minutes each
 	$(RUN) tests/kernels/sweep_cpu.py
 
 test-browser: $(STAMP) ## Walk through the course in JupyterLab, in a real browser

@@ -12,6 +12,7 @@ import typer
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import canopyq
 from canopyq import cli
@@ -32,8 +33,8 @@ def requirements(*extras: str) -> dict[str, Requirement]:
     return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
 
 
-def pins() -> dict[str, Requirement]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+def pins(file: str = "constraints.txt") -> dict[str, Requirement]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     return {canonicalize_name(r.name): r for r in (Requirement(x) for x in lines if x and not x.startswith("#"))}
 
 
@@ -69,6 +70,14 @@ def test_every_requirement_is_pinned_inside_its_range() -> None:
         (pin,) = pinned[name].specifier
         assert pin.operator == "==", name
         assert requirement.specifier.contains(pin.version), f"constraints.txt has {pinned[name]}, wanted {requirement}"
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    """But for torch, of which the tests of the oldest versions take the pinned one."""
+    oldest = pins("constraints-oldest.txt")
+    bounds = {name: Version(next(iter(r.specifier)).version)
+              for name, r in requirements("course", "test").items() if name != "torch"}  # fmt: skip
+    assert {name: Version(next(iter(r.specifier)).version) for name, r in oldest.items() if name != "torch"} == bounds
 
 
 def test_pins_are_exact_and_fit_every_build() -> None:

@@ -120,7 +120,8 @@ def test_layers_whose_weight_the_model_reads_itself_stay() -> None:
     expected = dequantized(model, "w8a16")(TOKENS).logits
     report = cq.quantize_(model, "w8a16")
     assert "MambaMixer computes with its weight itself" in report.kept["backbone.layers.0.mixer.dt_proj"]
-    assert {layer.name.rpartition(".")[2] for layer in report.layers} == {"in_proj"}  # a GPU's kernel reads the rest
+    quantized = {layer.name.rpartition(".")[2] for layer in report.layers}
+    assert "in_proj" in quantized and "dt_proj" not in quantized
     torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-2, atol=1e-3)
 
 

@@ -27,7 +27,8 @@ MAPS = {
     "single layers on disk": ENDS
     | {f"model.layers.{i}.{part}": "cpu" for i in range(3) for part in PARTS}
     | {f"model.layers.{i}.mlp.down_proj": "disk" for i in range(3)},
-    "everything on disk": {"": "disk"},
+    # accelerate before 1.15 takes no map of the disk alone
+    "all but a norm on disk": dict.fromkeys(ENDS, "disk") | {"model.layers": "disk", "model.norm": "cpu"},
 }
 
 
@@ -61,8 +62,8 @@ def in_memory(folder: Path, recipe: str) -> nn.Module:
         ("blocks on disk", "w4a16-g128"),
         ("blocks on disk", "w8a8"),
         ("single layers on disk", "w4a16-g32-asym"),
-        ("everything on disk", "w8a16"),
-        ("everything on disk", "w4a16-g32+head+embed"),
+        ("all but a norm on disk", "w8a16"),
+        ("all but a norm on disk", "w4a16-g32+head+embed"),
     ],
 )
 @torch.no_grad()
@@ -166,7 +167,7 @@ def test_weights_that_are_gone_are_missed_by_name(saved: Path, tmp_path: Path) -
 
 
 def test_the_tutor_answers_from_the_disk(tmp_path: Path) -> None:
-    model = load(cq.tutor.path(), {"": "disk"}, tmp_path, dtype=torch.float32)
+    model = load(cq.tutor.path(), MAPS["all but a norm on disk"], tmp_path, dtype=torch.float32)
     tokenizer = cq.tutor.load()[1]
     cq.quantize_(model, "w8a16")
     questions = cq.tutor.questions(4)
