@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from canopyq.checkpoint.save import save
     from canopyq.errors import CanopyError
     from canopyq.evaluate.generate import fast_generate
+    from canopyq.evaluate.harness import harness
     from canopyq.evaluate.quality import compare, examine
     from canopyq.evaluate.text_quality import compare_text, examine_text
     from canopyq.finetune import attach_lora, load_lora
@@ -41,6 +42,7 @@ _WHERE = {
     ".checkpoint.save": ("save",),
     ".errors": ("CanopyError",),
     ".evaluate.generate": ("fast_generate",),
+    ".evaluate.harness": ("harness",),
     ".evaluate.quality": ("compare", "examine"),
     ".evaluate.text_quality": ("compare_text", "examine_text"),
     ".finetune": ("attach_lora", "load_lora"),
@@ -62,8 +64,8 @@ __all__ = [
     "FORMATS", "RECIPES", "Calibration", "CanopyError", "Granularity", "Plan", "QuantizedCache", "QuantizedLinear",
     "QuantizedTensor", "Recipe", "Report", "Scheme", "StaticQuantizedCache", "advise", "advisor", "attach_lora",
     "calibrate", "compare", "compare_text", "examine", "examine_text", "explain", "export_gguf", "fast_generate",
-    "fuse_attention", "get_format", "inspect", "lessons", "load", "load_lora", "mixed_precision", "plan",
-    "quantize", "quantize_", "save", "sensitivity", "tutor",
+    "fuse_attention", "get_format", "harness", "inspect", "lessons", "load", "load_lora", "mixed_precision",
+    "plan", "quantize", "quantize_", "save", "sensitivity", "tutor",
 ]  # fmt: skip
 
 

@@ -192,6 +192,9 @@ CALLS: dict[str, tuple[Callable, dict[str, Any], dict[str, str]]] = {
         "reference": "module+no language model+meta", "model": "module+no language model+meta",
         "tokenizer": "tokenizer", "text": "text", "tokens": "count+zero", "length": "count or none+zero",
         "cache": "cache"}),
+    "harness": (cq.harness, {"model": M, "tokenizer": T}, {
+        "model": "module+no language model+meta", "tokenizer": "tokenizer", "batch_size": "count+zero",
+        "max_length": "count or none+zero"}),
     "explain": (cq.explain, {"model": Q}, {"model": "module+other module+not quantized"}),
     "fast_generate": (cq.fast_generate, {"model": M, "input_ids": IDS[:, :4], "max_new_tokens": 2}, {
         "model": "module+no language model+meta", "input_ids": "ids+too long", "max_new_tokens": "count+zero",
