@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from canopyq.evaluate.text_quality import compare_text, examine_text
     from canopyq.finetune import attach_lora, load_lora
     from canopyq.gguf.export import export_gguf
+    from canopyq.gguf.load import load_gguf
     from canopyq.kv_cache import QuantizedCache, StaticQuantizedCache, fuse_attention
     from canopyq.methods.mixed import mixed_precision, sensitivity
     from canopyq.model.quantize import plan, quantize_
@@ -47,6 +48,7 @@ _WHERE = {
     ".evaluate.text_quality": ("compare_text", "examine_text"),
     ".finetune": ("attach_lora", "load_lora"),
     ".gguf.export": ("export_gguf",),
+    ".gguf.load": ("load_gguf",),
     ".kv_cache": ("QuantizedCache", "StaticQuantizedCache", "fuse_attention"),
     ".methods.mixed": ("mixed_precision", "sensitivity"),
     ".model.quantize": ("plan", "quantize_"),
@@ -64,8 +66,8 @@ __all__ = [
     "FORMATS", "RECIPES", "Calibration", "CanopyError", "Granularity", "Plan", "QuantizedCache", "QuantizedLinear",
     "QuantizedTensor", "Recipe", "Report", "Scheme", "StaticQuantizedCache", "advise", "advisor", "attach_lora",
     "calibrate", "compare", "compare_text", "examine", "examine_text", "explain", "export_gguf", "fast_generate",
-    "fuse_attention", "get_format", "harness", "inspect", "lessons", "load", "load_lora", "mixed_precision",
-    "plan", "quantize", "quantize_", "save", "sensitivity", "tutor",
+    "fuse_attention", "get_format", "harness", "inspect", "lessons", "load", "load_gguf", "load_lora",
+    "mixed_precision", "plan", "quantize", "quantize_", "save", "sensitivity", "tutor",
 ]  # fmt: skip
 
 

@@ -222,6 +222,7 @@ CALLS: dict[str, tuple[Callable, dict[str, Any], dict[str, str]]] = {
     "export_gguf": (cq.export_gguf, {"model": M, "path": Folder("new.gguf"), "tokenizer": T}, {
         "model": "module+no language model+meta", "path": "path+taken", "tokenizer": "tokenizer or none",
         "base": "path-none+absent", "requantize": "name or none"}),
+    "load_gguf": (cq.load_gguf, {"path": Folder("file")}, {"path": "path+absent", "dtype": "dtype+none"}),
     "attach_lora": (cq.attach_lora, {"model": Q}, {
         "model": "module+no language model+not quantized+meta", "config": "name or none", "adapter_name": "text"}),
     "load_lora": (cq.load_lora, {"model": Q, "folder": Folder("plain")}, {

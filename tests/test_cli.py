@@ -966,6 +966,20 @@ def test_quantize_says_what_a_method_cannot_do(
     assert words in failure(done) and not (tmp_path / "out").exists()
 
 
+def test_a_gguf_file_is_quantized_and_examined(text: str, tmp_path: Path, canopyq) -> None:
+    file, out = str(tmp_path / "tutor.gguf"), str(tmp_path / "out")
+    assert canopyq("export", "tutor", "--gguf", file).code == 0
+    plan = reading(canopyq("quantize", file, "--recipe", "w4a16-g128", "--out", out, "--dry-run", "--json").out)
+    assert len(plan["layers"]) == 56 and not Path(out).exists()
+    assert canopyq("quantize", file, "--recipe", "w4a16-g128", "--out", out).code == 0
+    options = ("--text", text, "--tokens", "64", "--length", "32", "--json")
+    found = reading(canopyq("eval", out, "--original", file, *options).out)
+    assert 0 < found["kl"]["value"] < 0.1
+    Path(file).write_bytes(Path(file).read_bytes()[:5000])
+    assert "tutor.gguf" in failure(canopyq("quantize", file, "--out", str(tmp_path / "other")))
+    assert "nowhere.gguf" in failure(canopyq("eval", "nowhere.gguf", *options))
+
+
 # Activations ----------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from canopyq.errors import CanopyError
 from canopyq.evaluate.texts import read_texts, windows
 from canopyq.methods.registry import Method
 from canopyq.tensor.scheme import Recipe
-from canopyq.tutor.loading import TUTOR, load_other
+from canopyq.tutor.loading import TUTOR
 
 if TYPE_CHECKING:
     from canopyq.model.report import Report
@@ -87,24 +88,31 @@ def check_calibration(name: str, recipe: Recipe, method: Method, text: Path | No
 
 
 def quantize_in_memory(
-    model: str, source: Checkpoint, recipe: Recipe, method: Method, out: Path, text: Path | None
+    model: str,
+    read: Callable[[], tuple[Any, Any]],
+    dtype: torch.dtype | None,
+    recipe: Recipe,
+    method: Method,
+    out: Path,
+    text: Path | None,
 ) -> Report:
-    """Load a model, calibrate it, quantize it and save it. What is not quantized keeps the dtype that it has on disk.
+    """Load a model, calibrate it, quantize it and save it.
 
     Args:
         model: as it was named on the command line; "tutor" brings data of its own.
-        source: where it lies.
+        read: gives the model and its tokenizer.
+        dtype: in which what is not quantized is saved; None as it is in memory.
         text: a file or folder of text to calibrate on.
     """
     check_calibration(model, recipe, method, text)
     refuse_not_empty(out)
-    loaded, tokenizer = cq.tutor.load() if model == TUTOR else load_other(source.folder)
+    loaded, tokenizer = read()
     report = quantize_loaded(model, loaded, tokenizer, recipe, method, text)
-    cq.save(loaded, out, tokenizer, dtype=_dtype_on_disk(source))
+    cq.save(loaded, out, tokenizer, dtype=dtype)
     return report
 
 
-def _dtype_on_disk(source: Checkpoint) -> torch.dtype | None:
+def dtype_on_disk(source: Checkpoint) -> torch.dtype | None:
     """The dtype that config.json names; None if it names none that a checkpoint can have."""
     dtype = getattr(torch, str(source.config.get("dtype") or source.config.get("torch_dtype")), None)
     return dtype if dtype in SCALE_DTYPES else None

@@ -42,6 +42,8 @@ def load_named(name: str, revision: str | None = None) -> tuple[PreTrainedModel,
 
     if name == TUTOR and revision is None:
         return cq.tutor.load()
+    if is_gguf(name) and revision is None:
+        return cq.load_gguf(name)
     folder = folder_of(name, revision)
     checkpoint = Checkpoint(folder)
     if is_quantized(checkpoint):
@@ -49,6 +51,11 @@ def load_named(name: str, revision: str | None = None) -> tuple[PreTrainedModel,
         return cq.load(folder), tokenizer
     meta_model(checkpoint)  # it is a model, no larger than its files, and runs no foreign code
     return load_other(folder)
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a name is that of a GGUF file."""
+    return name.lower().endswith(".gguf")
 
 
 def is_quantized(checkpoint: Checkpoint) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from canopyq.cli.named import RevisionOption, folder_of
+from canopyq.cli.named import RevisionOption, folder_of, is_gguf
 from canopyq.cli.output import JsonFlag, print_json, print_plain
 from canopyq.errors import CanopyError
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def quantize(
     model: Annotated[
         str,
-        typer.Argument(help="A folder with config.json and safetensors, a model of the hub (owner/name), or 'tutor'."),
+        typer.Argument(help="A folder with safetensors, a GGUF file, a model of the hub (owner/name), or 'tutor'."),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet, or be empty.")],
     recipe: Annotated[str, typer.Option(help="How to quantize, e.g. w4a16-g128, w8a16.")] = "w4a16-g128",
@@ -50,8 +51,9 @@ def quantize(
     out, more = as_path(out), "continues"
     try:
         parsed, how = Recipe.parse(recipe), Method.parse(method)
-        folder = folder_of(model, revision)
-        if parsed.static or how.name != "rtn":
+        gguf = is_gguf(model) and revision is None
+        folder = Path(model) if gguf else folder_of(model, revision)
+        if gguf or parsed.static or how.name != "rtn":
             more = "starts over"
             _in_memory(model, folder, parsed, how, out, calibration, dry_run, as_json)
             return
@@ -87,22 +89,31 @@ def _in_memory(
     dry_run: bool,
     as_json: bool,
 ) -> None:
+    import torch
+
     import canopyq as cq
     from canopyq.checkpoint.files import Checkpoint
     from canopyq.checkpoint.groups import check_recipe
     from canopyq.checkpoint.plan import meta_model
-    from canopyq.cli.calibrated import quantize_in_memory
+    from canopyq.cli.calibrated import dtype_on_disk, quantize_in_memory
+    from canopyq.tutor.loading import TUTOR, load_other
 
     method.check(recipe)
     check_recipe(recipe, method)
-    source = Checkpoint(folder)
-    if "quantization_config" in source.config:
-        raise CanopyError(f"{folder} is quantized already; start from the original checkpoint")
-    plan = cq.plan(meta_model(source), recipe)
+    if is_gguf(model):
+        loaded = cq.load_gguf(model)
+        planned, read, dtype = loaded[0], lambda: loaded, torch.float16  # which the blocks of GGUF are made of
+    else:
+        source = Checkpoint(folder)
+        if "quantization_config" in source.config:
+            raise CanopyError(f"{folder} is quantized already; start from the original checkpoint")
+        planned, dtype = meta_model(source), dtype_on_disk(source)
+        read = cq.tutor.load if model == TUTOR else partial(load_other, folder)
+    plan = cq.plan(planned, recipe)
     if dry_run:
         done, notes = plan, ()
     else:
-        done = quantize_in_memory(model, source, recipe, method, out, texts)
+        done = quantize_in_memory(model, read, dtype, recipe, method, out, texts)
         notes = done.notes
     if as_json:
         size = {"before": plan.bytes_before, "after": plan.bytes_after, "peak": plan.bytes_peak}
