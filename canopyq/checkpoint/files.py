@@ -6,6 +6,8 @@ import json
 import math
 import os
 import stat
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,6 +47,7 @@ class Checkpoint:
         folder: where it lies.
         config: the content of config.json.
         tensors: name -> (file, `TensorInfo`), file by file in the files' order.
+        in_files: name -> what the file calls the tensor, if that is another name; see `renamed`.
 
     Raises:
         CanopyError: for a folder that holds no such checkpoint, pickled weights, damaged files, an index that names
@@ -54,6 +57,7 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any] = field(init=False)
     tensors: dict[str, tuple[Path, TensorInfo]] = field(init=False, default_factory=dict)
+    in_files: dict[str, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder = as_path(self.folder)
@@ -86,6 +90,13 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(info.nbytes for _, info in self.tensors.values())
 
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same checkpoint with other names for tensors. ``names``: name in the files -> another, held by none."""
+        other = copy(self)
+        other.tensors = {names.get(name, name): held for name, held in self.tensors.items()}
+        other.in_files = {new: name for name, new in names.items()}
+        return other
+
     def read(self, name: str) -> Tensor:
         """One tensor, mapped from the file: its pages are read when they are used, and given back with the tensor."""
         if name not in self.tensors:
@@ -94,7 +105,7 @@ class Checkpoint:
         try:
             # Opened anew each time: as long as a mapping lives, all that was read through it counts as memory in use.
             with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(name)
+                return opened.get_tensor(self.in_files.get(name, name))
         except CanopyError:
             raise
         except Exception as error:  # safetensors has its own exception, the system others

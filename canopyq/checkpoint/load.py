@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from canopyq import checks
 from canopyq.checkpoint.config import read_config
 from canopyq.checkpoint.files import GENERATION, Checkpoint, raise_not_finite, read_json
 from canopyq.checkpoint.layout import check, from_disk, input_from_disk
-from canopyq.checkpoint.names import Names, names_of
+from canopyq.checkpoint.names import Names, names_of, without_place
 from canopyq.checkpoint.pretrained import teach_transformers
 from canopyq.checkpoint.skeleton import build, compute_buffers, quiet, read_model_config
 from canopyq.checkpoint.wanted import Wanted, part_shape, plain, quantized, tied
@@ -121,8 +120,7 @@ def _check(
         group = layer.group
         with prefixed(f"{name}."):
             check(parts[name], group.weights, layer.shape, group.format, group.activations if group.static else None)
-    known = [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", *(model._keys_to_ignore_on_load_unexpected or ())]
-    extra = [name for name in extra if not any(re.search(pattern, name) for pattern in known)]
+    extra = without_place(model, extra)
     if strict and extra:
         raise CanopyError(f"the model has no place for {and_more(extra)}; mend config.json, or use strict=False")
 

@@ -8,6 +8,8 @@ and often under other names: Mixtral's ``mlp.experts.gate_up_proj`` is ``block_s
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -84,3 +86,41 @@ def names_of(model: nn.Module) -> Names:
         if all(names.values()):  # else files hold them fused too
             layers |= {f"{holder.name}.{part}": file.removesuffix(".weight") for part, file in names.items()}
     return Names(tensors, layers)
+
+
+def foreign_names(model: nn.Module, files: Names, held: Iterable[str]) -> dict[str, str]:
+    """Names of a checkpoint's tensors under which transformers would find them though it writes others: name in the
+    checkpoint -> the one that it writes. As when it loads, it may rename them, as it does with what older versions
+    wrote, and the prefix of the base model (``transformer.`` of GPT-2) may be there or not.
+
+    Args:
+        files: of `names_of`.
+        held: the names of all tensors of the checkpoint.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    written = {name: files.of(name) for name in model.state_dict()}
+    wanted = {file: file for parts in written.values() for file in parts}
+    wanted |= {name: parts[0] for name, parts in written.items() if len(parts) == 1}
+    left = set(wanted.values()) - set(held)
+    renamings = [x for x in get_model_conversion_mapping(model) if not isinstance(x, WeightConverter)]
+    prefix = f"{model.base_model_prefix}."
+    found: dict[str, str] = {}
+    for name in held:
+        own = name
+        for renaming in renamings:
+            own, _ = renaming.rename_source_key(own)
+        for each in (own, own.removeprefix(prefix), prefix + own, name.removeprefix(prefix), prefix + name):
+            if (new := wanted.get(each)) in left:
+                found[name] = new
+                left.remove(new)
+                break
+    return found
+
+
+def without_place(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of the names, for which the model has no tensor, that say something: not what it computes anew, which older
+    files hold, nor what its class says that it ignores."""
+    computed = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", *(model._keys_to_ignore_on_load_unexpected or ()))
+    return [name for name in names if not any(re.search(pattern, name) for pattern in computed)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from canopyq.checkpoint.config import read_config, write_config
 from canopyq.checkpoint.files import Checkpoint, TensorInfo
 from canopyq.checkpoint.groups import Layer, cache_note, grouped, ignored
 from canopyq.checkpoint.layout import disk_format, expected
-from canopyq.checkpoint.names import Names, names_of
+from canopyq.checkpoint.names import Names, foreign_names, names_of, without_place
 from canopyq.checkpoint.readers import readers
 from canopyq.checkpoint.skeleton import build, read_model_config
 from canopyq.checkpoint.wanted import part_shape
@@ -68,7 +68,7 @@ class Plan:
     Attributes:
         shards: file name -> its steps, in the order of the source.
         kept: module -> why it stays as it is.
-        dropped: tensors of the source that the model does not use and transformers ignores.
+        dropped: tensors of the source for which the model has no place.
         config: the ``quantization_config``.
     """
 
@@ -117,7 +117,7 @@ class Plan:
         ]
         lines += [f"  kept: {line}" for line in by_reason(self.kept)]
         if self.dropped:
-            lines.append(f"  left out: {and_more(self.dropped)} (the model computes it anew)")
+            lines.append(f"  left out: {and_more(self.dropped)} (the model has no place for it)")
         lines.append(f"  memory: at most {human(self.peak_bytes)} on top of what Python and torch take")
         shapes = {step.layer.name: step.shape for step in self.quantized}
         for tool, verdict in readers(read_config(self.config), shapes).items():
@@ -153,6 +153,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, shard_bytes: int = SHARD_BYTES
     model = meta_model(source)
     files = names_of(model)
     targets, kept = find_targets(model, recipe)
+    source = source.renamed(foreign_names(model, files, source.tensors))
     dropped = _match(source, model, files)
     layers: dict[str, Layer] = {}
     for target in targets:
@@ -199,7 +200,7 @@ def _shared(embedding: nn.Module, model: nn.Module) -> bool:
 
 
 def _match(source: Checkpoint, model: nn.Module, files: Names) -> list[str]:
-    """Raise unless the source holds exactly the model's tensors. Returns the names that it holds beyond those."""
+    """Raise unless the source holds the model's tensors. Returns the names that it holds beyond those."""
     state = set(model.state_dict())
     shapes: dict[str, tuple[int, ...]] = {}
     aliases: dict[tuple, list[str]] = {}
@@ -210,19 +211,17 @@ def _match(source: Checkpoint, model: nn.Module, files: Names) -> list[str]:
                 shapes[file] = part_shape(tensor, len(files.of(name)))
                 aliases.setdefault((id(tensor), part), []).append(file)
     cure = "load it with transformers and use quantize_, or write it again with this version's save_pretrained"
-    ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     dropped = []
     for name, (file, info) in source.tensors.items():
-        if name in shapes:
-            if info.shape != shapes[name]:
-                raise CanopyError(f"{file}: {name} is {info.shape}, by config.json it has to be {shapes[name]}; {cure}")
-        elif any(re.search(pattern, name) for pattern in ignored):
+        if name not in shapes:
             dropped.append(name)
-        else:
-            raise CanopyError(f"{file}: {type(model).__name__} has no tensor of the name {shown(name)}; {cure}")
+        elif info.shape != shapes[name]:
+            raise CanopyError(f"{file}: {name} is {info.shape}, by config.json it has to be {shapes[name]}; {cure}")
     for names in aliases.values():
         if not any(name in source.tensors for name in names):
             raise CanopyError(f"{source.folder} lacks {shown(names[0])}, which {type(model).__name__} needs; {cure}")
+    if unknown := without_place(model, dropped):
+        warnings.warn(f"{type(model).__name__} has no place for {and_more(unknown)}; left out", stacklevel=4)
     return dropped
 
 

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from canopyq.utils import track
 # What a model needs beside its weights. Never code.
 COPIED = (GENERATION, "tokenizer*.json", "tokenizer.model*", "*tokens*.json", "vocab.*", "merges.txt",
           "*.tiktoken", "spiece.model", "*.spm", "chat_template*", "*processor_config.json", "LICENSE*",
-          "NOTICE*")  # fmt: skip
+          "NOTICE*", "tekken.json", "additional_chat_templates/*.jinja")  # fmt: skip
 SMALL = 20_000_000  # bytes of room for headers and config
 
 
@@ -152,7 +151,9 @@ def _write_rest(plan: Plan, folder: Path) -> None:
         index = {"metadata": {"total_size": plan.bytes_after}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(folder / INDEX, index)
     for file in _copied(plan.source.folder):
-        shutil.copyfile(file, folder / file.name)
+        place = folder / file.relative_to(plan.source.folder)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, place)
 
 
 def _copied(folder: Path) -> list[Path]:
@@ -165,8 +166,7 @@ def _copied(folder: Path) -> list[Path]:
     inside = [folder.resolve()]
     if inside[0].parent.name == "snapshots" and inside[0].parent.parent.name.startswith("models--"):
         inside.append(inside[0].parent.parent / "blobs")
-    found = [file for file in sorted(folder.iterdir()) if any(fnmatch(file.name, pattern) for pattern in COPIED)]
-    found = [file for file in found if file.is_file()]
+    found = sorted({file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()})
     for file in found:
         if file.name == GENERATION:
             read_json(file)  # or nobody can load the result

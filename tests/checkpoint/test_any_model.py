@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import canopyq as cq
+from canopyq.checkpoint.files import SINGLE
 from canopyq.checkpoint.stream import quantize_checkpoint
 from canopyq.errors import CanopyError
 from canopyq.tensor.scheme import Recipe
@@ -86,3 +91,62 @@ def test_settings_of_generation_are_judged_before_the_work(tmp_path: Path, monke
     with pytest.raises(CanopyError, match="temperature"):
         cq.save(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+GPT2 = tf.GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=2, n_positions=64, **ENDS)
+NAMES = {
+    # The files of GPT-2, Bloom and OPT on the hub were written by the base model, and those of BERT by older versions.
+    "gpt2": (lambda: tf.GPT2LMHeadModel(GPT2), lambda name: name.removeprefix("transformer."), {"h.0.attn.bias": 1}),
+    "bloom": (lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=96, hidden_size=64, n_layer=2, n_head=2, **ENDS)),
+              lambda name: name.removeprefix("transformer."), {}),
+    "opt": (lambda: tf.OPTForCausalLM(tf.OPTConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, ffn_dim=128,
+            num_attention_heads=2, word_embed_proj_dim=64, max_position_embeddings=64, **ENDS)),
+            lambda name: name.removeprefix("model."), {}),
+    "base": (lambda: tf.LlamaModel(LLAMA), lambda name: f"model.{name}", {"lm_head.weight": 96}),
+    "llama": (lambda: tf.LlamaForCausalLM(LLAMA), lambda name: name,
+              {"model.layers.0.self_attn.rotary_emb.inv_freq": 16, "model.layers.2.mtp.weight": 64}),
+    "bert": (lambda: tf.BertForSequenceClassification(BERT),
+             lambda name: re.sub(r"Norm\.\w+$", lambda of: "Norm.beta" if "bias" in of[0] else "Norm.gamma", name),
+             {"bert.embeddings.position_ids": 64, "cls.seq_relationship.bias": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*has no place for")
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_transformers_finds_are_found(name: str, tmp_path: Path) -> None:
+    of, rename, more = NAMES[name]
+    model = make(of)
+    model.save_pretrained(tmp_path / "ours")
+    theirs = Path(shutil.copytree(tmp_path / "ours", tmp_path / "theirs"))
+    tensors = {rename(name): x for name, x in load_file(theirs / SINGLE).items()}
+    assert name == "llama" or tensors.keys() != load_file(theirs / SINGLE).keys()
+    save_file(tensors | {name: torch.zeros(n) for name, n in more.items()}, theirs / SINGLE, metadata={"format": "pt"})
+    assert state(type(model).from_pretrained(theirs)) == state(model)  # transformers reads them so
+    for folder in ("ours", "theirs"):
+        done = quantize_checkpoint(tmp_path / folder, "w4a16-g32", tmp_path / f"{folder}-w4")
+    assert sorted(done.plan.dropped) == sorted(more)
+    assert state(cq.load(tmp_path / "theirs-w4")) == state(cq.load(tmp_path / "ours-w4"))
+
+
+@pytest.mark.parametrize(("tensor", "warned"), [("model.mtp.weight", 1), ("model.rotary_emb.inv_freq", 0)])
+def test_what_the_model_does_not_compute_itself_is_warned_of(tensor: str, warned: int, tmp_path: Path) -> None:
+    make(lambda: tf.LlamaForCausalLM(LLAMA)).save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / SINGLE
+    save_file(load_file(file) | {tensor: torch.zeros(4)}, file, metadata={"format": "pt"})
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        quantize_checkpoint(tmp_path / "source", "w8a16", tmp_path / "out")
+    assert [tensor in str(each.message) for each in seen if "no place" in str(each.message)] == [True] * warned
+
+
+def test_what_tokenizers_and_chats_need_is_copied(tmp_path: Path) -> None:
+    make(lambda: tf.LlamaForCausalLM(LLAMA)).save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "additional_chat_templates").mkdir()
+    for file in ("tekken.json", "additional_chat_templates/tool_use.jinja", "additional_chat_templates/code.py"):
+        (tmp_path / "source" / file).write_text(file)
+    quantize_checkpoint(tmp_path / "source", "w8a16", tmp_path / "out")
+    for file in ("tekken.json", "additional_chat_templates/tool_use.jinja"):
+        assert (tmp_path / "out" / file).read_text() == file
+    assert [path.name for path in (tmp_path / "out" / "additional_chat_templates").iterdir()] == ["tool_use.jinja"]

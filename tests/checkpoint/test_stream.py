@@ -204,7 +204,7 @@ NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
 @pytest.mark.parametrize(
     ("damage", "part"),
     [
-        (lambda f: rewrite(f, lambda x: x.update({"model.old_name": x.pop(NORM)})), "no tensor of the name"),
+        (lambda f: rewrite(f, lambda x: x.update({"model.old_name": x.pop(NORM)})), f"lacks '{NORM}'"),
         (lambda f: rewrite(f, lambda x: x.pop(NORM)), "lacks 'model.norm.weight'"),
         (lambda f: rewrite(f, lambda x: x.pop(DOWN)), "lacks 'model.layers.1.mlp.down_proj.weight'"),
         (lambda f: rewrite(f, lambda x: x.update({NORM: torch.ones(5)})), r"has to be \(128,\)"),
