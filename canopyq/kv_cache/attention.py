@@ -42,6 +42,7 @@ def fuse_attention(model: nn.Module, format: str | CacheFormat = "kv8") -> nn.Mo
 
 def unsupported_reason(model: nn.Module, format: str | CacheFormat = "kv8") -> str | None:
     """Why a model's attention cannot read codes, or None if it can."""
+    codes = get_cache_format(format)
     config = model.config.get_text_config(decoder=True)
     for name in ("attn_logit_softcapping", "attn_logits_soft_cap"):
         if getattr(config, name, None):
@@ -53,9 +54,7 @@ def unsupported_reason(model: nn.Module, format: str | CacheFormat = "kv8") -> s
     if weight.device.type == "cpu":
         return cpu_attention.unsupported_reason(weight.dtype, "channel", weight.device)
     group_size = min(KV_GROUP_SIZE, head_dim)
-    return attention.unsupported_reason(
-        get_cache_format(format), head_dim, weight.dtype, "channel", group_size, weight.device
-    )
+    return attention.unsupported_reason(codes, head_dim, weight.dtype, "channel", group_size, weight.device)
 
 
 def mask_of_pass(*sizes: int, **given: object) -> Tensor | None:
