@@ -233,6 +233,8 @@ CALLS: dict[str, tuple[Callable, dict[str, Any], dict[str, str]]] = {
     "Needs.parse": (Needs.parse, {"model": "7B"}, {
         "model": "words", "memory": "words or none", "context": "words", "batch": "count+zero", "accuracy": "share",
         "gpu": "words or none", "priority": "name"}),
+    "advisor.measure": (cq.advisor.measure, {"model": M, "tokenizer": T, "text": "one two three " * 20, "tokens": 32}, {
+        "model": "module+no language model+meta", "tokenizer": "tokenizer", "tokens": "count+zero", "source": "text"}),
     "advisor.read": (cq.advisor.read, {"path": Folder("measurements")}, {"path": "path+absent"}),
     "tutor.load": (cq.tutor.load, {}, {"dtype": "dtype", "device": "device"}),
     "tutor.questions": (cq.tutor.questions, {"n": 1}, {

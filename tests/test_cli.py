@@ -815,6 +815,43 @@ def test_advise_says_in_one_line_what_is_wrong(canopyq, words: list[str], messag
     assert message in failure(canopyq("advise", *words))
 
 
+def test_advise_measures_a_model_on_a_text(canopyq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of 576 inputs, which groups of 128 do not divide; what is said of it was measured on it."""
+    import transformers as tf
+
+    monkeypatch.chdir(tmp_path)
+    _, tokenizer = cq.tutor.load()
+    config = tf.LlamaConfig(
+        hidden_size=576, intermediate_size=576, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=1,
+        vocab_size=1280, max_position_embeddings=128, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(config).eval()
+    model.save_pretrained("wide"), tokenizer.save_pretrained("wide")
+    text = "What is 7 + 5? It is 12. " * 50
+    Path("text.txt").write_text(text)
+    asked = ("advise", "--model", "wide", "--text", "text.txt", "--memory", "3MB")
+    done = canopyq(*asked)
+    assert done.code == 0 and "text.txt" in done.out and "perplexity" in done.out and "% (" not in done.out
+    found = json.loads(canopyq(*asked, "--json").out)
+    options = [found, *found["others"]]
+    assert {option["recipe"] for option in options} <= {
+        "bf16", "w8a16", "w8a8", "fp8", "w4a16-g32", "w4a16-g64", "w4a16-channel"}  # fmt: skip
+    for option in options:
+        if option["recipe"] != "bf16":
+            quantized = tf.AutoModelForCausalLM.from_pretrained("wide").eval()
+            cq.quantize_(quantized, option["recipe"])
+            expected = cq.compare_text(model, quantized, tokenizer, text, tokens=4096)
+            assert option["quality"]["kl"] == pytest.approx(expected.kl, rel=0.01)
+    for words, message in (
+        (("--model", "7B", "--text", "text.txt"), "no folder"),
+        (("--model", "wide", "--text", "nowhere.txt"), "nowhere.txt"),
+        (("--model", "wide", "--text", "text.txt", "--measurements", "m.json"), "leave one of them out"),
+        (("--model", "wide", "--text", "text.txt", "--accuracy", "0.9"), "accuracy 0.9"),
+    ):
+        assert message in failure(canopyq("advise", *words))
+
+
 # chat -----------------------------------------------------------------------------------------------------------------
 
 

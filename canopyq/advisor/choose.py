@@ -21,7 +21,7 @@ from canopyq.errors import CanopyError, shown
 from canopyq.memory import ModelBytes, cache_bytes, human, model_bytes
 from canopyq.utils import Preformatted
 
-CURE = "give measurements of your own (--measurements)"
+CURE = "advisor.measure, on the command line --text FILE, measures it"
 
 # The decision table that the course starts from: situation, the priority that stands for it, the recipe. The fourth
 # row, long chats, is about the cache alone.
@@ -180,7 +180,7 @@ def advise(
         model, memory, context, batch, gpu: see `Needs.parse`; or `Needs` alone.
         accuracy: the least share of right answers, as measured; None asks for 0.98 where there are answers.
         priority: ``"accuracy"``, ``"balanced"``, ``"compression"``, or ``"throughput"`` (8-bit activations only).
-        measurements: of this model, to choose from: `Measurement.of` makes one. None takes those that ship with
+        measurements: of this model, to choose from: `measure` makes them from a text. None takes those that ship with
             canopyq, of the tutor. They order the recipes of another model as they order the tutor's, and no quality is
             given for it.
 

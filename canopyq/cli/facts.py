@@ -10,6 +10,7 @@ import typer
 
 import canopyq as cq
 from canopyq.cli.output import JsonFlag, cell, console, print_json, print_plain, table
+from canopyq.errors import CanopyError, shown
 
 
 def doctor(as_json: JsonFlag = False) -> None:
@@ -99,15 +100,28 @@ def advise(
     measurements: Annotated[
         Path | None, typer.Option(help="A JSON file with measurements of this model; default: those of the tutor.")
     ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Measure recipes on this text first, a file or a folder of them.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Recommend a recipe for a model, with its bytes and, where it was measured on this model, its quality.
+
+    For any model but the tutor that takes --text, with --model as the model's folder: the model is loaded, and
+    quantized by each recipe that fits it, in twice the memory that it takes in float32.
 
     Where nothing meets the needs, say which of them has to give, and by how much.
     """
     from canopyq import advisor
 
-    known = None if measurements is None else advisor.read(measurements)
+    if text is not None and measurements is not None:
+        raise CanopyError("--text measures anew, and --measurements names what was measured; leave one of them out")
+    if text is not None:
+        if accuracy is not None:
+            raise CanopyError(f"--accuracy {accuracy:g} is a share of right answers, and a text has none; leave it out")
+        known = _measured(model, text)
+    else:
+        known = None if measurements is None else advisor.read(measurements)
     found = advisor.advise(
         model, memory=memory, context=context, batch=batch, accuracy=accuracy, gpu=gpu, priority=priority,
         measurements=known,
@@ -116,6 +130,20 @@ def advise(
         print_json(found.to_dict())
     else:
         print_plain(found)
+
+
+def _measured(model: str, text: Path) -> list[cq.advisor.Measurement]:
+    """The recipes that fit the model in a folder, measured on a text."""
+    from canopyq.checkpoint.files import Checkpoint, as_path
+    from canopyq.cli.named import is_quantized, load_named
+    from canopyq.evaluate.texts import read_texts
+
+    texts, folder = read_texts(text), as_path(model)
+    if model != "tutor" and not folder.is_dir():
+        raise CanopyError(f"{shown(model)} is no folder with a model; --text measures one that lies on this machine")
+    if model != "tutor" and is_quantized(Checkpoint(folder)):
+        raise CanopyError(f"{folder} is quantized already; name the model that it was made from")
+    return cq.advisor.measure(*load_named(model), texts, source=str(text))
 
 
 def bench(
