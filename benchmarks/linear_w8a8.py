@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.linear import SHAPES, every_shape
 from benchmarks.peers import load_vllm
 from canopyq.evaluate.machine import describe
 from canopyq.kernels import select
@@ -30,8 +31,6 @@ from canopyq.nn.linear import QuantizedLinear
 from canopyq.tensor.quantized_tensor import quantize
 from canopyq.tensor.scheme import Recipe
 
-SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (14336, 4096), (4096, 28672), (8192, 8192),
-          (8192, 28672)]  # fmt: skip
 ROWS = (1, 4, 16, 32, 64, 128, 256, 1024, 4096)
 READ_BYTES_PER_US, OPERATIONS_PER_US = 4.57e6, 1.43e9
 RESULTS = Path(__file__).parent / "results" / "linear_w8a8.json"
@@ -128,10 +127,8 @@ def plot() -> None:
 
     content = json.loads(RESULTS.read_text(encoding="utf-8"))
     rows = [row for row in content["results"] if "us" in row]
-    shapes = list(dict.fromkeys((row["k"], row["n"]) for row in rows))
-    columns = min(4, len(shapes))
-    figure, axes = plt.subplots(-(-len(shapes) // columns), columns, figsize=(13, 6.4), squeeze=False)
-    for axis, (k, n) in zip(axes.flat, shapes, strict=False):
+    figure, axes = plt.subplots(2, 4, figsize=(13, 6.4), squeeze=False)
+    for axis, (k, n) in zip(axes.flat, SHAPES, strict=True):
         here = [row for row in rows if (row["k"], row["n"]) == (k, n)]
         for i, name in enumerate(dict.fromkeys(row["name"] for row in here)):
             line = [(row["rows"], row["us"]) for row in here if row["name"] == name]
@@ -147,10 +144,10 @@ def plot() -> None:
 
 
 @torch.inference_mode()
-def main(shapes: list[tuple[int, int]] = SHAPES, rows: tuple[int, ...] = ROWS) -> None:
+def main(shapes: list[tuple[int, int]] | None = None, rows: tuple[int, ...] = ROWS) -> None:
     if "--plot" not in sys.argv:
         found = []
-        for k, n in shapes:
+        for k, n in shapes or every_shape():
             for row in measure(k, n, rows):
                 found.append(row)
                 print(row, flush=True)

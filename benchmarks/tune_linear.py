@@ -1,12 +1,11 @@
-"""Finds the fastest tile of the CUDA kernels for each layer shape and number of rows: writes ops/cuda/tiles.json.
+"""Measures the CUDA kernels of linear layers over many shapes and tiles: what `fit_costs` makes tiles.json of.
 
-    python -m benchmarks.tune_linear [--recipes w4a16 w8a8] [--rows 16 32]     on an NVIDIA H100 or H200, two minutes
+    python -m benchmarks.tune_linear sweep.json [--recipes w4a16 w8a8] [--seconds 400]     on an NVIDIA H200
 
-Kernels are compiled first, on all processor cores. Each tile's result is compared with the library's before it is
-timed, in a process of its own that a fault of one tile cannot take the others with. Numbers of rows at which
-dequantizing and cuBLAS is the fastest, and all larger ones, are left out of the table: that is how
-`canopyq.kernels.cuda.tiles` knows. What is not named keeps its rows. Layers of 8-bit codes are timed with the
-quantization of their input.
+Tiles are compiled first, on all processor cores; those that spill registers are left out. Each is compared with float64
+on odd shapes, over memory that holds NaN, before it is timed. All of that happens in processes that a tile which hangs
+or faults cannot take the rest with. Of each kernel only the tiles that the cost model likes best are timed, and one at
+random. Layers of 8-bit codes are timed with the quantization of their input.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -25,38 +25,60 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
-from benchmarks.linear import SHAPES
+from benchmarks.linear import HELD_OUT, SHAPES
 from canopyq.errors import CanopyError
-from canopyq.kernels.cuda import eight_bits, nvrtc, products, tiles, warpgroup_codes, wide_int8
-from canopyq.kernels.cuda.tiles import DecodeTile, WarpgroupTile, Weight
-from canopyq.kernels.cuda.warpgroup_codes import CodesTile
-from canopyq.kernels.cuda.wide_int8 import WideTile
+from canopyq.evaluate.tune import FORMATS, Layer
+from canopyq.kernels.cuda import costs, eight_bits, nvrtc, products, selection, tiles, warpgroup_codes, wide_int8
+from canopyq.kernels.cuda.costs import Product
+from canopyq.kernels.cuda.tiles import (
+    CodesTile,
+    DecodeTile,
+    SkinnyTile,
+    StreamKTile,
+    Tile,
+    WarpgroupTile,
+    Weight,
+    WideTile,
+)
 from canopyq.kernels.timing import microseconds, rotations
 
 BF16 = torch.bfloat16
-ROWS = {
-    "w4a16": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
-    "w8a16": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
-    "w8a8": (1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096),
-    "fp8": (1, 4, 8, 16, 32, 64, 128, 256),
-}
+MORE_SHAPES = [
+    (2048, 8192), (8192, 2048), (3584, 3584), (18944, 3584), (4096, 12288), (8192, 10240), (3072, 8192), (2048, 2048),
+    (4096, 1024), (28672, 8192), (2560, 6912), (3584, 4608), (5120, 15360), (1024, 4096), (6912, 2560),
+]  # fmt: skip
+ROWS = {"w4a16": (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096),
+        "w8a16": (1, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096),
+        "w8a8": (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096),
+        "fp8": (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)}  # fmt: skip
 GROUP = {"w4a16": 128, "w8a16": 0}
-CODES = {"w8a8": "int8", "fp8": "fp8_e4m3"}
 REGISTERS, THREADS, PROCESSORS = 65536, 2048, 132
-SILENCE = 40  # seconds without a word after which a process is taken to hang
-WRONG = 1e-2  # a relative error beyond rounding
-
-Tile = (
-    DecodeTile | WarpgroupTile | CodesTile | WideTile | None
-)  # None: the kernel for few rows of codes, which has none
-KERNELS = {DecodeTile: "decode", WarpgroupTile: "warpgroup", CodesTile: warpgroup_codes.KERNEL,
-           WideTile: wide_int8.KERNEL, type(None): "skinny"}  # fmt: skip
+MOST = {"decode": 60, "warpgroup": 9, "stream_k": 24, "warpgroup_codes": 9}  # tiles of a kernel that are timed
+HOPELESS = 1.4  # times as long as the fastest by the model: what the table's tiles are not timed for
+SILENCE = 20  # seconds without a word after which a process is taken to hang
+WRONG = 4e-3  # a relative error beyond rounding
+ODD = ((1000, 640), (2136, 2176))  # (n, k) on which tiles are checked
 WIDE = [WideTile(256, 1, 4), WideTile(128, 2, 4), WideTile(128, 1, 6)]
 
 
 # --- what may be worth timing ----------------------------------------------------------------------------------------
+
+
+STREAM_K = (
+    (256, 1, 2, 1),
+    (192, 1, 2, 1),
+    (128, 2, 2, 1),
+    (128, 1, 2, 1),
+    (256, 1, 1, 1),
+    (192, 1, 1, 1),
+    (128, 2, 1, 1),
+    (96, 1, 2, 1),
+    (64, 2, 2, 1),
+    (64, 1, 2, 2),
+    (64, 4, 2, 1),
+)  # tokens, tall, warpgroups, per_sm
 
 
 def decode_tiles(weight: Weight, rows: int) -> Iterator[DecodeTile]:
@@ -86,13 +108,14 @@ def warpgroup_tiles(weight: Weight, rows: int) -> Iterator[WarpgroupTile]:
     if rows < 4:
         return
     wide = next((tokens for tokens in (8, 16, 32, 64) if rows <= tokens), 128)
-    for tokens in {wide} if rows < 128 else {64, 128, 256} if rows == 256 else {64, 128} if rows < 256 else {128, 256}:
+    many = [tokens for tokens in (64, 128, 192, 256) if -(-rows // tokens) * tokens < 1.4 * rows]
+    for tokens in {wide} if rows < 128 else many if rows <= 256 else many[1:]:
         warpgroups = [(1, 2), (2, 1), (2, 2)] if tokens < 128 else [(2, 1), (1, 1)]
-        for (beside, deep), tall, per_sm, cluster in product(warpgroups, (1, 2), (1, 2, 3), (1, 2, 3, 4)):
+        for (beside, deep), tall, per_sm, cluster in product(warpgroups, (1, 2), (1, 2, 3), (1, 2, 3, 4, 6, 8)):
             if tokens <= 16 and (per_sm == 1 or tall * beside * deep == 8):
                 continue
             blocks = -(-rows // tokens) * -(-weight.slabs // (beside * tall)) * cluster
-            if weight.steps < 2 * cluster * deep or (blocks < 100 and cluster < 4):
+            if weight.steps < 2 * cluster * deep or (blocks < 60 and cluster < 4) or (cluster > 4 and blocks > 160):
                 continue  # too few steps to share out, or too few blocks for the GPU
             if tall * tokens > 256 or (blocks > 4 * PROCESSORS * per_sm and cluster > 1):
                 continue
@@ -101,7 +124,9 @@ def warpgroup_tiles(weight: Weight, rows: int) -> Iterator[WarpgroupTile]:
                 threads = beside * deep * 128 * per_sm
                 if tall * tokens > 192 and 232 * threads + 40 * 128 * per_sm > REGISTERS:
                     continue  # what the kernel hands over would not be there
-                if min(registers, 232) * threads > REGISTERS or (batch == 4 and tall * tokens >= 64):
+                if min(registers, 232) * threads > REGISTERS or (
+                    batch == 4 and tall * tokens >= 64 and beside * deep > 1
+                ):
                     continue
                 tile = WarpgroupTile(tokens, tall, beside, deep, 20, batch, cluster, per_sm).fitted(weight)
                 if (tile.per_sm, tile.deep) == (per_sm, deep):
@@ -110,19 +135,47 @@ def warpgroup_tiles(weight: Weight, rows: int) -> Iterator[WarpgroupTile]:
                         yield replace(tile, stages=tile.stages // 2).fitted(weight)
 
 
-def codes_tiles(recipe: str, n: int, k: int, rows: int) -> Iterator[CodesTile | WideTile | None]:
+def stream_k_tiles(weight: Weight, rows: int) -> Iterator[StreamKTile]:
+    if rows <= 32:
+        return
+    for (tokens, tall, warpgroups, per_sm), batch, cluster in product(STREAM_K, (2, 4), (1, 2)):
+        across = -(-rows // tokens)
+        if (
+            (tokens > 64 and tokens * across >= 1.6 * rows)
+            or (tokens == 64 and rows > 256)
+            or (tokens == 96 and rows > 400)
+        ):
+            continue
+        if (cluster == 2 and tokens < 96) or (batch == 4 and tokens < 128):
+            continue
+        tile = StreamKTile(tokens, tall, warpgroups, 12, batch, cluster, per_sm, 1).fitted(weight)
+        if tile is None:
+            continue
+        count = across * -(-weight.n // (tile.rows * cluster))
+        slots = PROCESSORS * per_sm // cluster
+        for parts in (1, 2, 3, 4, 6, 8, 0):
+            if parts == 1 and count < 60 / cluster:
+                continue
+            if count * parts > (1.1 if parts > 4 else 8) * slots or weight.steps < 2 * parts:
+                continue
+            if parts == 0 and count % slots == 0:
+                continue
+            yield replace(tile, parts=parts)
+
+
+def codes_tiles(recipe: str, n: int, k: int, rows: int) -> Iterator[CodesTile | WideTile | SkinnyTile]:
     if recipe == "w8a8" and rows >= 128:
         yield from WIDE
-    if rows <= eight_bits.MOST_ROWS:
-        yield None
+    if rows <= SkinnyTile.ROWS:
+        yield SkinnyTile()
     wide = next((tokens for tokens in (8, 16, 32, 64) if rows <= tokens), 128)
-    for tokens in {wide} if rows < 128 else {64, 128} if rows < 256 else {128, 256}:
+    for tokens in {wide} if rows < 128 else {64, 128} if rows < 256 else {64, 128, 256} if rows < 1024 else {128, 256}:
         for (tall, warpgroups), per_sm in product(((1, 1), (1, 2), (2, 2)), (1, 2, 3)):
-            for cluster in (1, 2, 4):
+            for cluster in (1, 2, 4, 8):
                 blocks = -(-rows // tokens) * -(-n // (64 * tall * warpgroups)) * cluster
-                if blocks < 100 and cluster < 4:
+                if (blocks < 60 and cluster < 4) or (cluster == 8 and blocks > 160):
                     continue  # too few for the GPU
-                if cluster > 1 and (k < 1024 * cluster or blocks > 4 * PROCESSORS * per_sm):
+                if cluster > 1 and (k < 512 * cluster or blocks > 4 * PROCESSORS * per_sm):
                     continue
                 sums = tall * tokens // 2 * (2 if recipe == "fp8" else 1)
                 if sums > 128 or (sums + 40) * (warpgroups * 128 + 32) * per_sm > REGISTERS:
@@ -136,229 +189,214 @@ def codes_tiles(recipe: str, n: int, k: int, rows: int) -> Iterator[CodesTile | 
                     yield replace(tile, stages=tile.stages // 2)
 
 
-def weight_of(recipe: str, k: int, n: int) -> Weight:
-    steps = k // 128
-    return Weight(n, n // 64, steps, steps if GROUP[recipe] else 1, int(recipe[1]), GROUP[recipe], False)
+def product_of(recipe: str, k: int, n: int, rows: int) -> Product:
+    if recipe in FORMATS:
+        return Product(recipe, n, k, rows)
+    steps = -(-k // tiles.STEP)
+    weight = Weight(n, -(-n // 64), steps, steps if GROUP[recipe] else 1, int(recipe[1]), GROUP[recipe], False)
+    return Product(recipe, n, k, rows, weight)
 
 
 def candidates(recipe: str, k: int, n: int, rows: int) -> list[Tile]:
-    if recipe in CODES:
-        return list(dict.fromkeys(codes_tiles(recipe, n, k, rows)))
-    weight = weight_of(recipe, k, n)
-    return list(dict.fromkeys([*decode_tiles(weight, rows), *warpgroup_tiles(weight, rows)]))
+    """Those that the cost model likes best of each kernel, and one of the others."""
+    asked = product_of(recipe, k, n, rows)
+    if asked.weight is None:
+        found: Iterator[Tile] = codes_tiles(recipe, n, k, rows)
+    else:
+        weight = asked.weight
+        found = (*decode_tiles(weight, rows), *warpgroup_tiles(weight, rows), *stream_k_tiles(weight, rows))
+    by_kernel: dict[tuple[str, bool], list[Tile]] = {}
+    for tile in dict.fromkeys(found):
+        alone = isinstance(tile, StreamKTile | WarpgroupTile) and tile.groups == 1  # of these the model knows less
+        by_kernel.setdefault((tile.KERNEL, alone), []).append(tile)
+    chosen = []
+    for (kernel, alone), some in by_kernel.items():
+        liked = sorted(some, key=lambda tile: costs.microseconds(asked, tile, selection.constants()))
+        most = MOST.get(kernel, 7) // (1 + alone)
+        chosen += liked[:most] + random.sample(liked[most:], min(1, len(liked[most:])))
+    return chosen
 
 
-def compile_tile(job: tuple[str, Tile]) -> bool:
-    """Whether it keeps everything in registers and the compiler has no complaint. Runs in a process of its own."""
+def known(recipe: str, k: int, n: int, rows: int) -> list[Tile]:
+    """Those of the table that fit, and are not hopeless by the model."""
+    found = [choice for choice in selection.candidates(product_of(recipe, k, n, rows)) if choice.tile]
+    least = min(choice.us for choice in found)
+    return [choice.tile for choice in found if choice.us < HOPELESS * least]
+
+
+def compiled(tile: Tile) -> Tile:
+    """The same where what is not compiled is not told apart."""
+    return replace(tile, parts=1) if isinstance(tile, StreamKTile) else tile
+
+
+def compiles(job: tuple[str, Tile]) -> bool:
+    """Whether a tile keeps everything in registers and the compiler has no complaint. Runs in a process of its own."""
     recipe, tile = job
-    if isinstance(tile, CodesTile):
-        constants = warpgroup_codes.constants(CODES[recipe], torch.float32, BF16, tile)
-        extra = tiles.codes_product_source(recipe == "w8a8", tile.tokens)
-        found = nvrtc.compile("warpgroup_codes.cu", constants, "sm_90a", extra=extra)
-    elif isinstance(tile, WideTile):
-        constants, extra = wide_int8.constants(torch.float32, BF16, tile), tiles.codes_product_source(True, tile.tokens)
-        found = nvrtc.compile("wide_int8.cu", constants, "sm_90a", extra=extra)
-    elif tile is None:
-        constants = eight_bits.constants(CODES[recipe], 1, torch.float32, BF16)
-        found = nvrtc.compile("skinny.cu", constants, "sm_90a")
+    if isinstance(tile, CodesTile | WideTile):
+        integers = recipe == "w8a8"
+        if isinstance(tile, WideTile):
+            file, constants = "wide_int8.cu", wide_int8.constants(torch.float32, BF16, tile)
+        else:
+            file, constants = (
+                "warpgroup_codes.cu",
+                warpgroup_codes.constants(FORMATS[recipe], torch.float32, BF16, tile),
+            )
+        found = nvrtc.compile(file, constants, "sm_90a", extra=tiles.codes_product_source(integers, tile.tokens))
+    elif isinstance(tile, SkinnyTile):
+        found = nvrtc.compile("skinny.cu", eight_bits.constants(FORMATS[recipe], 1, torch.float32, BF16), "sm_90a")
     else:
         constants = products.constants(int(recipe[1]), GROUP[recipe], False, BF16, BF16)
         if isinstance(tile, DecodeTile):
             found = nvrtc.compile("decode.cu", constants | products.decode_constants(tile), "sm_90a")
         else:
-            constants |= products.warpgroup_constants(tile)
+            streams = isinstance(tile, StreamKTile)
+            own = products.stream_k_constants(tile) if streams else products.warpgroup_constants(tile)
             extra = tiles.product_source(tile.tokens, True)
-            found = nvrtc.compile("warpgroup.cu", constants, "sm_90a", extra=extra)
+            found = nvrtc.compile(f"{tile.KERNEL}.cu", constants | own, "sm_90a", extra=extra)
     return found.spilled == 0 and not found.warnings
 
 
-# --- products with random weights ------------------------------------------------------------------------------------
+# --- checking and timing, in processes of their own ------------------------------------------------------------------
 
 
-class WeightOnly:
-    """A layer of 16-bit activations, with as many copies of its weight as no cache holds."""
+class Said:
+    """A file to which a process writes, line by line, what it begins and what came of it."""
 
-    def __init__(self, recipe: str, k: int, n: int) -> None:
-        self.weight, self.k = weight_of(recipe, k, n), k
-        weight, self.parts = self.weight, []
-        for _ in range(rotations(weight.slabs * weight.steps * 4 * weight.step_bytes)):
-            shape = (weight.slabs, weight.steps, 4, weight.bits // 2, 32, 4)
-            codes = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
-            scale = torch.rand(weight.slabs, weight.groups, 4, 8, 2, device="cuda").mul_(0.01).add_(0.001).to(BF16)
-            self.parts.append((codes, scale, None))
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
 
-    def input(self, rows: int) -> tuple[Tensor, ...]:
-        return (torch.randn(rows, self.k, device="cuda", dtype=BF16),)
-
-    def run(self, own: tuple, x: tuple[Tensor, ...], tile: Tile) -> Tensor:
-        run = products.run_decode if isinstance(tile, DecodeTile) else products.run_warpgroup
-        return run(*x, *own, self.weight, tile)
-
-    def library(self, own: tuple, x: tuple[Tensor, ...]) -> Tensor:
-        return torch.nn.functional.linear(*x, products.run_dequantize(*own, self.weight, self.k, BF16))
-
-
-class Codes:
-    """A layer of 8-bit codes on both sides, likewise."""
-
-    def __init__(self, recipe: str, k: int, n: int) -> None:
-        self.format, self.k, self.parts = CODES[recipe], k, []
-        for _ in range(rotations(n * k)):
-            codes, scale = eight_bits.quantize_rows(torch.randn(n, k, device="cuda", dtype=BF16), self.format)
-            self.parts.append((codes, scale))
-
-    def input(self, rows: int) -> tuple[Tensor, ...]:
-        return (torch.randn(rows, self.k, device="cuda", dtype=BF16),)
-
-    def run(self, own: tuple, x: tuple[Tensor, ...], tile: Tile) -> Tensor:
-        x = eight_bits.quantize_rows(*x, self.format)
-        if tile is None:
-            return eight_bits.multiply_codes(*x, *own, BF16)
-        return (wide_int8 if isinstance(tile, WideTile) else warpgroup_codes).run(*x, *own, BF16, tile)
-
-    def library(self, own: tuple, x: tuple[Tensor, ...]) -> Tensor:
-        x = eight_bits.quantize_rows(*x, self.format)
-        if self.format == "int8":
-            return (x[0].float() * x[1] @ (own[0].float() * own[1]).t()).to(BF16)
-        columns = own[1].reshape(1, -1)
-        return torch._scaled_mm(x[0], own[0].t(), scale_a=x[1], scale_b=columns, out_dtype=BF16, use_fast_accum=True)
-
-
-# --- timing ----------------------------------------------------------------------------------------------------------
+    def __call__(self, **what: object) -> None:
+        self._file.write(json.dumps(what) + "\n")
+        self._file.flush()
 
 
 @torch.inference_mode()
-def work(jobs: list[dict], out: Path) -> None:
-    """Time jobs in turn, and write to ``out`` which one begins and what came of it."""
-    with out.open("a", encoding="utf-8") as file:
-
-        def say(**what: object) -> None:
-            file.write(json.dumps(what) + "\n")
-            file.flush()
-
-        layer, layer_key, x, x_key = None, None, None, None
-        for job in jobs:
-            recipe, k, n, rows = key = (job["recipe"], job["k"], job["n"], job["rows"])
-            say(begin=job["id"])
-            if layer_key != key[:3]:
-                layer = None
-                torch.cuda.empty_cache()
+def check(jobs: list[dict], say: Said) -> None:
+    """Every tile on odd shapes and numbers of rows."""
+    layers: dict[tuple, Layer] = {}
+    for job in jobs:
+        say(begin=job["id"])
+        recipe, tile, worst = job["recipe"], tiles.of_dict(job["tile"]), 0.0
+        for n, k in ODD:
+            if (recipe, n, k) not in layers:
                 torch.manual_seed(0)
-                layer, layer_key = (Codes if recipe in CODES else WeightOnly)(recipe, k, n), key[:3]
-            if x_key != key:
-                x, x_key = layer.input(rows), key
-                expected = layer.library(layer.parts[0], x).float()
-                if recipe != "w8a8" and rows >= 32:  # to see from where on the library is as fast
-                    calls = [lambda own=own, x=x, layer=layer: layer.library(own, x) for own in layer.parts]
-                    say(library=list(key), us=microseconds(calls, milliseconds=0.7, repeats=5))
-            tile = job["make"]
+                layers[recipe, n, k] = Layer(recipe, k, n)
+            layer = layers[recipe, n, k]
+            few = 16 if isinstance(tile, SkinnyTile) else 8 * tile.columns if isinstance(tile, DecodeTile) else None
+            for rows in (1, few) if few else (tile.tokens - 3, 2 * tile.tokens + 5):
+                x = torch.randn(rows, k, device="cuda", dtype=BF16)
+                fitted = selection.fitted(tile, layer.product(min(rows, few or rows)))
+                if fitted is None:
+                    continue
+                wanted = layer.wanted(x, torch.float64)
+                for _ in range(2):
+                    poison = torch.full((rows, n), float("nan"), device="cuda", dtype=BF16)
+                    del poison
+                    error = float((layer.run(layer.copies[0], x, fitted).double() - wanted).norm() / wanted.norm())
+                    worst = max(worst, error) if error == error else float("inf")
+        say(id=job["id"], error=worst)
+
+
+@torch.inference_mode()
+def measure(jobs: list[dict], say: Said) -> None:
+    """Time the tiles of each product in turn; with INT4 also bfloat16, and the library where it may be faster."""
+    layer, dense = None, []
+    for job in jobs:
+        recipe, k, n, rows = cell = job["cell"]
+        say(begin=job["id"])
+        if layer is None or (layer.recipe, layer.k, layer.n) != (recipe, k, n):
+            layer = dense = None
+            torch.cuda.empty_cache()
+            torch.manual_seed(0)
+            layer = Layer(recipe, k, n)
+            copies = rotations(2 * n * k) if recipe == "w4a16" else 0
+            dense = [torch.randn(n, k, device="cuda", dtype=BF16) for _ in range(copies)]
+        x = torch.randn(rows, k, device="cuda", dtype=BF16)
+        wanted = layer.wanted(x)
+        if dense:
+            us = microseconds([lambda w=w, x=x: F.linear(x, w) for w in dense], milliseconds=0.5, repeats=3)
+            say(cell=cell, kernel="bfloat16", us=us)
+        for said in [*job["tiles"], *[None] * job["library"]]:
+            tile = said and tiles.of_dict(said)
             try:
-                y = layer.run(layer.parts[0], x, tile).float()
-                error = float((y - expected).norm() / expected.norm())
-                if not error < WRONG:
-                    say(id=job["id"], wrong=error)
-                    continue
-                calls = [lambda own=own, x=x, tile=tile, layer=layer: layer.run(own, x, tile) for own in layer.parts]
-                say(id=job["id"], us=microseconds(calls, milliseconds=0.7, repeats=5))
+                us = layer.time(x, wanted, tile, milliseconds=0.5, repeats=3)
+                say(cell=cell, kernel=tile.KERNEL if tile else selection.LIBRARY, tile=said, us=round(us, 2))
             except CanopyError as error:
-                say(id=job["id"], refused=str(error))
+                say(cell=cell, tile=said, failed=str(error))
 
 
-def _watched(command: list[str], out: Path) -> int:
-    """Run a command to its end, or kill it when it has written nothing for a while: a kernel that hangs."""
-    out.touch()
-    process = subprocess.Popen(command)
-    while process.poll() is None:
-        time.sleep(0.2)
-        if time.time() - out.stat().st_mtime > SILENCE:
-            process.kill()
-    return process.wait()
-
-
-def time_all(jobs: list[dict]) -> tuple[dict[int, float], dict[tuple, float]]:
-    """Microseconds of each job that is right, and the library's; a process that dies is followed by another."""
-    times, library = {}, {}
+def watched(what: str, jobs: list[dict], end: float) -> list[dict]:
+    """What processes say that check or measure jobs; one that dies or falls silent is followed by another."""
+    lines, left = [], jobs
     with tempfile.TemporaryDirectory() as folder:
-        left = jobs
-        for attempt in range(20):
-            given, out = Path(folder) / f"{attempt}.json", Path(folder) / f"{attempt}.out"
-            given.write_text(json.dumps([{**job, "make": None} for job in left]), encoding="utf-8")
-            code = _watched([sys.executable, "-m", "benchmarks.tune_linear", "--work", str(given), str(out)], out)
-            said = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-            begun = max((line["begin"] for line in said if "begin" in line), default=left[0]["id"])
-            for line in said:
-                if "library" in line:
-                    library[tuple(line["library"])] = line["us"]
-                elif "us" in line:
-                    times[line["id"]] = line["us"]
-                elif "wrong" in line or "refused" in line:
-                    print(f"not timed: {jobs[line['id']]}: {line}", flush=True)
-            if code == 0:
+        while left and time.time() < end:
+            given, out = Path(folder) / f"{len(left)}.json", Path(folder) / f"{len(left)}.out"
+            given.write_text(json.dumps(left), encoding="utf-8")
+            out.touch()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.tune_linear", str(given), "--work", what, str(out)]
+            )
+            while process.poll() is None:
+                time.sleep(0.2)
+                if time.time() - out.stat().st_mtime > SILENCE or time.time() > end:
+                    process.kill()
+            said = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            lines += [line for line in said if "begin" not in line]
+            begun = [line["begin"] for line in said if "begin" in line]
+            if process.returncode == 0:
                 break
-            print(f"a process ended with {code} at {jobs[begun]}", flush=True)
-            left = [job for job in left if job["id"] > begun]
-            if not left:
-                break
-    return times, library
-
-
-def tile_of(job: dict) -> Tile:
-    """The tile of a job that was written to a file."""
-    kinds = {name: kind for kind, name in KERNELS.items()}
-    return kinds[job["kernel"]](*job["tile"]) if job["kernel"] != "skinny" else None
-
-
-def tune(recipes: list[str], only: set[int]) -> list[dict]:
-    jobs = []
-    for recipe in recipes:
-        for (k, n), rows in product(SHAPES, [count for count in ROWS[recipe] if count in only]):
-            for tile in candidates(recipe, k, n, rows):
-                kernel, constants = KERNELS[type(tile)], [] if tile is None else list(vars(tile).values())
-                jobs.append({"recipe": recipe, "k": k, "n": n, "rows": rows, "kernel": kernel, "tile": constants})
-    kinds = list(dict.fromkeys((job["recipe"], tile_of(job)) for job in jobs))
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        good = dict(zip(kinds, pool.map(compile_tile, kinds, chunksize=4), strict=True))
-    print(f"{len(kinds)} tiles, {sum(good.values())} of them without spilled registers; {len(jobs)} runs", flush=True)
-    jobs = [{"id": i} | job for i, job in enumerate(job for job in jobs if good[job["recipe"], tile_of(job)])]
-    times, library = time_all(jobs)
-    rows = []
-    for recipe in recipes:
-        for k, n in SHAPES:
-            for count in ROWS[recipe]:
-                key = (recipe, k, n, count)
-                here = [job for job in jobs if tuple(job.values())[1:5] == key and job["id"] in times]
-                if not here:
-                    continue
-                best = min(here, key=lambda job: times[job["id"]])
-                us = times[best["id"]]
-                if library.get(key, us + 1) < us and (recipe == "fp8" or count >= 512):
-                    break
-                rows.append({name: value for name, value in best.items() if name != "id"} | {"us": round(us, 2)})
-                second = sorted(times[job["id"]] for job in here)[1:4]
-                print(rows[-1], f"library {library.get(key, 0):.1f}", [round(x, 2) for x in second], flush=True)
-    return rows
+            print(f"{what}: a process ended with {process.returncode} at {begun[-1:]}", flush=True)
+            left = [job for job in left if job["id"] > (begun[-1] if begun else left[0]["id"])]
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
     parser.add_argument("--recipes", nargs="*", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument(
-        "--rows", nargs="*", type=int, default=sorted({count for rows in ROWS.values() for count in rows})
-    )
-    parser.add_argument("--out", type=Path, default=tiles.TABLE)
-    parser.add_argument("--work", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--kernels", nargs="*", default=[*tiles.KINDS, selection.LIBRARY], help="to time")
+    parser.add_argument("--rows", nargs="*", type=int, help="numbers of rows; without it, those of `ROWS`")
+    parser.add_argument("--table", action="store_true", help="time every tile of the table, and no other")
+    parser.add_argument("--seconds", type=float, default=400)
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        jobs = json.loads(options.work[0].read_text(encoding="utf-8"))
-        work([{**job, "make": tile_of(job)} for job in jobs], options.work[1])
+        what, out = options.work
+        {"check": check, "measure": measure}[what](json.loads(options.out.read_text(encoding="utf-8")), Said(Path(out)))
         return
-    kept = [row for row in tiles.measured() if row["recipe"] not in options.recipes or row["rows"] not in options.rows]
-    rows = kept + tune(options.recipes, set(options.rows))
-    rows.sort(key=lambda row: (list(ROWS).index(row["recipe"]), row["k"], row["n"], row["rows"]))
-    lines = ",\n".join(f" {json.dumps(row)}" for row in rows)
-    gpu = torch.cuda.get_device_name()
-    options.out.write_text(f'{{"gpu": "{gpu}", "tiles": [\n{lines}\n]}}\n', encoding="utf-8")
-    print(f"wrote {options.out}")
+    end = time.time() + options.seconds
+    random.seed(0)
+    cells = [
+        (recipe, k, n, rows)
+        for k, n in [*HELD_OUT, *SHAPES, *MORE_SHAPES]
+        for recipe in options.recipes
+        for rows in options.rows or ROWS[recipe]
+    ]
+    tiles_of = known if options.table else candidates
+    of_cell = {cell: [tile for tile in tiles_of(*cell) if tile.KERNEL in options.kernels] for cell in cells}
+    of_cell = {cell: some for cell, some in of_cell.items() if some}
+    kinds = list(dict.fromkeys((cell[0], compiled(tile)) for cell, some in of_cell.items() for tile in some))
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        fine = [kind for kind, good in zip(kinds, pool.map(compiles, kinds, chunksize=4), strict=True) if good]
+    print(f"{len(kinds)} kinds of tiles, {len(fine)} of them without spilled registers", flush=True)
+    jobs = [{"id": i, "recipe": recipe, "tile": tiles.as_dict(tile)} for i, (recipe, tile) in enumerate(fine)]
+    errors = {line["id"]: line["error"] for line in watched("check", jobs, end)}
+    right = {fine[i] for i, error in errors.items() if error < WRONG}
+    print(f"{len(right)} of them are right; the worst of these is off by {max(errors.values()):.2g}", flush=True)
+    jobs = [
+        {
+            "id": i,
+            "cell": cell,
+            "tiles": [tiles.as_dict(tile) for tile in some if (cell[0], compiled(tile)) in right],
+            "library": selection.LIBRARY in options.kernels and cell[0] != "w8a8" and cell[3] >= 64,
+        }
+        for i, (cell, some) in enumerate(of_cell.items())
+    ]
+    lines = watched("measure", jobs, end)
+    about = {"gpu": torch.cuda.get_device_name(), "timed": [line for line in lines if "us" in line]}
+    about["failed"] = [line for line in lines if "failed" in line]
+    options.out.write_text(json.dumps(about) + "\n", encoding="utf-8")
+    print(f"{len(about['timed'])} products timed, {len(about['failed'])} failed; wrote {options.out}")
 
 
 if __name__ == "__main__":

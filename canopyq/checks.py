@@ -65,6 +65,15 @@ def sequence(name: str, value: object, least: int = 0) -> list:
     return items
 
 
+def layers(name: str, value: object) -> list[tuple[int, int]]:
+    """Pairs of in_features and out_features."""
+    pairs = [tuple(count(name, size, 1) for size in sequence(name, shape)) for shape in sequence(name, value)]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise CanopyError(f"{name} has {shown(pair)}; give pairs of in_features and out_features")
+    return pairs
+
+
 def function(name: str, value: object) -> Callable:
     if not callable(value) or isinstance(value, type):
         raise CanopyError(f"{name}={shown(value)} cannot be called; give a function")

@@ -47,6 +47,7 @@ SOON = {
     "export": ["nowhere", "--gguf", "nowhere.gguf"],
     "inspect": ["nowhere"],
     "bench": ["--device", "meta"],
+    "tune": ["llama-2-7b", "--recipe", "w3a16"],
     "advise": ["--model", "7B"],
     "doctor": [],
 }

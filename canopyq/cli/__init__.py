@@ -11,7 +11,7 @@ import typer
 from canopyq import __version__
 from canopyq.cli import export, quantize
 from canopyq.cli.examine import chat, evaluate, explain
-from canopyq.cli.facts import advise, bench, doctor, inspect, size
+from canopyq.cli.facts import advise, bench, doctor, inspect, size, tune
 from canopyq.errors import CanopyError, printable
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command()(quantize.quantize)
 app.command()(export.export)
 app.command()(inspect)
 app.command()(bench)
+app.command()(tune)
 app.command()(advise)
 
 

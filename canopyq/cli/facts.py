@@ -1,4 +1,4 @@
-"""What can be told without running a model: `canopyq doctor`, `size`, `inspect`, `advise`, `bench`."""
+"""What can be told without running a model: `canopyq doctor`, `size`, `inspect`, `advise`, `bench`, `tune`."""
 
 from __future__ import annotations
 
@@ -171,3 +171,34 @@ def bench(
             numbers = f"{x.us:.1f}", f"{x.unquantized_us:.1f}", f"{x.speedup:.2f}×", f"{x.error:.1g}"
             times.add_row(str(x.rows), *numbers, cell(x.kernel))
         console.print(times)
+
+
+def tune(
+    model: Annotated[
+        str | None, typer.Argument(help="Tune for the layers of a model (llama-3.1-8b) or a folder with a config.json.")
+    ] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="w4a16-g128, w8a16, w8a8 or fp8; may be given several times.")
+    ] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="A number of tokens; may be given several times.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure which kernels are the fastest on this GPU, and keep the result for all later runs. Takes minutes."""
+    from canopyq.advisor.needs import find_shape
+    from canopyq.evaluate import tune as tuning
+
+    shapes = tuning.SHAPES if model is None else tuning.shapes_of(find_shape(model)[1])
+    found = tuning.tune(shapes, tuple(recipe or ("w4a16-g128", "w8a16")), tuple(rows or tuning.ROWS))
+    if as_json:
+        print_json({"gain": tuning.gain(found), "results": [vars(one) for one in found]})
+        return
+    better = [one for one in found if one.before > 1.02 * one.after]
+    for (k, n, name), some in groupby(better, lambda one: (one.k, one.n, one.recipe)):
+        print_plain(f"{k}→{n}, {name}", "italic")
+        times = table("rows", "µs before", "µs", "faster", "kernel")
+        for one in some:
+            numbers = f"{one.before:.1f}", f"{one.after:.1f}", f"{one.before / one.after:.2f}×"
+            times.add_row(str(one.rows), *numbers, cell(one.kernel))
+        console.print(times)
+    words = f"{len(found)} products measured, {len(better)} of them more than 2 % faster now"
+    print_plain(f"{words}, {tuning.gain(found):.3f}× in the mean")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from canopyq import checks
-from canopyq.errors import CanopyError, shown
+from canopyq.errors import CanopyError
 from canopyq.kernels import select
 from canopyq.kernels.timing import microseconds, rotations, rounds
 from canopyq.nn.linear import QuantizedLinear
@@ -71,10 +71,7 @@ def bench(
     kind = checks.choice("device", checks.device(device).type, SHAPES)
     parsed = [Recipe.of_weights(recipe) for recipe in checks.sequence("recipes", recipes)]
     rows = [checks.count("rows", m, 1) for m in checks.sequence("rows", ROWS[kind] if rows is None else rows)]
-    shapes = checks.sequence("shapes", SHAPES[kind] if shapes is None else shapes)
-    for shape in shapes:
-        if len([checks.count("shapes", size, 1) for size in checks.sequence("shapes", shape)]) != 2:
-            raise CanopyError(f"shapes has {shown(shape)}; give pairs of in_features and out_features")
+    shapes = checks.layers("shapes", SHAPES[kind] if shapes is None else shapes)
     if static := [recipe.name for recipe in parsed if recipe.static]:
         raise CanopyError(f"{static[0]} needs ranges calibrated on a model; time the dynamic recipe")
     layers = [(recipe, *shape) for shape in shapes for recipe in parsed]

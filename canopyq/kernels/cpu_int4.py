@@ -13,7 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from canopyq.kernels.kernel import Held, Kernel, Layout, Problem
+from canopyq.kernels.kernel import Held, Kernel, Layout, Problem, up_to
 from canopyq.kernels.sliced import SLICE
 from canopyq.tensor import packing
 from canopyq.tensor.formats import IntFormat
@@ -141,5 +141,5 @@ def sliced_linear(x: Tensor, held: Held, problem: Problem) -> Tensor:
 
 
 BLOCKS = Layout("in torch's blocks for int4", arrange, restore)
-PACKED = Kernel("packed int4, bfloat16 input (torch)", BLOCKS, refuse, packed_linear, most_rows=32)
+PACKED = Kernel("packed int4, bfloat16 input (torch)", BLOCKS, refuse, packed_linear, rows=up_to(32))
 SLICED = Kernel("packed int4, slice by slice in float32", BLOCKS, refuse, sliced_linear)

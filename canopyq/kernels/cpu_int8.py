@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from canopyq.kernels.kernel import Held, Kernel, Problem
+from canopyq.kernels.kernel import Held, Kernel, Problem, up_to
 from canopyq.kernels.reference import PLAIN
 from canopyq.tensor.formats import IntFormat
 from canopyq.tensor.quantized_tensor import QuantizedTensor
@@ -122,9 +122,15 @@ def codes_in_bfloat16(x: QuantizedTensor, held: Held, problem: Problem) -> Tenso
 
 
 WEIGHT_ONLY = Kernel(
-    "packed int8, bfloat16 input (torch)", PLAIN, refuse_weight_only, weight_only, most_rows=16, example="w8a16"
+    "packed int8, bfloat16 input (torch)", PLAIN, refuse_weight_only, weight_only, rows=up_to(16), example="w8a16"
 )
 INT8 = Kernel("int8 by int8, int32 sums (torch)", PLAIN, refuse_int8, int8_by_int8, example="w8a8", takes_codes=True)
 CODES = Kernel(
-    "int8 codes held in bfloat16 by int8 (torch)", PLAIN, refuse_codes, codes_in_bfloat16, 16, "w8a8", takes_codes=True
+    "int8 codes held in bfloat16 by int8 (torch)",
+    PLAIN,
+    refuse_codes,
+    codes_in_bfloat16,
+    up_to(16),
+    "w8a8",
+    takes_codes=True,
 )

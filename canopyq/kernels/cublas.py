@@ -8,7 +8,7 @@ from torch import Tensor
 
 from canopyq.kernels import cpu_int8, reference
 from canopyq.kernels.cuda import eight_bits, launch
-from canopyq.kernels.kernel import Held, Kernel, Layout, Problem
+from canopyq.kernels.kernel import ANY, Held, Kernel, Layout, Problem
 from canopyq.tensor.quantized_tensor import QuantizedTensor
 
 FEWEST_ROWS = 17  # torch._int_mm refuses fewer
@@ -91,8 +91,8 @@ def fp8_by_fp8(x: QuantizedTensor, held: Held, problem: Problem) -> Tensor:
 
 
 INT8 = Kernel(
-    "int8 by int8, int32 sums (cuBLAS)", EIGHT_BITS, refuse_int8, int8_by_int8, None, "w8a8", "cuda", takes_codes=True
+    "int8 by int8, int32 sums (cuBLAS)", EIGHT_BITS, refuse_int8, int8_by_int8, ANY, "w8a8", "cuda", takes_codes=True
 )
 FP8 = Kernel(
-    "FP8 by FP8, float32 sums (cuBLAS)", EIGHT_BITS, refuse_fp8, fp8_by_fp8, None, "fp8", "cuda", takes_codes=True
+    "FP8 by FP8, float32 sums (cuBLAS)", EIGHT_BITS, refuse_fp8, fp8_by_fp8, ANY, "fp8", "cuda", takes_codes=True
 )

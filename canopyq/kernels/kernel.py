@@ -55,6 +55,15 @@ class Layout:
     part: Callable[[Held, Problem, int, int], dict[str, Tensor] | None] | None = None
 
 
+Rows = tuple[range, ...]  # disjoint, ascending
+MANY = 2**31  # more rows than there are
+ANY: Rows = (range(1, MANY),)
+
+
+def up_to(most: int) -> Rows:
+    return (range(1, most + 1),)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A way to compute a linear layer.
@@ -64,8 +73,7 @@ class Kernel:
         layout: the layout that it reads.
         refuse: why it cannot run a problem, in words that tell what to change; None if it can.
         run: (x (M, K), held, problem) -> (M, N) in x's dtype, without the bias.
-        most_rows: it is taken for inputs of at most so many rows; None for any; a function if that depends on the
-            problem.
+        rows: ranges of the number of rows for which it is taken; a function if they depend on the problem.
         example: a recipe that it is for.
         device: the type of device that it is for.
         takes_codes: x is a `QuantizedTensor`, where the others get quantized inputs dequantized.
@@ -75,11 +83,15 @@ class Kernel:
     layout: Layout
     refuse: Callable[[Problem], str | None]
     run: Callable[..., Tensor]
-    most_rows: int | Callable[[Problem], int] | None = None
+    rows: Rows | Callable[[Problem], Rows] = ANY
     example: str = "w4a16-g128"
     device: str = "cpu"
     takes_codes: bool = False
 
     def settled(self, problem: Problem) -> Kernel:
-        """The same with a number for ``most_rows``, or None."""
-        return replace(self, most_rows=self.most_rows(problem)) if callable(self.most_rows) else self
+        """The same with ranges for ``rows``."""
+        return replace(self, rows=self.rows(problem)) if callable(self.rows) else self
+
+    def takes(self, rows: int) -> bool:
+        """Whether a settled kernel is taken for an input of so many rows."""
+        return any(rows in some for some in self.rows)

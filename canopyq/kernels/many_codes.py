@@ -1,7 +1,7 @@
 """8 bits by 8 bits on a Hopper GPU for any number of rows: our own kernel, in the layout that cuBLAS reads too.
 
 For INT8 it is the only one that writes scaled results, where cuBLAS writes int32 sums that have to be read again. FP8
-goes to cuBLAS from the number of rows on from which that is as fast, measured on an H200.
+goes to cuBLAS where `cuda.selection` finds that faster.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from canopyq.kernels import cublas, skinny
-from canopyq.kernels.cuda import tiles, warpgroup_codes
-from canopyq.kernels.kernel import Held, Kernel, Problem
+from canopyq.kernels.cuda import selection, warpgroup_codes
+from canopyq.kernels.cuda.tiles import CodesTile
+from canopyq.kernels.kernel import ANY, Held, Kernel, Problem, Rows
 from canopyq.tensor.quantized_tensor import QuantizedTensor
 
 
@@ -35,10 +36,10 @@ def run(x: QuantizedTensor, held: Held, problem: Problem) -> Tensor:
     return warpgroup_codes.multiply_many_codes(x.data, scale, held["weight"], held["weight_scale"], x.dtype)
 
 
-def most_fp8(problem: Problem) -> int:
-    return max(tiles.nearest("fp8", problem.n, problem.k))
+def rows_fp8(problem: Problem) -> Rows:
+    return selection.rows_taken(skinny.product_of(problem, "fp8"), CodesTile.KERNEL)
 
 
 LAYOUT = cublas.EIGHT_BITS
-INT8 = Kernel("int8 by int8 on warpgroups (CUDA)", LAYOUT, refuse_int8, run, None, "w8a8", "cuda", takes_codes=True)
-FP8 = Kernel("FP8 by FP8 on warpgroups (CUDA)", LAYOUT, refuse_fp8, run, most_fp8, "fp8", "cuda", takes_codes=True)
+INT8 = Kernel("int8 by int8 on warpgroups (CUDA)", LAYOUT, refuse_int8, run, ANY, "w8a8", "cuda", takes_codes=True)
+FP8 = Kernel("FP8 by FP8 on warpgroups (CUDA)", LAYOUT, refuse_fp8, run, rows_fp8, "fp8", "cuda", takes_codes=True)

@@ -1,6 +1,6 @@
 """8 bits by 8 bits on an NVIDIA GPU for few rows: our own kernel, in the layout that cuBLAS reads too.
 
-How many rows are few was measured on an H200, see `cuda.tiles`.
+How many rows are few, `cuda.selection` knows.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from canopyq.kernels import cpu_int8, cublas
-from canopyq.kernels.cuda import eight_bits, launch, tiles, warpgroup_codes
-from canopyq.kernels.kernel import Held, Kernel, Problem
+from canopyq.kernels.cuda import eight_bits, launch, selection, warpgroup_codes
+from canopyq.kernels.cuda.costs import Product
+from canopyq.kernels.cuda.tiles import SkinnyTile
+from canopyq.kernels.kernel import Held, Kernel, Problem, Rows, up_to
 from canopyq.tensor.quantized_tensor import QuantizedTensor
 
 
@@ -40,22 +42,26 @@ def run(x: QuantizedTensor, held: Held, problem: Problem) -> Tensor:
     return eight_bits.multiply_codes(x.data, scale, held["weight"], held["weight_scale"], x.dtype)
 
 
-def few_int8(problem: Problem) -> int:
-    return _few(problem, "w8a8")
+def rows_int8(problem: Problem) -> Rows:
+    return _rows(problem, "w8a8")
 
 
-def few_fp8(problem: Problem) -> int:
-    return _few(problem, "fp8")
+def rows_fp8(problem: Problem) -> Rows:
+    return _rows(problem, "fp8")
 
 
-def _few(problem: Problem, recipe: str) -> int:
-    """Up to how many rows it is faster than the kernel for warpgroups, if there is one."""
+def _rows(problem: Problem, recipe: str) -> Rows:
+    """Where it is faster than the kernel for warpgroups, if there is one."""
     if torch.cuda.get_device_capability(problem.device) != warpgroup_codes.HOPPER:
-        return eight_bits.MOST_ROWS
-    found = tiles.nearest(recipe, problem.n, problem.k)
-    return max((count for count, (name, _) in found.items() if name == "skinny"), default=0)
+        return up_to(eight_bits.MOST_ROWS)
+    return selection.rows_taken(product_of(problem, recipe), SkinnyTile.KERNEL)
+
+
+def product_of(problem: Problem, recipe: str) -> Product:
+    """Of one row, as `selection` takes it."""
+    return Product(recipe, problem.n, problem.k, 1, stored_by_copies=problem.n % 8 == 0)
 
 
 LAYOUT = cublas.EIGHT_BITS
-INT8 = Kernel("int8 by int8, few rows (CUDA)", LAYOUT, refuse_int8, run, few_int8, "w8a8", "cuda", takes_codes=True)
-FP8 = Kernel("FP8 by FP8, few rows (CUDA)", LAYOUT, refuse_fp8, run, few_fp8, "fp8", "cuda", takes_codes=True)
+INT8 = Kernel("int8 by int8, few rows (CUDA)", LAYOUT, refuse_int8, run, rows_int8, "w8a8", "cuda", takes_codes=True)
+FP8 = Kernel("FP8 by FP8, few rows (CUDA)", LAYOUT, refuse_fp8, run, rows_fp8, "fp8", "cuda", takes_codes=True)

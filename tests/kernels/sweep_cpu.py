@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from canopyq.kernels import activations, cpu_int4, cpu_int8, reference, sliced
-from canopyq.kernels.kernel import Kernel, Problem
+from canopyq.kernels.kernel import ANY, Kernel, Problem
 from canopyq.nn.linear import QuantizedLinear
 from canopyq.tensor.granularity import Granularity
 from canopyq.tensor.quantized_tensor import QuantizedTensor, quantize
@@ -166,7 +166,7 @@ class Sweep:
                         if kernel.refuse(problem) is None:
                             layer = QuantizedLinear(weight, None, form.inputs, *ranges)
                             layer.hold(kernel.layout.arrange(weight), kernel.layout)
-                            layer._kernels = (replace(kernel, most_rows=None),)
+                            layer._kernels = (replace(kernel, rows=ANY),)
                             limit = bound(kernel, form, dtype, k, exact[:, :n], total[:, :n])
                             given = codes if kernel.takes_codes else stand_for
                             self._layer(name, layer, x, given, exact[:, :n], limit, rows)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from canopyq.errors import CanopyError
 from canopyq.kernels import reference, select
-from canopyq.kernels.cuda import weight_only
+from canopyq.kernels.cuda import products, selection, weight_only
 from canopyq.kernels.cuda.fragments import FRAGMENTS, arrange
+from canopyq.kernels.cuda.tiles import StreamKTile
 from canopyq.kernels.kernel import Problem
 from canopyq.nn.linear import QuantizedLinear
 from canopyq.tensor.quantized_tensor import quantize
@@ -78,19 +81,69 @@ def test_small_weights_in_float16() -> None:
 
 
 @pytest.mark.parametrize(
-    "kernel", [weight_only.DECODE, weight_only.WARPGROUP, weight_only.LIBRARY], ids=lambda k: k.name
+    "kernel",
+    [weight_only.DECODE, weight_only.WARPGROUP, weight_only.STREAM_K, weight_only.LIBRARY],
+    ids=lambda kernel: kernel.name,
 )
 @pytest.mark.parametrize("name", ["int4", "int8"])
 def test_each_kernel_by_itself(kernel, name: str) -> None:
     layer = layer_of(name, "g128", False, 320, 1024)
     if reason := kernel.refuse(layer.problem):
         pytest.skip(reason)
-    most = kernel.settled(layer.problem).most_rows or 4096
+    most = 16 if kernel is weight_only.DECODE else 4096
     exact = layer.quantized_weight.dequantize(torch.float64).t()
     for rows in sorted({1, min(2, most), most}):
         x = torch.randn(rows, 1024, device="cuda", dtype=BF16)
         y = kernel.run(x, layer.held, layer.problem)
         assert float((y.double() - x.double() @ exact).norm() / (x.double() @ exact).norm()) <= MOST[BF16]
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper")
+@pytest.mark.parametrize(
+    "weight",
+    [("int4", "g128", True), ("int4", "g32", False), ("int8", "channel", True), ("int8", "g64", False)],
+    ids=str,
+)
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 0])
+def test_stream_k_however_the_work_is_shared_out(weight: tuple[str, str, bool], parts: int) -> None:
+    """Whole tiles, parts that several blocks add up, ends that are cut off; over memory that held NaN."""
+    name, granularity, symmetric = weight
+    for n, k in ((200, 640), (4104, 896 if granularity == "g128" else 960), (1000, 8192)):
+        layer = layer_of(name, granularity, symmetric, n, k)
+        exact_weight = layer.quantized_weight.dequantize(torch.float64).t()
+        own, scale, zero, *rest = weight_only._arguments(layer.held, layer.problem)
+        described = products.describe(own, scale, zero, *rest)
+        for tile in {tile for tile, _ in selection.palette("w4a16") if isinstance(tile, StreamKTile)}:
+            fitted = replace(tile.fitted(described), parts=parts)
+            for rows in (1, fitted.tokens - 3, 2 * fitted.tokens + 5):
+                for dtype in (BF16, FP16):
+                    x = torch.randn(rows, -(-k // 64) * 64, device="cuda", dtype=dtype)
+                    x[:, k:] = 0
+                    poison = torch.full((rows, n), float("nan"), device="cuda", dtype=dtype)
+                    del poison
+                    y = products.run_stream_k(x, own, scale, zero, described, fitted)
+                    exact = x[:, :k].double() @ exact_weight
+                    error = float((y.double() - exact).norm() / exact.norm())
+                    assert error <= MOST[dtype], (fitted, rows, dtype, error)
+                    assert torch.equal(y, products.run_stream_k(x, own, scale, zero, described, fitted))
+
+
+def test_two_streams_at_a_time_do_not_meet() -> None:
+    """Each launch has its own memory for sums and its own mark."""
+    layers = [layer_of(n=n, k=4096) for n in (1000, 1024)]
+    x = torch.randn(300, 4096, device="cuda", dtype=BF16)
+    with torch.no_grad():
+        alone = [layer(x) for layer in layers]
+        streams = [torch.cuda.Stream() for _ in layers]
+        torch.cuda.synchronize()
+        for _ in range(200):
+            found = []
+            for layer, stream in zip(layers, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    found.append(layer(x))
+        torch.cuda.synchronize()
+    for one, other in zip(found, alone, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_any_input_of_the_right_width_is_right() -> None:
@@ -122,7 +175,7 @@ def test_bad_input_is_refused_in_words() -> None:
         layer(torch.randn(2, 512, dtype=BF16))
     with pytest.raises(CanopyError, match="takes floating-point input"):
         layer(torch.ones(2, 512, device="cuda", dtype=torch.int32))
-    for op in (weight_only.decode_linear, weight_only.warpgroup_linear):
+    for op in (weight_only.decode_linear, weight_only.warpgroup_linear, weight_only.stream_k_linear):
         with pytest.raises(CanopyError, match="bfloat16 and float16 input, not torch.float32"):
             op(torch.randn(2, 512, device="cuda"), *arguments)
         with pytest.raises(CanopyError, match=r"takes an input \(rows, 512 at most\)"):
@@ -187,7 +240,7 @@ def test_torch_compile_takes_it_whole(mode: str) -> None:
                 torch.testing.assert_close(compiled(x), torch.relu(layer(x)) + 1, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("name", ["decode_linear", "warpgroup_linear"])
+@pytest.mark.parametrize("name", ["decode_linear", "warpgroup_linear", "stream_k_linear"])
 def test_the_operators_are_well_formed(name: str) -> None:
     layer = layer_of()
     x = torch.randn(1, 512, device="cuda", dtype=BF16)

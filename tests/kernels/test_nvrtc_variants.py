@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from canopyq.kernels.cuda import nvrtc, products, tiles
-from canopyq.kernels.cuda.tiles import DecodeTile, WarpgroupTile
+from canopyq.kernels.cuda import eight_bits, nvrtc, products, selection, tiles
+from canopyq.kernels.cuda.tiles import DecodeTile, StreamKTile, WarpgroupTile, Weight
 
 pytestmark = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -40,18 +40,26 @@ def check(found: dict[str, nvrtc.Compiled]) -> None:
     assert not wrong, wrong
 
 
-def table(kernel: str, matters: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """One tile of the table for each combination of the constants at these places; others hardly change the code."""
-    found = [tuple(row["tile"]) for row in tiles.measured() if row["kernel"] == kernel]
-    return list({tuple(tile[i] for i in matters): tile for tile in found}.values())
+def stream_k(tile: StreamKTile, bits: int, group: int, asymmetric: bool, x: torch.dtype) -> Job:
+    constants = products.constants(bits, group, asymmetric, x, BF16) | products.stream_k_constants(tile)
+    return "stream_k.cu", constants, "sm_90a", tiles.product_source(tile.tokens, x == BF16)
+
+
+def table(kind: type, *matters: str) -> list:
+    """One tile of the table for each combination of these constants; others hardly change the code."""
+    found = [tile for tile, _ in selection.palette("w4a16") if isinstance(tile, kind)]
+    return list({tuple(getattr(tile, name) for name in matters): tile for tile in found}.values())
 
 
 @pytest.mark.slow
 def test_every_kind_of_tile_in_the_table() -> None:
     """All but the lengths of rings and clusters."""
-    jobs = [decode(DecodeTile(*tile), "sm_90a", 4, 128, False, BF16) for tile in table("decode", (0, 1, 2))]
-    jobs += [warpgroup(WarpgroupTile(*tile), 4, 128, False, BF16) for tile in table("warpgroup", (0, 1, 2, 3, 5, 7))]
-    assert len(jobs) > 10
+    jobs = [decode(tile, "sm_90a", 4, 128, False, BF16) for tile in table(DecodeTile, "columns", "blocks", "warps")]
+    of_warpgroups = table(WarpgroupTile, "tokens", "tall", "beside", "deep", "batch", "per_sm")
+    jobs += [warpgroup(tile, 4, 128, False, BF16) for tile in of_warpgroups]
+    shared_out = table(StreamKTile, "tokens", "tall", "warpgroups", "per_sm")
+    jobs += [stream_k(tile, 4, 128, False, BF16) for tile in shared_out]
+    assert len(jobs) > 20
     check(compile_all(jobs))
 
 
@@ -76,9 +84,39 @@ def test_the_warpgroup_kernel_for_every_weight(tokens: int) -> None:
     check(compile_all([warpgroup(tile, *weight) for weight in weights]))
 
 
+def test_the_stream_k_kernel_for_every_weight() -> None:
+    """Also in float16, for groups smaller than a batch of products, and with zero points."""
+    jobs = []
+    for bits, group, asymmetric, x in (
+        (4, 32, True, FP16),
+        (8, 0, False, BF16),
+        (4, 0, True, FP16),
+        (8, 64, True, BF16),
+    ):
+        weight = Weight(4096, 64, 32, 32 * 128 // group if group else 1, bits, group, asymmetric)
+        for tile in table(StreamKTile, "tokens", "tall", "warpgroups"):
+            jobs.append(stream_k(tile.fitted(weight), bits, group, asymmetric, x))
+    check(compile_all(jobs))
+
+
 def test_dequantizing() -> None:
     jobs = []
     for arch, bits, out in (("sm_80", 4, BF16), ("sm_90a", 8, FP16), ("sm_100", 4, torch.float32)):
         constants = products.constants(bits, 128, True, out, BF16) | {"WIDE": int(out == torch.float32)}
         jobs.append(("dequantize.cu", constants, arch, ""))
     check(compile_all(jobs))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"])
+def test_what_needs_no_hopper_instructions_compiles_for_every_gpu(arch: str) -> None:
+    dequantize = products.constants(4, 128, False, BF16, BF16) | {"WIDE": 0}
+    step = {"ELEMENT_BF16": 1, "HEAD_DIM": 128, "GROUP_HEADS": 4, "CLUSTER": 1 if arch.startswith("sm_8") else 8}
+    jobs = [
+        decode(DecodeTile(2, 1, 8, 4, 1, 2), arch, 8, 0, False, FP16),
+        ("dequantize.cu", dequantize, arch, ""),
+        ("skinny.cu", eight_bits.constants("int8", 2, BF16, BF16), arch, ""),
+        ("quantize_rows.cu", eight_bits.row_constants("int8", BF16, 0, 256, 4), arch, ""),
+        ("step.cu", step, arch, ""),
+        ("append.cu", {"CODE": 4, "HEAD_DIM": 128, "ELEMENT_BF16": 1}, arch, ""),
+    ]
+    assert all(found.cubin for found in compile_all(jobs).values())

@@ -13,8 +13,7 @@ from torch import Tensor
 from canopyq.errors import CanopyError
 from canopyq.kernels import cublas, many_codes, select, skinny
 from canopyq.kernels.cuda import eight_bits, launch, nvrtc, tiles, warpgroup_codes, wide_int8
-from canopyq.kernels.cuda.warpgroup_codes import CodesTile
-from canopyq.kernels.cuda.wide_int8 import WideTile
+from canopyq.kernels.cuda.tiles import CodesTile, WideTile
 from canopyq.kernels.kernel import Problem
 from canopyq.tensor.quantized_tensor import quantize
 from canopyq.tensor.scheme import Recipe
@@ -146,7 +145,11 @@ def test_the_kernel_for_many_rows_compiles_without_spilling(tile: WideTile) -> N
 def test_every_shape_gets_a_tile_that_fits(format: str, m: int, n: int, sixteens: int) -> None:
     k = 16 * sixteens
     tile = warpgroup_codes.choose(format, m, n, k, torch.float32)
-    assert tile.stages >= 2 and (tile.shared + tiles.RESERVED) * tile.per_sm <= tiles.SHARED
+    assert (
+        isinstance(tile, CodesTile)
+        and tile.stages >= 2
+        and (tile.shared + tiles.RESERVED) * tile.per_sm <= tiles.SHARED
+    )
     assert tile.threads * tile.per_sm <= 2048 and tile.cluster <= -(-k // 128)
     across, down, deep = tile.blocks(m, n)
     assert across * tile.tokens >= m and down * tile.rows >= n

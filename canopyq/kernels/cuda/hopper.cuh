@@ -18,6 +18,12 @@ __device__ __forceinline__ void arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// The same at a barrier of block ``rank`` of the cluster, at the address that this block has its own at.
+__device__ __forceinline__ void arrive_at(u32 barrier, int rank) {
+    asm volatile("{\n\t.reg .u32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(barrier), "r"(rank) : "memory");
+}
+
 // Arrive, and let the barrier also wait for so many bytes of copies.
 __device__ __forceinline__ void arrive_and_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -31,6 +37,23 @@ __device__ __forceinline__ void wait(u32 barrier, int parity) {
                      "selp.u32 %0, 1, 0, p;\n\t}" : "=r"(over) : "r"(barrier), "r"(parity) : "memory");
     } while (!over);
 }
+
+// A place in a ring of SIZE stages of BYTES. Its barriers lie side by side: first those that tell a stage to be full, then
+// those that tell it to be empty. `parity` is of the phase to wait for: 0 at first for who reads, 1 for who writes, whose
+// first waits are over at once. No division: the warps that start copies are alone and wait for every instruction.
+template <int SIZE, int BYTES>
+struct Place {
+    u32 stage, full;                                                      // addresses
+    int left = SIZE, parity;
+
+    __device__ __forceinline__ Place(u32 ring, u32 barriers, int parity) : stage(ring), full(barriers), parity(parity) {}
+    __device__ __forceinline__ void next() {
+        stage += BYTES, full += 8;
+        if (--left == 0) stage -= SIZE * BYTES, full -= SIZE * 8, left = SIZE, parity ^= 1;
+    }
+    __device__ __forceinline__ u32 empty() const { return full + SIZE * 8; }
+    __device__ __forceinline__ u32 empty_before() const { return full + (left == SIZE ? 2 * SIZE - 1 : SIZE - 1) * 8; }
+};
 
 // ---- bulk copies -------------------------------------------------------------------------------------------------------
 
@@ -59,6 +82,14 @@ __device__ __forceinline__ void tile_copy(u32 to, const TensorMap* map, int row,
                  ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
 
+// As `box_copy` of a half step, into the shared memory of all blocks of a cluster that `blocks` names by bits, at the same
+// place. It counts on the barrier of each.
+__device__ __forceinline__ void box_copy_to(u32 blocks, u32 to, const TensorMap* map, int row, int half_step, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {0, %2, %3}], [%4], %5;"
+                 ::"r"(to), "l"(map), "r"(row), "r"(half_step), "r"(barrier), "h"(u16(blocks)) : "memory");
+}
+
 // The other way: a box from shared memory, as the copy engine swizzles it, into a matrix; what lies outside is left out.
 // It runs on while the thread does, as part of the batch that the thread closes next.
 __device__ __forceinline__ void tile_store(const TensorMap* map, u32 from, int row, int column) {
@@ -74,6 +105,12 @@ __device__ __forceinline__ void wait_for_stores_to_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
 }
 __device__ __forceinline__ void wait_for_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Four 8-by-8 matrices of 16-bit floats, transposed. Lane 8i + r gives the address of column r of matrix i.
+__device__ __forceinline__ void store_transposed(u32 column_address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(column_address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
 
 // What this thread wrote to shared memory is there for the copy engine, once a barrier has followed.
 __device__ __forceinline__ void show_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import secrets
+from dataclasses import replace
 from functools import cache, lru_cache
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -11,8 +14,8 @@ from torch import Tensor
 from canopyq.errors import CanopyError
 from canopyq.kernels.cuda import tiles
 from canopyq.kernels.cuda.fragments import SLAB
-from canopyq.kernels.cuda.launch import Function, multiprocessors
-from canopyq.kernels.cuda.tiles import DecodeTile, WarpgroupTile, Weight
+from canopyq.kernels.cuda.launch import Function, matrix_map, multiprocessors
+from canopyq.kernels.cuda.tiles import DecodeTile, StreamKTile, WarpgroupTile, Weight
 
 
 def constants(bits: int, group: int, asymmetric: bool, element: torch.dtype, scale: torch.dtype) -> dict[str, int]:
@@ -48,6 +51,18 @@ def warpgroup_constants(tile: WarpgroupTile) -> dict[str, int]:
     }
 
 
+def stream_k_constants(tile: StreamKTile) -> dict[str, int]:
+    return {
+        "TOKENS": tile.tokens,
+        "TALL": tile.tall,
+        "WARPGROUPS": tile.warpgroups,
+        "STAGES": tile.stages,
+        "BATCH": tile.batch,
+        "CLUSTER": tile.cluster,
+        "BLOCKS_PER_SM": tile.per_sm,
+    }
+
+
 @cache
 def _decode(bits: int, group: int, asymmetric: bool, x: torch.dtype, scale: torch.dtype, tile: DecodeTile, device: int):
     every = constants(bits, group, asymmetric, x, scale) | decode_constants(tile)
@@ -66,6 +81,16 @@ def _warpgroup(
 
 
 @cache
+def _stream_k(
+    bits: int, group: int, asymmetric: bool, x: torch.dtype, scale: torch.dtype, tile: StreamKTile, device: int
+):
+    every = constants(bits, group, asymmetric, x, scale) | stream_k_constants(tile)
+    extra = tiles.product_source(tile.tokens, x == torch.bfloat16)
+    kind = {"cluster": tile.cluster, "extra": extra}
+    return Function("stream_k.cu", "stream_k", every, "128s128sPPPPPqiiiiiiii", device, tile.threads, **kind)
+
+
+@cache
 def _dequantize(bits: int, group: int, asymmetric: bool, out: torch.dtype, scale: torch.dtype, device: int):
     # For float32 the codes become float16 first: every code and its difference to the zero point is exact there.
     every = constants(bits, group, asymmetric, out, scale) | {"WIDE": int(out == torch.float32)}
@@ -73,8 +98,8 @@ def _dequantize(bits: int, group: int, asymmetric: bool, out: torch.dtype, scale
 
 
 @lru_cache(maxsize=4096)
-def _tensor_map(pointer: int, rows: int, k: int, dtype: torch.dtype, tokens: int) -> bytes:
-    """Tells the copy engine where x (rows, k) lies and that it comes in boxes of ``tokens`` rows by 2 · 64 columns."""
+def _tensor_map(pointer: int, rows: int, k: int, dtype: torch.dtype, tokens: int, halves: int = 2) -> bytes:
+    """Tells the copy engine where x (rows, k) lies and that it comes in boxes, ``tokens`` rows by ``halves`` · 64."""
     from cuda.bindings import driver as d
 
     kind = d.CUtensorMapDataType
@@ -84,7 +109,7 @@ def _tensor_map(pointer: int, rows: int, k: int, dtype: torch.dtype, tokens: int
         pointer,
         [d.cuuint64_t(64), d.cuuint64_t(rows), d.cuuint64_t(k // 64)],
         [d.cuuint64_t(2 * k), d.cuuint64_t(128)],
-        [d.cuuint32_t(64), d.cuuint32_t(tokens), d.cuuint32_t(2)],
+        [d.cuuint32_t(64), d.cuuint32_t(tokens), d.cuuint32_t(halves)],
         [d.cuuint32_t(1)] * 3,
         d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
@@ -128,6 +153,30 @@ def run_warpgroup(
     sizes = (rows, weight.n, weight.slabs, weight.steps, weight.groups)
     x_map = _tensor_map(x.data_ptr(), rows, k, x.dtype, tile.tokens)
     function(grid, x_map, *_pointers(codes, scale, zero), y.data_ptr(), *sizes, shared=tile.shared(weight))
+    return y
+
+
+_marks = count(secrets.randbits(62))  # a number for each launch that no memory holds by chance
+
+
+def run_stream_k(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Weight, tile: StreamKTile
+) -> Tensor:
+    """Takes an n that is a multiple of 8."""
+    device, (rows, k) = x.device.index, x.shape
+    function = _stream_k(
+        weight.bits, weight.group, weight.asymmetric, x.dtype, scale.dtype, replace(tile, parts=1), device
+    )
+    y = x.new_empty(rows, weight.n)
+    grid = tile.grid(rows, weight, multiprocessors(device))
+    blocks = grid.clusters * tile.cluster
+    sums = blocks * tile.rows * tile.tokens * 4 if grid.parts > 1 and grid.shared else 0
+    space = torch.empty(sums + 8 * blocks * tile.warpgroups, dtype=torch.uint8, device=x.device)
+    x_map = _tensor_map(x.data_ptr(), rows, k, x.dtype, tile.tokens // tile.cluster, 1)
+    y_map = matrix_map(y.data_ptr(), rows, weight.n, 2, tile.BOX_TOKENS, 64)
+    places = (*_pointers(codes, scale, zero), space.data_ptr(), space.data_ptr() + sums)
+    sizes = (rows, weight.slabs, weight.steps, weight.groups, grid.across, grid.whole, grid.shared, grid.parts)
+    function((grid.clusters, 1, tile.cluster), x_map, y_map, *places, next(_marks), *sizes, shared=tile.shared(weight))
     return y
 
 

@@ -1,21 +1,13 @@
-"""How the CUDA kernels cut a product into blocks: the constants of a kernel, and which ones suit a shape.
-
-`tiles.json` holds the fastest kernel and its tile for some shapes and numbers of rows, measured on an H200; where
-``us`` is null the tile was taken over from its neighbours. ``benchmarks/tune_linear.py`` measures anew. Other shapes
-take the nearest one's. Beyond the largest number of rows a library is the fastest.
-"""
+"""How the CUDA kernels cut a product into blocks: the constants that each kernel is compiled for, and what fits."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, replace
-from functools import cache
-from math import log
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from typing import ClassVar
 
 SHARED = 227 * 1024  # bytes of shared memory that a multiprocessor of compute capability 9.0 gives to its blocks
 RESERVED = 1024  # of them for each block
-TABLE = Path(__file__).with_suffix(".json")
+STEP = 128  # columns that are copied at a time
 
 
 @dataclass(frozen=True)
@@ -60,6 +52,8 @@ class Weight:
 class DecodeTile:
     """Constants of ``decode.cu``, and how many blocks there are to a multiprocessor (at most: as many as fit)."""
 
+    KERNEL: ClassVar[str] = "decode"
+
     columns: int  # 8 rows of x each
     blocks: int  # of 16 rows of W, taken together
     warps: int
@@ -86,6 +80,8 @@ class DecodeTile:
 class WarpgroupTile:
     """Constants of ``warpgroup.cu``, named as there."""
 
+    KERNEL: ClassVar[str] = "warpgroup"
+
     tokens: int
     tall: int
     beside: int
@@ -101,8 +97,13 @@ class WarpgroupTile:
         return 64 * self.tall * self.beside
 
     @property
+    def groups(self) -> int:
+        """Warpgroups that multiply."""
+        return self.beside * self.deep
+
+    @property
     def threads(self) -> int:
-        return self.beside * self.deep * 128 + (128 if self.tall * self.tokens > 192 else 32)
+        return self.groups * 128 + (128 if self.tall * self.tokens > 192 and self.groups > 1 else 64)
 
     def stage_bytes(self, weight: Weight) -> int:
         stage = 2 * self.tokens * 128 + self.rows // 16 * weight.step_bytes
@@ -129,49 +130,162 @@ class WarpgroupTile:
         )
 
 
-@cache
-def measured() -> list[dict]:
-    return json.loads(TABLE.read_text(encoding="utf-8"))["tiles"]
+@dataclass(frozen=True)
+class StreamKTile:
+    """Constants of ``stream_k.cu``, named as there, and into how many parts a tile is cut; 0 for one a step."""
+
+    KERNEL: ClassVar[str] = "stream_k"
+    BOX_TOKENS: ClassVar[int] = 32  # rows of x whose results are stored together
+
+    tokens: int
+    tall: int
+    warpgroups: int
+    stages: int
+    batch: int
+    cluster: int
+    per_sm: int
+    parts: int
+
+    @property
+    def rows(self) -> int:
+        """Of W."""
+        return 64 * self.tall * self.warpgroups
+
+    @property
+    def threads(self) -> int:
+        return self.groups * 128 + (128 if self.tall * self.tokens > 192 and self.groups > 1 else 64)
+
+    @property
+    def groups(self) -> int:
+        """Warpgroups that multiply."""
+        return self.warpgroups
+
+    def shared(self, weight: Weight) -> int:
+        """Bytes of shared memory: rings of x and W, results on their way out, and what aligning them may cost."""
+        step = weight.step_bytes if weight.group else 16 * 128 * weight.bits // 8  # scales of rows are not copied
+        w = (self.stages + 1) // 2 * self.rows // 16 * step
+        return self.stages * self.tokens * 128 + self.warpgroups * 2 * self.BOX_TOKENS * 128 + w + 1024
+
+    def fitted(self, weight: Weight) -> StreamKTile | None:
+        """This tile with as many stages as fit, or None if three do not."""
+        limit = SHARED // self.per_sm - RESERVED - 512
+        fits = [stages for stages in range(3, self.stages + 1) if replace(self, stages=stages).shared(weight) <= limit]
+        return replace(self, stages=fits[-1]) if fits else None
+
+    def grid(self, rows: int, weight: Weight, multiprocessors: int) -> StreamKGrid:
+        """How the work on so many rows is shared out."""
+        across = -(-rows // self.tokens)
+        count = across * -(-weight.n // (self.rows * self.cluster))
+        parts = min(self.parts or weight.steps, weight.steps)
+        clusters = min(multiprocessors * self.per_sm // self.cluster, count * parts)
+        turns, rest = divmod(count, clusters)
+        if rest and parts > 1:  # between one and two tiles to a cluster are shared
+            turns = max(0, turns - 1)
+        return StreamKGrid(clusters, across, turns * clusters, count - turns * clusters, parts)
 
 
-@cache
-def nearest(recipe: str, n: int, k: int) -> dict[int, tuple[str, tuple[int, ...]]]:
-    """Kernel and constants by number of rows, of the measured shape that is nearest.
+@dataclass(frozen=True)
+class StreamKGrid:
+    """How a stream-K product is shared out.
 
-    Args:
-        recipe: w4a16, w8a16, w8a8 or fp8.
+    Attributes:
+        clusters: of blocks.
+        across: tiles to cover the rows of x.
+        whole, shared: tiles, of all blocks of a cluster together, that a cluster takes alone, and that they share.
+        parts: of the columns of a shared tile.
     """
 
-    def distance(row: dict) -> float:
-        return abs(log(row["n"] / n)) + abs(log(row["k"] / k))
-
-    rows = [row for row in measured() if row["recipe"] == recipe]
-    least = min(map(distance, rows))
-    return {row["rows"]: (row["kernel"], tuple(row["tile"])) for row in rows if distance(row) == least}
-
-
-@cache
-def choose(weight: Weight, kernel: str, rows: int) -> DecodeTile | WarpgroupTile | None:
-    """The tile with which a kernel takes so many rows, ``"decode"`` or ``"warpgroup"``; None if another kernel should.
-
-    It is the one measured for the next larger number of rows for which this kernel was the fastest.
-    """
-    best = nearest(weight.recipe, weight.n, weight.steps * 128)
-    fits = [count for count, (name, _) in best.items() if name == kernel and count >= rows]
-    if not fits:
-        return None
-    constants = best[min(fits)][1]
-    if kernel == "decode":
-        return DecodeTile(*constants).fitted(weight, rows, SHARED)
-    return WarpgroupTile(*constants).fitted(weight)
+    clusters: int
+    across: int
+    whole: int
+    shared: int
+    parts: int
 
 
-def most_rows(weight: Weight, kernel: str) -> int:
-    """Up to how many rows a kernel is the fastest and fits; 0 if it never is."""
-    counts = [
-        count for count, (name, _) in nearest(weight.recipe, weight.n, weight.steps * 128).items() if name == kernel
-    ]
-    return max((count for count in counts if choose(weight, kernel, count)), default=0)
+@dataclass(frozen=True)
+class CodesTile:
+    """Constants of ``warpgroup_codes.cu``, named as there."""
+
+    KERNEL: ClassVar[str] = "warpgroup_codes"
+
+    tokens: int
+    tall: int
+    warpgroups: int
+    stages: int
+    cluster: int
+    per_sm: int
+
+    @property
+    def rows(self) -> int:
+        """Of W."""
+        return 64 * self.tall * self.warpgroups
+
+    @property
+    def threads(self) -> int:
+        return self.warpgroups * 128 + 32
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory: the ring, whose memory the sums take over, and what aligning it may cost."""
+        return max(self.stages * (self.tokens + self.rows) * STEP, self.tokens * (self.rows + 4) * 4) + 1024
+
+    def fitted(self, k: int) -> CodesTile:
+        """This tile with as many stages as fit, and no more blocks that split the columns than there are steps."""
+        most = (SHARED // self.per_sm - RESERVED - 1024 - 512) // ((self.tokens + self.rows) * STEP)
+        return replace(self, stages=min(self.stages, most), cluster=min(self.cluster, -(-k // STEP)))
+
+    def blocks(self, m: int, n: int) -> tuple[int, int, int]:
+        """The grid: tiles of tokens, tiles of W, blocks of a cluster."""
+        return -(-m // self.tokens), -(-n // self.rows), self.cluster
+
+
+@dataclass(frozen=True)
+class WideTile:
+    """Constants of ``wide_int8.cu``, named as there."""
+
+    KERNEL: ClassVar[str] = "wide_int8"
+    WARPGROUPS: ClassVar[int] = 2
+    BOX_TOKENS: ClassVar[int] = 64  # rows of x whose results are stored together
+
+    tokens: int
+    tall: int
+    stages: int
+
+    @property
+    def rows(self) -> int:
+        """Of W."""
+        return 64 * self.tall * self.WARPGROUPS
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory: the ring, the results on their way out, and what aligning them may cost."""
+        return (self.stages * (self.tokens + self.rows)) * STEP + self.WARPGROUPS * 2 * self.BOX_TOKENS * 64 * 2 + 1024
+
+    @property
+    def threads(self) -> int:
+        return self.WARPGROUPS * 128 + 32
+
+
+@dataclass(frozen=True)
+class SkinnyTile:
+    """``skinny.cu`` for few rows of 8-bit codes, which has nothing to choose."""
+
+    KERNEL: ClassVar[str] = "skinny"
+    ROWS: ClassVar[int] = 16  # at most
+
+
+Tile = DecodeTile | WarpgroupTile | StreamKTile | CodesTile | WideTile | SkinnyTile
+KINDS = {kind.KERNEL: kind for kind in (DecodeTile, WarpgroupTile, StreamKTile, CodesTile, WideTile, SkinnyTile)}
+
+
+def as_dict(tile: Tile) -> dict[str, int | str]:
+    """The kernel and its constants by name, as tables have them."""
+    return {"kernel": tile.KERNEL, **asdict(tile)}
+
+
+def of_dict(said: dict[str, int | str]) -> Tile:
+    """The inverse of `as_dict`."""
+    return KINDS[said["kernel"]](**{name: value for name, value in said.items() if name != "kernel"})
 
 
 def product_source(tokens: int, bf16: bool) -> str:

@@ -1,9 +1,9 @@
 // y (rows, n) = x (rows, k) · Wᵀ for more rows than a decode step has: the tensor cores' warpgroup products, with W
 // dequantized in registers as their 64-row operand and x in shared memory as the other one. Compute capability 9.0a.
 //
-// * A block computes TILE_ROWS rows of W by TOKENS rows of x. One warp starts the copies of codes, scales and x into a ring
-//   of STAGES stages, a step of 128 columns to a stage; warpgroups dequantize what arrives and multiply. BESIDE of them
-//   take different rows of a stage, DEEP of them take different stages.
+// * A block computes TILE_ROWS rows of W by TOKENS rows of x. A warp starts the copies of codes and scales, another those of
+//   x, into a ring of STAGES stages, a step of 128 columns to a stage; warpgroups dequantize what arrives and multiply.
+//   BESIDE of them take different rows of a stage, DEEP of them take different stages.
 // * A warpgroup dequantizes BATCH products ahead while the tensor cores are at work on the batch before.
 // * A cluster of CLUSTER blocks splits the columns and adds its sums up through shared memory, so that narrow layers fill
 //   the GPU too.
@@ -16,10 +16,10 @@
 #include "hopper.cuh"
 #include "extra.cuh"
 
-// With so many sums the 168 registers do not suffice that 9 warps can have each; then a whole warpgroup starts the copies
-// and hands its registers over. Only its first warp works.
-constexpr bool HAND_OVER = TALL * TOKENS > 192;
-constexpr int CONSUMERS = BESIDE * DEEP * 4 * WARP, THREADS = CONSUMERS + (HAND_OVER ? 4 * WARP : WARP);
+// With so many sums the 168 registers do not suffice that 10 warps can have each; then a whole warpgroup starts the copies
+// and hands its registers over. Two of its warps work.
+constexpr bool HAND_OVER = TALL * TOKENS > 192 && BESIDE * DEEP > 1;
+constexpr int CONSUMERS = BESIDE * DEEP * 4 * WARP, THREADS = CONSUMERS + (HAND_OVER ? 4 * WARP : 2 * WARP);
 constexpr bool SCALE_SUMS = TOKENS <= 32;
 constexpr int GROUP_PRODUCTS = STEP / 16 / STEP_GROUPS;                   // of the tensor cores to a group of a step
 constexpr int TOGETHER = BATCH < GROUP_PRODUCTS ? BATCH : GROUP_PRODUCTS;
@@ -56,7 +56,7 @@ warpgroup(const __grid_constant__ TensorMap x, const unsigned char* __restrict__
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
-            barrier_init(full + 8 * s, 1);
+            barrier_init(full + 8 * s, 2);                                // of x and of W
             barrier_init(empty + 8 * s, BESIDE * 4);
         }
         barrier_init_done();
@@ -67,32 +67,29 @@ warpgroup(const __grid_constant__ TensorMap x, const unsigned char* __restrict__
     if (warp >= CONSUMERS / WARP) {
         if (HAND_OVER) registers_shrink<40>();
         const int here = min(TILE_SLABS, slabs - slab);                   // the last tile may be cut off
-        const u32 bytes = 2 * HALF_BYTES + here * (SLAB_BYTES + META_BYTES * (1 + ASYMMETRIC));
-        auto copy_weights = [&](int i) {
-            const u32 stage = ring + i % STAGES * STAGE_BYTES, barrier = full + 8 * (i % STAGES);
-            if (lane == 0) arrive_and_expect(barrier, bytes);
-            __syncwarp();
-            if (lane < here) {                                            // a lane for each slab
-                const size_t at = size_t(slab + lane) * steps + begin + i;
-                const size_t group = size_t(slab + lane) * groups + first_group(begin + i);
-                const size_t meta = group * SLAB_BLOCKS * GROUP_BYTES;
-                bulk_copy(stage + CODES + lane * SLAB_BYTES, codes + at * SLAB_BYTES, SLAB_BYTES, barrier);
-                bulk_copy(stage + SCALES + lane * META_BYTES, scales + meta, META_BYTES, barrier);
-                if (ASYMMETRIC) bulk_copy(stage + ZEROS + lane * META_BYTES, zeros + meta, META_BYTES, barrier);
+        Place<STAGES, STAGE_BYTES> at(ring, full, 1);
+        if (warp == CONSUMERS / WARP) {                                   // W never changes: no need to wait for other kernels
+            const unsigned char* from = codes + (size_t(slab + lane) * steps + begin) * SLAB_BYTES;
+            const size_t meta = size_t(slab + lane) * groups * SLAB_BLOCKS * GROUP_BYTES;
+            const unsigned char *from_scales = scales + meta, *from_zeros = zeros + meta;
+            for (int step = begin; step < begin + count; step++, from += SLAB_BYTES, at.next()) {
+                wait(at.empty(), at.parity);
+                if (lane == 0) arrive_and_expect(at.full, here * (SLAB_BYTES + META_BYTES * (1 + ASYMMETRIC)));
+                __syncwarp();
+                if (lane < here) {                                        // a lane for each slab
+                    const int group = first_group(step) * SLAB_BLOCKS * GROUP_BYTES;
+                    bulk_copy(at.stage + CODES + lane * SLAB_BYTES, from, SLAB_BYTES, at.full);
+                    bulk_copy(at.stage + SCALES + lane * META_BYTES, from_scales + group, META_BYTES, at.full);
+                    if (ASYMMETRIC) bulk_copy(at.stage + ZEROS + lane * META_BYTES, from_zeros + group, META_BYTES, at.full);
+                }
             }
-        };
-        auto copy_x = [&](int i) {
-            const u32 stage = ring + i % STAGES * STAGE_BYTES, barrier = full + 8 * (i % STAGES);
-            if (lane == 0) box_copy(stage, &x, token, (begin + i) * (STEP / 64), barrier);
-        };
-        const int own = warp == CONSUMERS / WARP ? count : 0, early = min(STAGES, own);
-        for (int i = 0; i < early; i++) copy_weights(i);                  // W never changes, x was just written
-        wait_for_earlier_kernels();
-        for (int i = 0; i < early; i++) copy_x(i);
-        for (int i = STAGES; i < own; i++) {
-            wait(empty + 8 * (i % STAGES), (i / STAGES - 1) % 2);
-            copy_weights(i);
-            copy_x(i);
+        } else if (warp == CONSUMERS / WARP + 1 && lane == 0) {
+            wait_for_earlier_kernels();                                   // x was just written
+            for (int step = begin; step < begin + count; step++, at.next()) {
+                wait(at.empty(), at.parity);
+                arrive_and_expect(at.full, 2 * HALF_BYTES);
+                box_copy(at.stage, &x, token, step * (STEP / 64), at.full);
+            }
         }
         __syncwarp();
         if (CLUSTER > 1) {

@@ -2,57 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from canopyq.errors import CanopyError
-from canopyq.kernels.cuda import launch, tiles, wide_int8
+from canopyq.kernels.cuda import launch, selection, tiles, wide_int8
+from canopyq.kernels.cuda.costs import Product
 from canopyq.kernels.cuda.eight_bits import CODES, KINDS, check_operands
-from canopyq.kernels.cuda.tiles import RESERVED, SHARED
-from canopyq.kernels.cuda.wide_int8 import WideTile
+from canopyq.kernels.cuda.tiles import STEP, CodesTile, WideTile
 
-STEP = 128  # columns that are copied at a time
 HOPPER = (9, 0)
-KERNEL = "warpgroup_codes"  # as the table of tiles calls it
 RECIPES = {"int8": "w8a8", "fp8_e4m3": "fp8"}  # likewise
-
-
-@dataclass(frozen=True)
-class CodesTile:
-    """Constants of ``warpgroup_codes.cu``, named as there."""
-
-    tokens: int
-    tall: int
-    warpgroups: int
-    stages: int
-    cluster: int
-    per_sm: int
-
-    @property
-    def rows(self) -> int:
-        """Of W."""
-        return 64 * self.tall * self.warpgroups
-
-    @property
-    def threads(self) -> int:
-        return self.warpgroups * 128 + 32
-
-    @property
-    def shared(self) -> int:
-        """Bytes of shared memory: the ring, whose memory the sums take over, and what aligning it may cost."""
-        return max(self.stages * (self.tokens + self.rows) * STEP, self.tokens * (self.rows + 4) * 4) + 1024
-
-    def fitted(self, k: int) -> CodesTile:
-        """This tile with as many stages as fit, and no more blocks that split the columns than there are steps."""
-        most = (SHARED // self.per_sm - RESERVED - 1024 - 512) // ((self.tokens + self.rows) * STEP)
-        return replace(self, stages=min(self.stages, most), cluster=min(self.cluster, -(-k // STEP)))
-
-    def blocks(self, m: int, n: int) -> tuple[int, int, int]:
-        """The grid: tiles of tokens, tiles of W, blocks of a cluster."""
-        return -(-m // self.tokens), -(-n // self.rows), self.cluster
 
 
 def constants(format: str, scale: torch.dtype, output: torch.dtype, tile: CodesTile) -> dict[str, int]:
@@ -97,14 +59,14 @@ def run(
     return y
 
 
-@cache
-def choose(format: str, m: int, n: int, k: int, dtype: torch.dtype) -> CodesTile | WideTile:
-    """The tile measured for the nearest shape and the next larger number of rows, or for the most rows there are."""
-    found = tiles.nearest(RECIPES[format], n, k)
-    usable = [KERNEL] if wide_int8.refuse(n, dtype) else [KERNEL, wide_int8.KERNEL]
-    found = {count: (name, tile) for count, (name, tile) in found.items() if name in usable}
-    kernel, constants = found[min((count for count in found if count >= m), default=max(found))]
-    return WideTile(*constants) if kernel == wide_int8.KERNEL else CodesTile(*constants).fitted(k)
+def choose(format: str, m: int, n: int, k: int, dtype: torch.dtype, multiprocessors: int = 132) -> CodesTile | WideTile:
+    """The fastest tile of the kernels here, also where others are faster."""
+    plain = wide_int8.refuse(n, dtype) is None
+    product = Product(RECIPES[format], n, k, m, None, multiprocessors, stored_by_copies=plain)
+    best = selection.choose(product)
+    if isinstance(best.tile, CodesTile | WideTile):
+        return best.tile
+    return selection.choose(product, CodesTile.KERNEL).tile
 
 
 @torch.library.custom_op("canopyq::multiply_many_codes", mutates_args=())
@@ -120,7 +82,7 @@ def multiply_many_codes(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale
     (m, k), n = x.shape, len(weight)
     if not m * n:
         return x.new_empty(m, n, dtype=dtype)
-    tile = choose(format, m, n, k, dtype)
+    tile = choose(format, m, n, k, dtype, launch.multiprocessors(x.device.index))
     return (wide_int8.run if isinstance(tile, WideTile) else run)(*operands, dtype, tile)
 
 

@@ -1,8 +1,8 @@
-"""4- and 8-bit integer weights under 16-bit activations on NVIDIA GPUs: three ways to multiply, by number of rows.
+"""4- and 8-bit integer weights under 16-bit activations on NVIDIA GPUs: four ways to multiply, by number of rows.
 
-Few rows go to ``decode.cu``, more to ``warpgroup.cu`` (compute capability 9.0 alone has its instructions). For very
-many the arithmetic takes so long that writing the weight out in 16 bits first costs little: then `LIBRARY` dequantizes
-it and torch multiplies. `tiles` knows from how many rows on which of them is the fastest.
+Few rows go to ``decode.cu``, more to ``warpgroup.cu`` and many to ``stream_k.cu`` (compute capability 9.0 alone has
+their instructions). For very many the arithmetic takes so long that writing the weight out in 16 bits first costs
+little: `LIBRARY` dequantizes it and torch multiplies. `selection` knows for which rows of which shape each is fastest.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from canopyq.errors import CanopyError
-from canopyq.kernels.cuda import products, tiles
+from canopyq.kernels.cuda import products, selection
+from canopyq.kernels.cuda.costs import Product
 from canopyq.kernels.cuda.fragments import FRAGMENTS, SLAB, STEP, padded
-from canopyq.kernels.cuda.launch import unavailable
+from canopyq.kernels.cuda.launch import multiprocessors, unavailable
 from canopyq.kernels.cuda.products import describe
-from canopyq.kernels.cuda.tiles import DecodeTile, Weight
-from canopyq.kernels.kernel import Held, Kernel, Problem
+from canopyq.kernels.cuda.tiles import SHARED, DecodeTile, StreamKTile, WarpgroupTile, Weight
+from canopyq.kernels.kernel import Held, Kernel, Problem, Rows, up_to
 from canopyq.tensor.formats import IntFormat
 
 GROUPS = (32, 64, 128, 256)
@@ -57,15 +58,34 @@ def refuse_warpgroup(problem: Problem) -> str | None:
     return None
 
 
-def most_rows_decode(problem: Problem) -> int:
-    weight, device = _weight_of(problem), problem.device.index
-    if _capability(device) == HOPPER:
-        return tiles.most_rows(weight, "decode")
-    return max((rows for rows in range(1, 17) if _decode_tile(weight, rows, device)), default=0)
+def rows_decode(problem: Problem) -> Rows:
+    if _capability(problem.device.index) == HOPPER:
+        return _rows_taken(problem, DecodeTile.KERNEL)
+    weight = _weight_of(problem)
+    return up_to(max((rows for rows in range(1, 17) if _decode_tile(weight, rows, problem.device.index)), default=0))
 
 
-def most_rows_warpgroup(problem: Problem) -> int:
-    return tiles.most_rows(_weight_of(problem), "warpgroup")
+def rows_warpgroup(problem: Problem) -> Rows:
+    return _rows_taken(problem, WarpgroupTile.KERNEL)
+
+
+def rows_stream_k(problem: Problem) -> Rows:
+    return _rows_taken(problem, StreamKTile.KERNEL)
+
+
+def _rows_taken(problem: Problem, kernel: str) -> Rows:
+    return selection.rows_taken(_product(_weight_of(problem), problem.k, 1, problem.device.index), kernel)
+
+
+def _product(weight: Weight, k: int, rows: int, device: int | None) -> Product:
+    sms = multiprocessors(device or 0) if torch.cuda.is_available() else 132
+    return Product(weight.recipe, weight.n, k, rows, weight, sms, stored_by_copies=weight.n % 8 == 0)
+
+
+def refuse_stream_k(problem: Problem) -> str | None:
+    if reason := refuse_warpgroup(problem):
+        return reason
+    return f"it takes out_features in multiples of 8, not {problem.n}" if problem.n % 8 else None
 
 
 @cache
@@ -76,7 +96,8 @@ def _capability(device: int | None) -> tuple[int, int]:
 @cache
 def _decode_tile(weight: Weight, rows: int, device: int | None) -> DecodeTile | None:
     if _capability(device) == HOPPER:
-        return tiles.choose(weight, "decode", rows)
+        found = selection.choose(_product(weight, weight.steps * STEP, rows, device), DecodeTile.KERNEL)
+        return found and found.tile.fitted(weight, rows, SHARED)
     limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     return DecodeTile(-(-rows // 8), 1, 8, 4, 1, 2).fitted(weight, rows, limit)
 
@@ -139,8 +160,24 @@ def warpgroup_linear(
     if not len(x):
         return x.new_empty(0, n)
     weight = describe(codes, scale, zero, n, bits, group)
-    tile = tiles.choose(weight, "warpgroup", len(x)) or tiles.choose(weight, "warpgroup", 1024)
+    tile = selection.choose(_product(weight, x.shape[1], len(x), x.device.index), WarpgroupTile.KERNEL).tile
     return products.run_warpgroup(x, codes, scale, zero, weight, tile)
+
+
+@torch.library.custom_op("canopyq::stream_k_linear", mutates_args=())
+def stream_k_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, bits: int, group: int
+) -> Tensor:
+    """x (M, K) · Wᵀ with ``stream_k.cu``: (M, n). Raises `CanopyError` for input that the kernel does not take."""
+    _check_weight(codes, scale, zero)
+    x = _check_input(x, codes, n)
+    if n % 8:
+        raise CanopyError(f"the stream-K kernel takes out_features in multiples of 8, not {n}")
+    if not len(x):
+        return x.new_empty(0, n)
+    weight = describe(codes, scale, zero, n, bits, group)
+    tile = selection.choose(_product(weight, x.shape[1], len(x), x.device.index), StreamKTile.KERNEL).tile
+    return products.run_stream_k(x, codes, scale, zero, weight, tile)
 
 
 @torch.library.custom_op("canopyq::dequantize_fragments", mutates_args=())
@@ -155,6 +192,7 @@ def dequantize_fragments(
 
 @decode_linear.register_fake
 @warpgroup_linear.register_fake
+@stream_k_linear.register_fake
 def _(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, bits: int, group: int) -> Tensor:
     return x.new_empty(x.shape[0], n)
 
@@ -185,14 +223,22 @@ def warpgroup(x: Tensor, held: Held, problem: Problem) -> Tensor:
     return warpgroup_linear(x, *_arguments(held, problem)) if x.dtype in NARROW else library(x, held, problem)
 
 
+def stream_k(x: Tensor, held: Held, problem: Problem) -> Tensor:
+    """x · Wᵀ with sums in float32: (M, K) -> (M, N). float32 input goes to `library`."""
+    return stream_k_linear(x, *_arguments(held, problem)) if x.dtype in NARROW else library(x, held, problem)
+
+
 def library(x: Tensor, held: Held, problem: Problem) -> Tensor:
     """x · Wᵀ with W dequantized to x's dtype in memory of its own for as long as the call takes: (M, K) -> (M, N)."""
     codes, scale, zero, n, bits, group = _arguments(held, problem)
     return F.linear(x, dequantize_fragments(codes, scale, zero, n, problem.k, bits, group, x.dtype))
 
 
-DECODE = Kernel("int4/int8 decode (CUDA)", FRAGMENTS, refuse, decode, most_rows_decode, device="cuda")
+DECODE = Kernel("int4/int8 decode (CUDA)", FRAGMENTS, refuse, decode, rows_decode, device="cuda")
 WARPGROUP = Kernel(
-    "int4/int8 on warpgroups (CUDA)", FRAGMENTS, refuse_warpgroup, warpgroup, most_rows_warpgroup, device="cuda"
+    "int4/int8 on warpgroups (CUDA)", FRAGMENTS, refuse_warpgroup, warpgroup, rows_warpgroup, device="cuda"
+)
+STREAM_K = Kernel(
+    "int4/int8 on warpgroups, stream-K (CUDA)", FRAGMENTS, refuse_stream_k, stream_k, rows_stream_k, device="cuda"
 )
 LIBRARY = Kernel("int4/int8 dequantized, then cuBLAS (CUDA)", FRAGMENTS, refuse, library, device="cuda")

@@ -21,12 +21,6 @@ constexpr int BOX_TOKENS = 64, BOX_BYTES = BOX_TOKENS * 128;           // of res
 constexpr int RESULTS = STAGES * STAGE_BYTES;                          // where they are staged: two boxes a warpgroup
 static_assert(OUTPUT < 2 && TOKENS % BOX_TOKENS == 0 && TOKENS % GROUP_THREADS == 0, "as the results are stored");
 
-// Four 8-by-8 matrices of 16-bit floats, transposed. Lane 8i + r gives the address of column r of matrix i.
-__device__ __forceinline__ void store_transposed(u32 column_address, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
-                 ::"r"(column_address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     wide_int8(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap y,
               const float* x_scales, const void* w_scales, int rows, int n, int steps, int token_tiles, int tiles) {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -10,34 +9,7 @@ from torch import Tensor
 
 from canopyq.kernels.cuda import launch, tiles
 from canopyq.kernels.cuda.eight_bits import KINDS
-
-STEP = 128  # columns that are copied at a time
-KERNEL = "wide_int8"  # as the table of tiles calls it
-WARPGROUPS = 2
-BOX_TOKENS = 64  # of the results that are stored together
-
-
-@dataclass(frozen=True)
-class WideTile:
-    """Constants of ``wide_int8.cu``, named as there."""
-
-    tokens: int
-    tall: int
-    stages: int
-
-    @property
-    def rows(self) -> int:
-        """Of W."""
-        return 64 * self.tall * WARPGROUPS
-
-    @property
-    def shared(self) -> int:
-        """Bytes of shared memory: the ring, the results on their way out, and what aligning them may cost."""
-        return (self.stages * (self.tokens + self.rows)) * STEP + WARPGROUPS * 2 * BOX_TOKENS * 64 * 2 + 1024
-
-    @property
-    def threads(self) -> int:
-        return WARPGROUPS * 128 + 32
+from canopyq.kernels.cuda.tiles import STEP, WideTile
 
 
 def refuse(n: int, dtype: torch.dtype) -> str | None:
@@ -69,7 +41,7 @@ def run(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype:
     maps = (
         launch.matrix_map(x.data_ptr(), m, k, 1, tile.tokens, STEP),
         launch.matrix_map(weight.data_ptr(), n, k, 1, tile.rows, STEP),
-        launch.matrix_map(y.data_ptr(), m, n, 2, BOX_TOKENS, 64),
+        launch.matrix_map(y.data_ptr(), m, n, 2, tile.BOX_TOKENS, 64),
     )
     token_tiles, row_tiles = -(-m // tile.tokens), -(-n // tile.rows)
     blocks = min(token_tiles * row_tiles, launch.multiprocessors(device))
