@@ -111,6 +111,24 @@ def test_readme_shows_the_recorded_speed() -> None:
         assert f"| {row['name']} | {row['tokens_per_s']:.0f} | {row['GB']:.1f} |" in readme
 
 
+def speeds(record: str, ours: str) -> list[float]:
+    """Of a kernel as times bfloat16's, for every layer and number of rows."""
+    us: dict[tuple, dict[str, float]] = {}
+    for row in record_of(record)["results"]:
+        layer = (row["in"], row["out"]) if "in" in row else (row["k"], row["n"])
+        us.setdefault((*layer, row["rows"]), {})[row["name"] if "name" in row else row["kernel"]] = row["us"]
+    return [next(time for name, time in of.items() if name.startswith("bf")) / of[ours] for of in us.values()]
+
+
+def test_readme_says_how_many_layers_are_slower_than_bfloat16() -> None:
+    words = " ".join(README.read_text(encoding="utf-8").split())
+    four, eight = (speeds(f"linear_w{bits}a16", "canopyq") for bits in (4, 8))
+    for found, said in ((four, "{} of 182 cells, at {} % in the lowest"), (eight, "in {}, at {} % in the lowest")):
+        assert len(found) == 182
+        assert said.format(sum(x >= 0.95 for x in found), round(100 * min(found))) in words
+    assert min(speeds("linear_w8a8", "w8a8") + speeds("linear_w8a8", "fp8")) >= 0.95
+
+
 def test_readme_shows_the_recorded_speed_of_8_bit_layers() -> None:
     """Ours against the fastest other of the same codes, layer by layer."""
     us: dict[tuple, dict[str, float]] = {}
