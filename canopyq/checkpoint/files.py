@@ -146,6 +146,8 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The checkpoint's safetensors files, and tensor name -> file name as the index has it (empty without one)."""
     if folder.suffix in PICKLES and not folder.is_dir():
         raise CanopyError(_never_unpickled(folder))
+    if folder.suffix == ".gguf" and not folder.is_dir():
+        raise CanopyError(f"{shown(str(folder))} is a GGUF file, which cq.load_gguf reads; quantize what it gives")
     if not folder.is_dir():
         raise CanopyError(f"{shown(str(folder))} is no folder; name one with a config.json and safetensors files")
     if (folder / SINGLE).is_file():  # transformers, too, takes it before an index

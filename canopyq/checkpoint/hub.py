@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from canopyq.checkpoint.files import as_path
+from canopyq.checkpoint.files import PICKLES, as_path
 from canopyq.errors import CanopyError, one_line, shown
 
 ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -33,7 +33,7 @@ def model_folder(name: str | Path, revision: str | None = None) -> Path:
             raise CanopyError(
                 f"revision {shown(revision)} is one of a model on the hub, and {shown(str(name))} is none"
             )
-        if not folder.exists():
+        if not folder.exists() and folder.suffix not in PICKLES:  # who opens one says why it is never read
             raise CanopyError(f"{shown(str(name))} is no folder; name one, or a model of the hub such as owner/name")
         return folder
     return _from_hub(name, revision)

@@ -447,7 +447,7 @@ def canopyq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         (["quantize", "some/model"], "cannot be reached"),
         (["quantize", "./nowhere"], "is no folder"),
         (["quantize", "tutor", "--recipe", "w44a16"], "unknown recipe 'w44a16'"),
-        (["quantize", "weights.bin"], "'weights.bin'"),
+        (["quantize", "weights.bin"], "weights.bin is a pickle"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -47,6 +47,8 @@ def test_every_family_comes_back(family: str, options: dict, recipe: str | None,
     if recipe is not None:
         cq.quantize_(model, recipe)
     cq.export_gguf(model, tmp_path / "model.gguf", tokenizer)
+    with pytest.raises(CanopyError, match="cq.load_gguf"):
+        cq.load(tmp_path / "model.gguf")
     loaded, own = cq.load_gguf(tmp_path / "model.gguf")
     wanted = logits(model)
     assert (logits(loaded) - wanted).abs().max() <= 0.02 * wanted.abs().max()  # scales become float16, and kernels bf16
