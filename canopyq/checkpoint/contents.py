@@ -13,9 +13,8 @@ from canopyq import checks
 from canopyq.checkpoint.config import Group
 from canopyq.checkpoint.groups import grouped, ignored, layers_of
 from canopyq.checkpoint.layout import disk_format, input_to_disk, to_disk
-from canopyq.checkpoint.names import Names, names_of
+from canopyq.checkpoint.names import Names, names_of, tied
 from canopyq.checkpoint.skeleton import build
-from canopyq.checkpoint.wanted import tied
 from canopyq.errors import CanopyError, shown
 from canopyq.nn.linear import QuantizedLinear
 

@@ -192,19 +192,18 @@ def from_disk(
     """The inverse of `to_disk`.
 
     Args:
-        tensors: as `to_disk` gives them; integers with ``weight_packed`` are ``pack-quantized``.
+        tensors: as `to_disk` gives them, by name, dtype and shape checked by `check`; integers with ``weight_packed``
+            are ``pack-quantized``.
         scheme: of the weight. Its ``scale_dtype`` becomes that of the scale found.
         shape: (N, K).
         dtype: what `QuantizedTensor.dequantize` gives by default.
 
     Raises:
-        CanopyError: for tensors that are missing or too many, of another dtype or shape, scales that are not finite
-            and positive, codes outside the range of the scheme.
+        CanopyError: for scales that are not finite and positive, codes outside the range of the scheme.
     """
     format = BLOCKS.get(scheme.format.name)
     if format is None:
         format = PACKED if "weight_packed" in tensors else FLOAT if isinstance(scheme.format, FloatFormat) else INT
-    check({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, scheme, shape, format)
     bits, scale = scheme.format.bits, tensors["weight_scale"]
     if format in (NVFP4, MXFP4):
         return _blocks_from_disk(tensors, scheme, shape, dtype)

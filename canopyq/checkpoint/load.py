@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,16 +14,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from canopyq import checks
-from canopyq.checkpoint.config import read_config
+from canopyq.checkpoint.config import Group, Quantization, read_config
 from canopyq.checkpoint.files import GENERATION, Checkpoint, raise_not_finite, read_json
 from canopyq.checkpoint.layout import check, from_disk, input_from_disk
-from canopyq.checkpoint.names import Names, names_of, without_place
+from canopyq.checkpoint.names import Names, names_of, part_shape, tied, without_place
 from canopyq.checkpoint.pretrained import teach_transformers
 from canopyq.checkpoint.skeleton import build, compute_buffers, quiet, read_model_config
-from canopyq.checkpoint.wanted import Wanted, part_shape, plain, quantized, tied
 from canopyq.errors import CanopyError, and_more, one_line, prefixed, shown
 from canopyq.nn.linear import QuantizedLinear
-from canopyq.nn.sites import put_layers
+from canopyq.nn.sites import Site, put_layers, weight_holders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,13 +79,77 @@ def load_as(
     files = names_of(model)
     layers = quantized(model, files, quantization)
     rest = plain(model, files, layers, checkpoint)
-    _check(model, files, layers, rest, checkpoint, strict)
-    return _fill(model, files, layers, rest, checkpoint, place)
+    parts = _check(model, files, layers, rest, checkpoint, strict)
+    return _fill(model, files, layers, parts, rest, checkpoint, place)
 
 
 def _dtype(dtype: torch.dtype | None, place: torch.device, config) -> torch.dtype:
     own = config.dtype if config.dtype in FLOATS else torch.bfloat16
     return dtype or (torch.float32 if place.type == "cpu" else own)
+
+
+# What the checkpoint has to hold, by its config.json ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted(Site):
+    """A quantized weight.
+
+    Attributes:
+        group: how it is quantized.
+    """
+
+    group: Group
+
+
+def quantized(model: nn.Module, files: Names, quantization: Quantization) -> dict[str, Wanted]:
+    """What the config says is quantized, by the names that layers have in the files.
+
+    Raises:
+        CanopyError: if that is nothing, a layer of a kind that is never held quantized, or some experts of a layer and
+            not all of them.
+    """
+    named: dict[str, str] = {}  # in the files -> what configs call such layers
+    holders = weight_holders(model)
+    for holder in holders:
+        if holder.kind is not None:
+            named |= {files.of_layer(site.name): holder.kind.config_class for site in holder.sites}
+        elif isinstance(holder.module, (nn.Linear, nn.Embedding)):
+            named[files.of_layer(holder.name)] = "Linear" if isinstance(holder.module, nn.Linear) else "Embedding"
+    groups = quantization.groups_of(named)
+    found: dict[str, Wanted] = {}
+    for holder in holders:
+        own = {files.of_layer(site.name): site for site in holder.sites}
+        if not own and groups.get(file := files.of_layer(holder.name)) is not None:
+            raise CanopyError(f"{file} is said to be quantized, and is {holder.reason}")
+        wanted = {file: Wanted(**vars(site), group=groups[file]) for file, site in own.items() if groups[file]}
+        if wanted and len(wanted) < len(own):
+            raise CanopyError(
+                f"{len(wanted)} of {len(own)} projections of {holder.name} are quantized; canopyq holds all experts of "
+                "a layer quantized or none"
+            )
+        found |= wanted
+    if not found:
+        raise CanopyError("quantization_config names no linear layer of this model; mend its targets")
+    return found
+
+
+def plain(model: nn.Module, files: Names, found: Mapping[str, Wanted], checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Name in the model -> parameter or buffer, of all that the checkpoint has to hold beside quantized weights."""
+    left = dict(model.state_dict(keep_vars=True))
+    for wanted in found.values():
+        left.pop(wanted.tensor, None)  # which holds several experts
+    may_lack = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    second = {name: of for name, of in tied(model).items() if name in left}
+
+    def held(name: str) -> bool:
+        return all(file in checkpoint.tensors for file in files.of(name))
+
+    for name in list(left):
+        optional = not left[name].is_meta and any(re.search(pattern, name) for pattern in may_lack)
+        if not held(name) and (optional or (name in second and held(second[name]))):
+            del left[name]
+    return left
 
 
 def _check(
@@ -94,8 +159,12 @@ def _check(
     rest: Mapping[str, Tensor],
     checkpoint: Checkpoint,
     strict: bool,
-) -> None:
-    """Compare the headers with what the config makes: after this, reading takes the memory that it should."""
+) -> dict[str, list[str]]:
+    """Compare the headers with what the config makes: after this, reading takes the memory that it should.
+
+    Returns:
+        Quantized weight, as the files name it -> the tensors that they hold of it.
+    """
     headers = {name: (info.torch_dtype, info.shape) for name, (_, info) in checkpoint.tensors.items()}
     wanted = {file: (tensor, len(files.of(name))) for name, tensor in rest.items() for file in files.of(name)}
     if missing := sorted(wanted.keys() - headers.keys()):
@@ -123,47 +192,43 @@ def _check(
     extra = without_place(model, extra)
     if strict and extra:
         raise CanopyError(f"the model has no place for {and_more(extra)}; mend config.json, or use strict=False")
+    return {name: list(found) for name, found in parts.items()}
 
 
 def _fill(
     model: PreTrainedModel,
     files: Names,
     layers: Mapping[str, Wanted],
+    parts: Mapping[str, list[str]],
     rest: Mapping[str, Tensor],
     checkpoint: Checkpoint,
     place: torch.device,
 ) -> PreTrainedModel:
     read = _Reader(checkpoint)
     for name, wanted in rest.items():
-        parts = [_own(read(file), place, wanted.dtype) for file in files.of(name)]
-        for file, part in zip(files.of(name), parts, strict=True):
+        own = [_own(read(file), place, wanted.dtype) for file in files.of(name)]
+        for file, part in zip(files.of(name), own, strict=True):
             raise_not_finite(part, file)
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts).reshape(wanted.shape)
+        tensor = own[0] if len(own) == 1 else torch.cat(own).reshape(wanted.shape)
         if isinstance(wanted, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=wanted.requires_grad)
         _set(model, name, tensor)
-    held: dict[str, list[str]] = {name: [] for name in layers}
-    plainly = {file for name in rest for file in files.of(name)}
-    for name in checkpoint.tensors:
-        module, _, leaf = name.rpartition(".")
-        if module in layers and name not in plainly:
-            held[module].append(leaf)
     made = {
-        layer.name: _layer(layer, name, {leaf: _own(read(f"{name}.{leaf}"), place) for leaf in held[name]})
+        layer.name: _layer(layer, name, {leaf: _own(read(f"{name}.{leaf}"), place) for leaf in parts[name]})
         for name, layer in layers.items()
     }
     owners = {layer.module: layer.owner for layer in layers.values()}
     for module, new in put_layers(list(layers.values()), made).items():
         model.set_submodule(owners[module], new)
     _tie(model, rest)
+    if left := [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]:
+        raise CanopyError(f"{left[0]} was given no value: this architecture is not one that canopyq can load")
     for name, buffer in list(model.named_buffers()):
         checked = buffer.dtype.itemsize == 1  # E4M3 codes, when they were read; and as one of them, infinity is 448
         if buffer.is_floating_point() and not checked and bool((buffer.isnan() | (buffer == math.inf)).any()):
             raise CanopyError(f"with config.json {name} becomes NaN or infinity; mend its numbers")
         if buffer.device != place:
             _set(model, name, buffer.to(place))
-    if left := [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]:
-        raise CanopyError(f"{left[0]} was given no value: this architecture is not one that canopyq can load")
     _generation(model, checkpoint.folder)
     teach_transformers(model)
     return model.eval()

@@ -124,3 +124,14 @@ def without_place(model: nn.Module, names: Iterable[str]) -> list[str]:
     files hold, nor what its class says that it ignores."""
     computed = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", *(model._keys_to_ignore_on_load_unexpected or ()))
     return [name for name in names if not any(re.search(pattern, name) for pattern in computed)]
+
+
+def tied(model: nn.Module) -> dict[str, str]:
+    """Parameters that are another one by a second name -> that other one's name, as the model's config has it."""
+    names = getattr(model, "all_tied_weights_keys", None)
+    return dict(names) if isinstance(names, dict) else {}
+
+
+def part_shape(tensor: Tensor, parts: int) -> tuple[int, ...]:
+    """The shape of each part of a tensor that lies in the files in several; see `Names.tensors`."""
+    return tuple(tensor.shape) if parts == 1 else (tensor.shape[:-1].numel() // parts, tensor.shape[-1])

@@ -14,10 +14,9 @@ from canopyq.checkpoint.config import read_config, write_config
 from canopyq.checkpoint.files import Checkpoint, TensorInfo
 from canopyq.checkpoint.groups import Layer, cache_note, grouped, ignored
 from canopyq.checkpoint.layout import disk_format, expected
-from canopyq.checkpoint.names import Names, foreign_names, names_of, without_place
+from canopyq.checkpoint.names import Names, foreign_names, names_of, part_shape, without_place
 from canopyq.checkpoint.readers import readers
 from canopyq.checkpoint.skeleton import build, read_model_config
-from canopyq.checkpoint.wanted import part_shape
 from canopyq.errors import CanopyError, and_more, by_reason, prefixed, shown
 from canopyq.memory import human
 from canopyq.nn.fused import fused

@@ -24,10 +24,10 @@ from canopyq.checkpoint.files import CONFIG, INDEX, SINGLE, as_path
 from canopyq.checkpoint.groups import word
 from canopyq.checkpoint.layout import SCALE_DTYPES
 from canopyq.checkpoint.load import load_as
+from canopyq.checkpoint.names import tied
 from canopyq.checkpoint.output import refuse_not_empty, whole_or_absent
 from canopyq.checkpoint.readers import readers
 from canopyq.checkpoint.skeleton import quiet
-from canopyq.checkpoint.wanted import tied
 from canopyq.errors import CanopyError, one_line
 from canopyq.memory import human
 from canopyq.nn.linear import QuantizedLinear, quantized_layers

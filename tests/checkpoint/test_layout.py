@@ -223,6 +223,12 @@ def test_formats_that_do_not_fit_the_weight() -> None:
         to_disk(quantize(torch.randn(2, 3, 32), Scheme("int4", "g32")))
 
 
+def read(tensors: dict[str, Tensor], scheme: Scheme) -> QuantizedTensor:
+    """As `load` does: first the headers, then the tensors."""
+    check({name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}, scheme, (24, 64), disk_format(scheme))
+    return from_disk(tensors, scheme, (24, 64), torch.bfloat16)
+
+
 def damaged(symmetric: bool = True, **changes: Tensor | None) -> dict[str, Tensor]:
     tensors = to_disk(quantize(weight(), Scheme("int4", "g32", symmetric)), torch.bfloat16) | changes
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -256,7 +262,7 @@ def scales(value: float) -> Tensor:
 )
 def test_packed_tensors_that_are_refused(changes: dict, part: str) -> None:
     with pytest.raises(CanopyError, match=part):
-        from_disk(damaged(**changes), Scheme("int4", "g32"), (24, 64), torch.bfloat16)
+        read(damaged(**changes), Scheme("int4", "g32"))
 
 
 BYTES = torch.zeros(24, 32, dtype=torch.uint8)
@@ -283,7 +289,7 @@ def test_blocks_that_are_refused(name: str, changes: dict, part: str) -> None:
     tensors = to_disk(quantize(weight(), Scheme(name))) | changes
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     with pytest.raises(CanopyError, match=part):
-        from_disk(tensors, Scheme(name), (24, 64), torch.bfloat16)
+        read(tensors, Scheme(name))
 
 
 @pytest.mark.parametrize(("name", "size"), [("nvfp4", 16), ("mxfp4", 32)])
@@ -294,15 +300,15 @@ def test_blocks_of_fp4_have_to_fill_the_row(name: str, size: int) -> None:
 
 def test_other_tensors_that_are_refused() -> None:
     with pytest.raises(CanopyError, match="weight_zero_point is missing"):
-        from_disk(damaged(False, weight_zero_point=None), Scheme("int4", "g32", False), (24, 64), torch.bfloat16)
+        read(damaged(False, weight_zero_point=None), Scheme("int4", "g32", False))
     tensors = to_disk(quantize(weight(), Scheme("fp8_e4m3", "channel")))
     tensors["weight"].view(torch.uint8)[3, 4] = 0xFF  # one of the two NaN of E4M3
     with pytest.raises(CanopyError, match="weight holds NaN"):
-        from_disk(tensors, Scheme("fp8_e4m3", "channel"), (24, 64), torch.bfloat16)
+        read(tensors, Scheme("fp8_e4m3", "channel"))
     tensors = to_disk(quantize(weight(), Scheme("int4", "tensor", False)))
     tensors["weight_zero_point"] = torch.tensor([9], dtype=torch.int8)
     with pytest.raises(CanopyError, match="outside the codes of int4"):
-        from_disk(tensors, Scheme("int4", "tensor", False), (24, 64), torch.bfloat16)
+        read(tensors, Scheme("int4", "tensor", False))
 
 
 def test_what_is_expected_before_anything_is_read() -> None:
