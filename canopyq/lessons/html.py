@@ -119,13 +119,10 @@ _CSS = """
 .canopyq-choices > div { flex-direction: column; width: 100%; }
 .canopyq-card button:focus-visible, .canopyq-card .noUi-handle:focus-visible { outline: 2px solid #1f6feb;
   outline-offset: 1px; }
-.jp-OutputArea:has(.canopyq-locked:not(.jupyter-widgets-disconnected)) > :not(:has(.canopyq-card)),
-.jp-Cell:has(+ .jp-Cell .canopyq-locked:not(.jupyter-widgets-disconnected)) .jp-OutputArea > :not(:has(.canopyq-card)) {
-  display: none; }
-.jp-Cell:has(+ .jp-Cell .canopyq-locked:not(.jupyter-widgets-disconnected)) .jp-OutputArea:has(> *)::after {
-  content: "Opens with your guess."; display: block; font: italic 14px/2 var(--jp-ui-font-family, sans-serif);
+.canopyq-waits > * { display: none !important; }
+.canopyq-waits + .canopyq-waits::after { content: none !important; }
+.canopyq-waits::after { content: "Opens with your guess."; font: italic 14px/2 var(--jp-ui-font-family, sans-serif);
   color: var(--jp-content-font-color1); padding-left: calc(var(--jp-cell-prompt-width, 64px) + 12px); }
-.jp-Cell:has(.canopyq-card) .jp-OutputArea.jp-OutputArea::after { content: none; }
 .canopyq-card .widget-readout { width: auto; min-width: 4em; max-width: none; overflow: visible; }
 .canopyq-card .jupyter-widgets-disconnected::before { content: none; }
 .canopyq-card.jupyter-widgets-disconnected::before {
@@ -138,7 +135,7 @@ _CSS = """
 """
 
 # What ipywidgets leaves out for those who do not see the page: names of sliders and pictures, which button is pressed,
-# that a verdict has come.
+# that a verdict has come. And what waits for a guess: the outputs of its cell and of the one before.
 _NAMES = """
 const card = this.closest('.canopyq-card'), each = (at, what) => card.querySelectorAll(at).forEach(what);
 const name = () => {
@@ -147,7 +144,12 @@ const name = () => {
     it.setAttribute('aria-valuetext', part('.widget-readout')?.textContent || it.getAttribute('aria-valuenow')); });
   each('.widget-toggle-button', it => it.setAttribute('aria-pressed', it.classList.contains('mod-active')));
   each('.canopyq-verdict, .canopyq-line', it => it.setAttribute('aria-live', 'polite'));
-  each('img', it => it.alt = card.querySelector('.canopyq-line')?.textContent || 'picture'); };
+  each('img', it => it.alt = card.querySelector('.canopyq-line')?.textContent || 'picture');
+  const cell = card.matches('.canopyq-reveal') && card.closest('.jp-Cell');
+  const waits = card.matches('.canopyq-locked:not(.jupyter-widgets-disconnected)');
+  for (const at of cell ? [cell, cell.previousElementSibling] : [])
+    at?.querySelectorAll('.jp-OutputArea-child').forEach(it => {
+      if (!it.querySelector('.canopyq-card')) it.classList.toggle('canopyq-waits', waits); }); };
 name(); new MutationObserver(name).observe(card, {childList: true, subtree: true, attributeFilter: ['class']});
 """
 _STYLE = f'<style onload="{html.escape(_NAMES)}">{_CSS}</style>'

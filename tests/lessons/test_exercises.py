@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from itertools import combinations
 
 import pytest
 import torch
 
+import canopyq as cq
 from canopyq import lessons
 from canopyq.lessons.diagnose import diagnose, outcomes
 from canopyq.lessons.exercises import load, names
@@ -87,6 +89,35 @@ def test_no_mistake_passes_by_luck(name: str) -> None:
         assert caught >= (1 if rare else 2), mistake.name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "times"), [("03-quantized-linear", 8), ("06-group-scales", 4)])
+def test_the_faults_cost_the_tutor_what_the_task_says(name: str, times: int) -> None:
+    """INT4 in groups of 128: nearly all answers are still right, and KL is so many times that of the solution."""
+    spec, (model, tokenizer) = load(name), cq.tutor.load()
+    questions = [q for q in cq.tutor.questions(34) if len(q.turns) < 8]
+    original, kl = cq.examine(model, tokenizer, questions, keep=True), {}
+    for source in (spec.stub, spec.solution):
+        function, copy = spec.build(source), deepcopy(model)
+        for module in copy.model.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data = restored_by(function, name, module.weight.detach())
+        found = cq.compare(original, copy, tokenizer, questions)
+        kl[source] = found.kl
+        assert found.model.accuracy.value > 0.95
+    assert times / 2 < kl[spec.stub] / kl[spec.solution] < 2 * times
+
+
+def restored_by(function, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """What the function of the exercise leaves of a weight in INT4, groups of 128."""
+    if name == "06-group-scales":
+        groups = weight.reshape(len(weight), -1, 128)
+        scale = function(weight, 128, 4)
+        return (torch.clamp(torch.round(groups / scale), -8, 7) * scale).reshape(weight.shape)
+    q = cq.quantize(weight, "int4", "g128")
+    identity, no_bias = torch.eye(weight.shape[1]), torch.zeros(len(weight))
+    return function(identity, q.codes, q.scale.reshape(len(weight), -1), no_bias).T
+
+
 def test_the_inputs_are_the_same_every_time() -> None:
     for name in names():
         for one, two in zip(load(name).cases(), load(name).cases(), strict=True):
@@ -104,8 +135,6 @@ def test_rounding_agrees_with_torch() -> None:
 
 
 def test_asymmetric_agrees_with_the_package() -> None:
-    import canopyq as cq
-
     spec = load("02-quantize-asymmetric")
     for x, bits in spec.cases():
         codes, scale, zero_point = spec.build(spec.solution)(x, bits)
@@ -114,8 +143,6 @@ def test_asymmetric_agrees_with_the_package() -> None:
 
 
 def test_symmetric_agrees_with_the_package() -> None:
-    import canopyq as cq
-
     spec = load("02-symmetric")
     for x, scale in spec.cases():
         if scale is None:

@@ -41,13 +41,14 @@ def cases() -> list[tuple]:
 
 QUANTIZED_LINEAR = Exercise(
     id="03-quantized-linear",
-    title="A layer that talks nonsense",
+    title="A layer that passes every exam",
     minutes=8,
     difficulty=2,
     task="""
 `quantized_linear(x, codes, scale, bias)` in the cell below is somebody's forward pass of a quantized layer. Nothing
-raises, the shapes are right, and with one scale a row and no bias it passed all tests. With scales in groups the model
-talks nonsense. There are **two faults** in it. Find and mend them.
+raises, the shapes are right, and with one scale a row and no bias it passed all tests. With groups of 128 it passed an
+exam, too: the tutor in INT4 still gets nearly all answers right. But its KL is eight times what it should be. There are
+**two faults** in it. Find and mend them.
 
 - `x` has shape (tokens, in_features), `bias` has shape (out_features,). Both are ordinary floats.
 - `codes` has shape (out_features, in_features): signed whole numbers, unpacked already.
