@@ -190,10 +190,19 @@ class QuantizedLinear(nn.Module):
             destination.pop(prefix + name, None)
         for name, tensor in reference.arrange(self.quantized_weight).items():
             destination[prefix + name] = tensor
+        if (metadata := getattr(destination, "_metadata", None)) is not None:  # codes do not say whose they are
+            metadata.setdefault(prefix[:-1], {})["format"] = self.scheme.format.name
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *arguments: Any
+    ) -> None:
+        given = metadata.get("format", self.scheme.format.name)
+        if given != self.scheme.format.name:
+            arguments[-1].append(f"{prefix}{self.weight_names[0]} holds {given} codes, and they are "
+                                 f"{self.scheme.format.name} here: quantize by the same recipe first")  # fmt: skip
+            return
         self._make_plain()
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *arguments)
         for name, tensor in self.held.items():  # which torch has cast, if it had to
             given = state_dict.get(prefix + name)
             if given is not None and given.dtype != tensor.dtype:

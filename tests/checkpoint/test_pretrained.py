@@ -155,12 +155,21 @@ def test_copies_answer_the_same(recipe: str, logits: Callable) -> None:
 
 
 def test_a_state_dict_of_another_scheme_is_refused() -> None:
-    """Codes of another width would be read as this one's."""
-    states = {each: quantized("llama", each).state_dict() for each in ("w4a16-g32", "w8a16", "w2a16-g32", "fp8")}
+    """Codes of another width, or of another format of the same width, would be read as this one's."""
+    recipes = ("w4a16-g32", "w4a16-g64", "nf4", "w8a16", "w2a16-g32", "fp8")
+    states = {each: quantized("llama", each).state_dict() for each in recipes}
     for recipe in states:
         for other in states.keys() - {recipe}:
-            with pytest.raises(RuntimeError, match="size mismatch|Missing key|float8_e4m3fn"):
+            with pytest.raises(RuntimeError, match="codes, and they are|size mismatch"):
                 quantized("llama", recipe).load_state_dict(states[other])
+            if {recipe, other} != {"nf4", "w4a16-g64"}:  # which differ in nothing that a plain dict holds
+                with pytest.raises(RuntimeError, match="size mismatch|Missing key|float8_e4m3fn"):
+                    quantized("llama", recipe).load_state_dict(dict(states[other]))
+    held = io.BytesIO()
+    torch.save(states["nf4"], held)
+    held.seek(0)
+    with pytest.raises(RuntimeError, match="holds nf4 codes, and they are int4 here"):
+        quantized("llama", "w4a16-g64").load_state_dict(torch.load(held))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ constexpr int D = HEAD_DIM, BLOCK = 64, THREADS = 128, BITS = FP8 ? 8 : CODE, RO
 constexpr int QUADS = D / 4;  // threads to a token's values, four channels each; 16 of them share a scale
 constexpr float LEVELS = FP8 ? 448.f : float((1 << BITS) - 1);
 
+// Beyond float16's range a key or value is cut to it, and stays finite: a kernel cannot refuse it as the CPU does.
 __device__ __forceinline__ float to_half_and_back(float x, u16& half) {
-    half = u16(half_pack(x, 0.f));
+    half = u16(half_pack(fminf(fmaxf(x, -65504.f), 65504.f), 0.f));
     return half_to_float(half);
 }
 
