@@ -146,7 +146,7 @@ class _GlobalScales:
             names = self.together[name]
             with prefixed(f"{' or '.join(names)}: "):
                 scale = global_scale_of([self.targets[one].read() for one in names], self.targets[name].scheme)
-            self.found |= dict.fromkeys(names, scale)
+            self.found |= {one: scale.clone() for one in names}  # each layer holds, moves and saves its own
         return self.found.get(name)
 
 
