@@ -49,7 +49,8 @@ from canopyq.tensor.scheme import Recipe
 WEIGHT_ONLY = ("gptq", "awq", "rotation+gptq", "awq+gptq", "rtn", "hqq", "clip", "rotation")
 WITH_INPUTS = ("smoothquant+gptq", "gptq", "smoothquant", "rotation+smoothquant+gptq", "rotation+gptq", "rtn",
                "rotation")  # fmt: skip
-WITH_BLOCKS = ("rtn", "clip", "awq", "gptq", "awq+gptq", "rotation+gptq")
+WITH_BLOCKS = ("rtn", "gptq", "rotation+gptq", "clip", "awq", "awq+gptq")
+WITH_BLOCKS_OF_INPUTS = ("rtn", "gptq", "rotation+gptq", "smoothquant+gptq")
 PEERS_WEIGHT_ONLY, PEERS_WITH_INPUTS = ("gptq", "hqq"), ("gptq", "smoothquant", "smoothquant+gptq")
 NO_DATA = ("rtn", "hqq", "rotation")
 QUESTIONS, CHATS, TOKENS = 170, 64, 128
@@ -78,9 +79,11 @@ def runs(seeds: int, peers: bool, awq: bool) -> list[Run]:
 
 
 def fp4_runs(seeds: int) -> list[Run]:
-    """Every run of NVFP4 and MXFP4; rounding to nearest has no seed, and what is best gets all of them."""
-    first = [("canopyq", method, setting, 0) for setting in FP4 for method in WITH_BLOCKS]
-    return first + [("canopyq", m, s, seed) for seed in range(1, seeds) for s in FP4 for m in ("gptq", "clip")]
+    """Every run of NVFP4 and MXFP4; of each further seed GPTQ alone."""
+    weights, inputs = FP4[:2], FP4[2:]
+    first = [("canopyq", method, setting, 0) for method in WITH_BLOCKS for setting in weights]
+    first += [("canopyq", method, setting, 0) for method in WITH_BLOCKS_OF_INPUTS for setting in inputs]
+    return first + [("canopyq", "gptq", setting, seed) for seed in range(1, seeds) for setting in FP4]
 
 
 class Judge:
@@ -101,7 +104,8 @@ class Judge:
 
     def ours(self, method: str, setting: str, seed: int) -> dict[str, Any]:
         model = copy.deepcopy(self.model)
-        data = None if method in NO_DATA else cq.tutor.calibration(self.tokenizer, CHATS, TOKENS, seed)
+        needs_none = method in NO_DATA and not Recipe.parse(setting).static
+        data = None if needs_none else cq.tutor.calibration(self.tokenizer, CHATS, TOKENS, seed)
         before, start, cpu = _most_memory(), time.perf_counter(), time.process_time()
         report = cq.quantize_(model, setting, method=method, calibration=data)
         cost = {

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 RESULT = Path(__file__).parent / "results" / "quality.json"
 FP4_RESULT = RESULT.with_name("quality_fp4.json")
 SETTINGS = ("w4a16-channel", "w4a16-g128", "w3a16-g128", "w2a16-g64", "w8a8", "w4a4-g128")
-FP4 = ("nvfp4", "mxfp4")  # in a record of their own, without a public method beside them
+FP4 = ("nvfp4", "mxfp4", "nvfp4-w4a4", "mxfp4-w4a4")  # in a record of their own, without a public method beside them
 # The public hqq has a zero point of 16 bits beside each scale of 16. Ours beside it has zero points of as many bits as
 # a weight, and never more bits in all.
 WITH_ZERO_POINTS = {"w4a16-channel": "w4a16-g256-asym", "w4a16-g128": "w4a16-g128-asym",
@@ -98,6 +98,20 @@ def summary(found: dict[str, Any]) -> str:
         shown = [f"{name} {cell.kl:.2g}" for name, cell in (best(known, who, setting) for setting in SETTINGS)]
         lines.append(f"| {called} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
+
+
+def fp4_words(found: dict[str, Any]) -> str:
+    """What each step gains over rounding FP4 to nearest."""
+    known = cells(found)
+
+    def kl(method: str, setting: str) -> str:
+        return f"{known['canopyq', method, setting].kl:.2g}"
+
+    return "; ".join(
+        f"{setting.upper()} {kl('rtn', setting)} rounded to nearest, {kl('clip', setting)} on searched scales, "
+        f"{kl('gptq', setting)} by GPTQ on those"
+        for setting in FP4[:2]
+    )
 
 
 def plot(found: dict[str, Any], file: Path) -> None:

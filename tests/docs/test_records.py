@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import kv_answers, linear, recipes
-from benchmarks.quality_table import RESULT, SETTINGS, Cells, best, cells, pairs, summary, table
+from benchmarks.quality_table import FP4, RESULT, SETTINGS, Cells, best, cells, fp4_words, pairs, summary, table
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -73,6 +73,15 @@ def test_the_readme_shows_the_record() -> None:
     known = cells(record)
     draws = {best(known, who, setting)[1].seeds for who in ("public", "canopyq") for setting in SETTINGS}
     assert draws == {4, 5} and "means over four or five draws" in readme
+
+
+def test_fp4_meets_its_targets_and_the_readme_shows_the_record() -> None:
+    record = record_of("quality_fp4")
+    assert record["machine"]["processor"] and all("error" not in row for row in record["rows"])
+    known = cells(record)
+    for setting, most in zip(FP4[:2], (0.45, 0.6), strict=True):
+        assert known["canopyq", "gptq", setting].kl <= most * known["canopyq", "rtn", setting].kl
+    assert fp4_words(record) in " ".join(README.read_text(encoding="utf-8").split())
 
 
 def test_the_readme_shows_the_caches_that_were_compared() -> None:
