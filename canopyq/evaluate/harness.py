@@ -36,6 +36,4 @@ def harness(model: nn.Module, tokenizer: Any, *, batch_size: int = 8, max_length
     except ImportError:
         raise CanopyError("this needs lm-eval, which is not here; pip install 'canopyq[eval]'") from None
     device = next(model.parameters()).device
-    return HFLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, device=str(device)
-    )
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, device=str(device))

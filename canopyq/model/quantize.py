@@ -18,7 +18,7 @@ from canopyq.errors import CanopyError
 from canopyq.memory import bytes_of, meta_ties
 from canopyq.methods.pipeline import RoundingResult, round_weights
 from canopyq.methods.registry import Method
-from canopyq.methods.rotation import needs_online, rotate_
+from canopyq.methods.rotation import block_of, needs_online, rotate_
 from canopyq.methods.transaction import Transaction
 from canopyq.model.report import LayerReport, Plan, Report
 from canopyq.nn.explanation import require_fast
@@ -114,7 +114,7 @@ def quantize_(
     bytes_before, notes = bytes_of(model), []
     with Transaction() as transaction:
         if "rotation" in how.transforms:
-            notes = rotate_(model, transaction, online=needs_online(recipe))
+            notes = rotate_(model, transaction, online=needs_online(recipe), block=block_of(recipe))
             targets, kept = find_targets(model, recipe)  # the head may have a weight of its own now
         done = round_weights(model, recipe, how, targets, batches, transaction)
         inputs: dict[str, tuple[Tensor, Tensor | None]] = {}

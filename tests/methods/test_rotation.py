@@ -35,6 +35,26 @@ def test_random_rotation_is_orthogonal_for_any_size(size: int) -> None:
     assert largest_power_of_two(size) in (8, 4, 1, 32)
 
 
+def test_a_rotation_in_blocks_keeps_to_them() -> None:
+    rotation = random_rotation(96, torch.Generator().manual_seed(0), block=32)
+    torch.testing.assert_close(rotation @ rotation.t(), torch.eye(96, dtype=torch.float64), atol=1e-12, rtol=0)
+    inside = torch.block_diag(*[torch.ones(32, 32)] * 3).bool()
+    assert (rotation[inside] != 0).all() and (rotation[~inside] == 0).all()
+    assert not torch.equal(rotation[:32, :32], rotation[32:64, 32:64])
+
+
+@torch.no_grad()
+def test_a_rotation_in_blocks_leaves_the_logits(make, ids) -> None:
+    model = make("llama tied")
+    before, power = model(ids[0]).logits, model.model.embed_tokens.weight.reshape(-1, 4, 16).norm(dim=-1)
+    with Transaction() as transaction:
+        notes = rotate_(model, transaction, online=True, block=16)
+    torch.testing.assert_close(model(ids[0]).logits, before, rtol=1e-4, atol=1e-4)
+    after = model.model.embed_tokens.weight.reshape(-1, 4, 16).norm(dim=-1)
+    torch.testing.assert_close(after, power, rtol=1e-4, atol=1e-5)  # nothing left its block
+    assert any("in blocks of 16" in note for note in notes) and any("transform of 16" in note for note in notes)
+
+
 @pytest.mark.parametrize("online", [False, True])
 @pytest.mark.parametrize("name", ["llama", "llama tied", "mistral", "qwen2", "qwen3"])
 @torch.no_grad()
