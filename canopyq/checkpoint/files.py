@@ -231,7 +231,7 @@ def read_header(path: Path | str) -> dict[str, TensorInfo]:
                     raise unknown(f"dtype of {path}: tensor {shown(name)}", dtype, DTYPES)
                 end += math.prod(shape) * DTYPES[dtype].itemsize
                 header[name] = TensorInfo(dtype, shape, start, end)
-    except (OSError, SafetensorError) as error:
+    except (OSError, MemoryError, SafetensorError) as error:  # a sparse file may be larger than what can be mapped
         raise CanopyError(f"{path} cannot be read ({one_line(error)}); copy or download it again") from None
     return header
 

@@ -120,6 +120,17 @@ def test_headers_that_are_refused(content: bytes, tmp_path: Path) -> None:
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
 
 
+def test_a_file_that_cannot_be_mapped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse file of more bytes than a process may have takes no room on the disk."""
+
+    def no_memory(*arguments: object, **options: object) -> None:
+        raise MemoryError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr("canopyq.checkpoint.files.safe_open", no_memory)
+    with pytest.raises(CanopyError, match=SINGLE):
+        read_header(folder / SINGLE)
+
+
 @example(edits=[], cut=None)
 @given(
     edits=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),
