@@ -187,9 +187,24 @@ def vocabulary(model: nn.Module) -> int | None:
     return getattr(getattr(model, "config", None), "vocab_size", None)
 
 
-def context(model: nn.Module) -> int | None:
-    """How many tokens the model takes; None if it does not say."""
-    return getattr(getattr(model, "config", None), "max_position_embeddings", None) or None
+def context(model: Any) -> int | None:
+    """How many tokens a model takes, by its config, which may stand in its place; None if it does not say.
+
+    Rotary embedding that is scaled (linear, dynamic, YaRN) reaches ``factor`` times as far as it was trained.
+    """
+    config = getattr(model, "config", model)
+    trained = getattr(config, "max_position_embeddings", None)
+    if not trained:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    of_kinds = [each for each in rope.values() if isinstance(each, Mapping)]  # some have one for each kind of layer
+    return max(trained, *(_rotary_reach(each, trained) for each in (rope, *of_kinds)))
+
+
+def _rotary_reach(rope: Mapping, trained: int) -> int:
+    if rope.get("rope_type") not in ("linear", "dynamic", "yarn"):
+        return trained
+    return int((rope.get("original_max_position_embeddings") or trained) * (rope.get("factor") or 1))
 
 
 def answer_length(max_new_tokens: object, ids: list[int], model: nn.Module) -> int:

@@ -17,7 +17,6 @@ from canopyq import checks
 from canopyq.errors import CanopyError, shown, unknown
 from canopyq.tensor.formats import (
     KV_BLOCK,
-    KV_GROUP_SIZE,
     KV_RESIDUAL_LENGTH,
     BlockFormat,
     Format,
@@ -25,6 +24,7 @@ from canopyq.tensor.formats import (
     TableFormat,
     get_cache_format,
     get_format,
+    kv_group_size,
 )
 from canopyq.tensor.quantized_tensor import part_bytes
 from canopyq.tensor.scheme import Recipe
@@ -265,7 +265,7 @@ def cache_bytes(shape: ModelShape, tokens: int, batch: int = 1, format: str | No
     codes = get_cache_format(format)
     blocks = max(0, tokens - KV_RESIDUAL_LENGTH) // KV_BLOCK
     waiting = tokens - blocks * KV_BLOCK
-    scales = blocks * dim + blocks * KV_BLOCK * (dim // min(KV_GROUP_SIZE, dim))
+    scales = blocks * dim + blocks * KV_BLOCK * (dim // kv_group_size(dim))
     kept = 2 * blocks * KV_BLOCK * dim * codes.bits // 8 + scales * (2 if codes.is_float else 4)
     return heads * (kept + 2 * waiting * dim * 2)
 

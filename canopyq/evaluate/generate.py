@@ -19,7 +19,7 @@ from canopyq.kernels.cuda import attention, eight_bits
 from canopyq.kernels.step import add_rms_norm, attend, rotate_and_append, silu_mul
 from canopyq.nn.fused_linear import Separate, join
 from canopyq.nn.linear import QuantizedLinear
-from canopyq.tensor.formats import KV_GROUP_SIZE, get_cache_format
+from canopyq.tensor.formats import get_cache_format, kv_group_size
 from canopyq.tensor.quantized_tensor import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -284,7 +284,7 @@ def _quantized_cache(
 ) -> StaticQuantizedCache:
     from canopyq.kv_cache import StaticQuantizedCache
 
-    codes, group_size = get_cache_format(format), min(KV_GROUP_SIZE, head_dim)
+    codes, group_size = get_cache_format(format), kv_group_size(head_dim)
     if reason := attention.unsupported_reason(codes, head_dim, dtype, "channel", group_size, device):
         raise CanopyError(
             f"fast_generate cannot read a {codes.name} cache here: {reason}; use model.generate with cq.QuantizedCache"

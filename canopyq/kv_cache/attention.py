@@ -19,7 +19,7 @@ from canopyq.kernels import cpu_attention
 from canopyq.kernels.cuda import attention
 from canopyq.kv_cache.cache import ATTENTION
 from canopyq.kv_cache.quantized_kv import KVView
-from canopyq.tensor.formats import KV_GROUP_SIZE, CacheFormat, get_cache_format
+from canopyq.tensor.formats import CacheFormat, get_cache_format, kv_group_size
 
 
 def fuse_attention(model: nn.Module, format: str | CacheFormat = "kv8") -> nn.Module:
@@ -47,13 +47,17 @@ def unsupported_reason(model: nn.Module, format: str | CacheFormat = "kv8") -> s
     for name in ("attn_logit_softcapping", "attn_logits_soft_cap"):
         if getattr(config, name, None):
             return f"its scores are capped ({name} in its config), which the kernel does not do"
+    if getattr(config, "kv_lora_rank", None):
+        return "its cache holds latents, from which keys and values are computed"
+    if getattr(config, "num_kv_shared_layers", None):
+        return "its layers read each other's keys and values"
     if config.model_type == "gpt_oss":
         return "its attention has sinks, which the kernel does not know"
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     weight = next(model.parameters())
     if weight.device.type == "cpu":
         return cpu_attention.unsupported_reason(weight.dtype, "channel", weight.device)
-    group_size = min(KV_GROUP_SIZE, head_dim)
+    group_size = kv_group_size(head_dim)
     return attention.unsupported_reason(codes, head_dim, weight.dtype, "channel", group_size, weight.device)
 
 

@@ -192,7 +192,7 @@ class KVView:
 
     Attributes:
         quantized_keys, quantized_values: (B, H, T, D); None where no token is quantized.
-        keys, values: (B, H, R, D) in the model's dtype, the pass's own tokens included.
+        keys, values: (B, H, R, D) in the model's dtype, the pass's own tokens included. Their D may differ.
         before: int32 (1,) on the device, tokens that came before the pass; None for a growing cache.
         residual_length: tokens, see above.
         tokens_before, new_tokens: what ``before`` was when the pass was made (in a replay of a graph it is more), and
@@ -213,7 +213,8 @@ class KVView:
 
     def __post_init__(self) -> None:
         keys, values, codes = self.keys, self.values, self.quantized_keys
-        if keys.dim() != 4 or (values.shape, values.dtype, values.device) != (keys.shape, keys.dtype, keys.device):
+        alike = (values.shape[:3], values.dtype, values.device) == (keys.shape[:3], keys.dtype, keys.device)
+        if not alike or keys.dim() != 4 or values.dim() != 4:
             raise CanopyError(
                 f"recent keys and values are (B, heads, R, D) alike, got {_words(keys)} and {_words(values)}"
             )
@@ -228,14 +229,14 @@ class KVView:
             )
 
     def _check_codes(self, keys: QuantizedKV, values: QuantizedKV | None) -> None:
-        batch, heads, _, head_dim = self.keys.shape
         format, tokens, device = keys.format, keys.tokens, self.keys.device
         if values is None or values.format != format or tokens % KV_BLOCK:
             raise CanopyError(
                 f"quantized keys and values are of one format, in blocks of {KV_BLOCK} tokens; got {tokens} tokens in "
                 f"{format.name} and {'none' if values is None else values.format.name}"
             )
-        for name, kv in (("key", keys), ("value", values)):
+        for name, kv, recent in (("key", keys, self.keys), ("value", values, self.values)):
+            batch, heads, _, head_dim = recent.shape
             groups = kv.scale.shape[-1]
             scales = (tokens // KV_BLOCK, head_dim) if kv.granularity == "channel" else (tokens, groups)
             if not groups or head_dim % groups:

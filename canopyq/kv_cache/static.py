@@ -17,9 +17,9 @@ from canopyq import checks
 from canopyq.errors import CanopyError
 from canopyq.kernels.cuda import kv_append
 from canopyq.kernels.cuda.attention import MAX_QUERY_TOKENS
-from canopyq.kv_cache.cache import heads_of
+from canopyq.kv_cache.layers import heads_of
 from canopyq.kv_cache.quantized_kv import KVView, QuantizedKV
-from canopyq.tensor.formats import KV_BLOCK, KV_GROUP_SIZE, KV_RESIDUAL_LENGTH, CacheFormat, get_cache_format
+from canopyq.tensor.formats import KV_BLOCK, KV_RESIDUAL_LENGTH, CacheFormat, get_cache_format, kv_group_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -53,7 +53,7 @@ class StaticCacheLayer(CacheLayerMixin):
         self.keys, self.values = (
             torch.zeros(batch, heads, ring, head_dim, dtype=dtype, device=device) for _ in range(2)
         )
-        codes, group_size = (batch, heads, cache.capacity, head_dim), min(KV_GROUP_SIZE, head_dim)
+        codes, group_size = (batch, heads, cache.capacity, head_dim), kv_group_size(head_dim)
         self.quantized_keys = QuantizedKV.zeros(codes, cache.format, "channel", group_size, device)
         self.quantized_values = QuantizedKV.zeros(codes, cache.format, "token", group_size, device)
 
@@ -164,7 +164,7 @@ class StaticQuantizedCache(Cache):
             full yet.
 
     Raises:
-        CanopyError: for an unknown format, layers of another kind, and heads that groups of 64 do not divide. `update`
+        CanopyError: for an unknown format, layers of another kind, and heads that fill no whole bytes. `update`
             raises it for more tokens than fit, and for keys of another model.
     """
 
@@ -187,12 +187,11 @@ class StaticQuantizedCache(Cache):
             raise CanopyError(f"a cache of fixed size is for full attention, not for {other[0]}; use QuantizedCache")
         self.format, self.residual_length = get_cache_format(format), residual_length
         self.capacity = -(-capacity // KV_BLOCK) * KV_BLOCK
-        heads, head_dim = heads_of(config)
-        if head_dim % min(KV_GROUP_SIZE, head_dim) or head_dim * self.format.bits % 8:
-            raise CanopyError(
-                f"a cache of fixed size holds {self.format.name} codes in groups of {KV_GROUP_SIZE} channels and whole "
-                f"bytes, which do not divide heads of {head_dim}; use QuantizedCache"
-            )
+        if (shape := heads_of(config)) is None:
+            raise CanopyError(f"a cache of fixed size holds no latents, as {config.model_type} has; use QuantizedCache")
+        heads, head_dim = shape
+        if head_dim * self.format.bits % 8:
+            raise CanopyError(f"heads of {head_dim} codes of {self.format.bits} bits fill no whole bytes; use kv8")
         # Tokens held, and what that was when the pass began that is under way.
         self.count, self.before = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))
         super().__init__(layers=[StaticCacheLayer(self, (batch, heads, head_dim), dtype, device) for _ in types])

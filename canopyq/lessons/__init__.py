@@ -30,7 +30,7 @@ _ROOMS = {  # loaded when one of its names is asked for
     "canopyq.evaluate.chat": ("Conversation",),
     "canopyq.nn.hadamard": ("hadamard",),
     "canopyq.kv_cache": ("cache_nbytes",),
-    "canopyq.kv_cache.cache": ("QuantizedCacheLayer",),
+    "canopyq.kv_cache.layers": ("QuantizedCacheLayer",),
     "canopyq.kv_cache.quantized_kv": ("QuantizedKV",),
     "canopyq.tensor.formats": ("get_cache_format",),
     "canopyq.lessons.roofline": ("H200", "crossover", "linear_work"),

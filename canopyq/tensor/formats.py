@@ -328,6 +328,20 @@ KV_GROUP_SIZE = 64  # channels of one token that share a scale
 KV_RESIDUAL_LENGTH = 32  # newest tokens that stay in full precision, besides those of a block that is not full
 
 
+def kv_group_size(head_dim: int, group_size: int | None = None) -> int:
+    """How many channels of one token of a head share a scale: so many, or the largest number up to 64 that divides it.
+
+    Raises `CanopyError` for a number that does not divide it.
+    """
+    fits = next(size for size in range(min(KV_GROUP_SIZE, head_dim), 0, -1) if head_dim % size == 0)
+    if group_size is not None and head_dim % group_size:
+        raise CanopyError(
+            f"groups of {group_size} channels do not divide heads of {head_dim}; use one that does, such as "
+            f"group_size={fits}"
+        )
+    return fits if group_size is None else group_size
+
+
 @dataclass(frozen=True)
 class CacheFormat:
     """What a cached key or value is rounded to: unsigned integers of ``bits`` bits, or E4M3."""

@@ -176,7 +176,8 @@ def _check(query: Tensor, cache: list[Tensor], format: CacheFormat, scaling: flo
     kv_heads = recent.shape[1]
     if not (kv_heads and heads % kv_heads == 0 and heads // kv_heads <= 128):
         raise CanopyError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
-    if (batch, head_dim, query.dtype, query.device) != (len(recent), recent.shape[3], recent.dtype, recent.device):
+    known = (batch, head_dim, query.dtype, query.device, recent.shape)
+    if known != (len(recent), recent.shape[3], recent.dtype, recent.device, cache[-2].shape):
         raise CanopyError(
             f"queries are {query.dtype} {tuple(query.shape)} on {query.device}, and the cache holds {recent.dtype} "
             f"{tuple(recent.shape)} on {recent.device}"
