@@ -184,13 +184,13 @@ def make_plan(source: Checkpoint, recipe: Recipe, shard_bytes: int = SHARD_BYTES
 
 
 def meta_model(source: Checkpoint) -> nn.Module:
-    """The transformers model that config.json describes, on the meta device: shapes and names, no memory.
+    """The transformers model that config.json describes, in float32 on the meta device: shapes and names, no memory.
 
     Raises:
         CanopyError: if transformers cannot build it without running code from the folder.
     """
     config = read_model_config(source.folder, source.config, len(source.tensors))
-    return build(config, most=source.nbytes, tensors=len(source.tensors))
+    return build(config, torch.float32, most=source.nbytes, tensors=len(source.tensors))
 
 
 def _shared(embedding: nn.Module, model: nn.Module) -> bool:

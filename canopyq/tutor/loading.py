@@ -52,8 +52,8 @@ def load(
     try:
         meta_model(Checkpoint(folder))  # it is one, no larger than its files, and runs no foreign code
         return _read(folder, dtype, device)
-    except CanopyError:
-        raise
+    except CanopyError as error:
+        raise CanopyError(f"{VARIABLE}={shown(source())}: {error}; or unset {VARIABLE}") from None
     except Exception as error:
         cure = f"name a folder or a hub id of a causal language model, or unset {VARIABLE}"
         raise CanopyError(f"{VARIABLE}={shown(source())} cannot be loaded ({one_line(error)}); {cure}") from error
