@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 import canopyq as cq
 from canopyq import cli
-from canopyq.kernels.activations import rounded
+from canopyq.kernels.activations import dynamic, fixed, rounded
 from canopyq.memory import bytes_held
 from canopyq.nn.linear import quantized_layers
+from canopyq.tensor.formats import IntFormat
 from canopyq.tensor.scheme import Recipe
 
 oracle = pytest.importorskip("compressed_tensors")
@@ -70,23 +71,40 @@ def in_transformers(folder: Path, dtype: torch.dtype, dequantize: bool = False) 
     return model
 
 
-def close(one: Tensor, other: Tensor, dtype: torch.dtype, *, inputs: bool = False) -> bool:
-    """Equal but for the rounding of a model that computes in ``dtype``: a few steps at the largest logit.
-
-    Where inputs are quantized too, the last bit of a number decides between two codes, and which way it falls depends
-    on the processor. A few codes of a token that flip are a few hundredths of its largest value, in E4M3 too, whose
-    codes are an eighth apart.
-    """
+def close(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Equal but for the rounding of a model that computes in ``dtype``: a few steps at the largest logit."""
     most = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
-    return float((one - other).abs().max()) <= (2**-4 if inputs else most) * float(one.abs().max())
+    return float((one - other).abs().max()) <= most * float(one.abs().max())
 
 
 def compare(ours: nn.Module, theirs: nn.Module, logits: Callable, dtype: torch.dtype, inputs: str | None) -> bool:
     """``inputs``: "static", "dynamic" or None. With static ranges both compute the same from float64, in which no
-    number is decided by its last bit; dynamic scales are kept in float32 here and in the input's dtype there."""
+    number is decided by its last bit. Else the last bit of an input, and of its scale, which is kept in float32 here
+    and in the input's dtype there, decides between two codes; then layer is held to layer on the same input."""
+    if inputs is None:
+        return close(logits(ours), logits(theirs), dtype)
     if inputs == "static" and dtype == torch.float32:
         return close(logits(ours.double()), logits(theirs.double()), torch.float64)
-    return close(logits(ours), logits(theirs), dtype, inputs=inputs is not None)
+    seen = {}
+    for name, _ in quantized_layers(ours):
+        theirs.get_submodule(name).register_forward_hook(lambda _, x, y, name=name: seen.update({name: (x[0], y)}))
+    logits(theirs)
+    return all(same_layer(layer, *seen[name]) for name, layer in quantized_layers(ours))
+
+
+@torch.no_grad()
+def same_layer(layer: nn.Module, x: Tensor, theirs: Tensor) -> bool:
+    """Two roundings of an input to the same codes are at most a step apart, and so the outputs at most the steps times
+    the weights, and what the dtype rounds: the weights, the result, and each input that stands for a code."""
+    x, scheme = x.flatten(0, -2), layer.activations
+    ranges = layer.input_scale, layer.input_zero_point
+    codes = dynamic(x, scheme) if ranges[0] is None else fixed(x, scheme, *ranges)
+    scale, size = codes.float_scale().double(), codes.dequantize(torch.float64).abs()
+    step = scale.expand_as(size) if isinstance(scheme.format, IntFormat) else (size / 8).maximum(scale * 2**-9)
+    weights = layer.quantized_weight.dequantize(torch.float64).abs()
+    exact = 2**-24 if x.dtype == torch.float32 else 2**-8
+    limit = 1.02 * step @ weights.t() + 4 * exact * (size @ weights.t())
+    return bool(((layer(x) - theirs.flatten(0, -2)).abs().double() <= limit).all())
 
 
 # Ours in theirs -------------------------------------------------------------------------------------------------------
