@@ -22,7 +22,7 @@ from canopyq.calibration.data import Batch, read_batches
 from canopyq.calibration.mode import eval_mode
 from canopyq.calibration.statistics import ActivationStats, Seen
 from canopyq.errors import CanopyError, by_reason, unknown
-from canopyq.nn.sites import Kind, Site, weight_sites
+from canopyq.nn.sites import Kind, Site, output_heads, weight_sites
 from canopyq.utils import progress
 
 SETTLED = 0.05  # a range that the second half of the data widens by less than this is called settled
@@ -170,11 +170,11 @@ def calibration_blocks(
 
 def _layers(model: nn.Module, wanted: Collection[str] | None) -> dict[str, Site]:
     """Layer -> the weight whose inputs are watched."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = output_heads(model)
     found = {
         site.name: site
         for site in weight_sites(model)
-        if site.kind.multiplies and (site.module is not head or wanted is not None)
+        if site.kind.multiplies and (site.module not in heads or wanted is not None)
     }
     if wanted is None:
         return found
@@ -212,7 +212,7 @@ class _Collector:
         """Layers that no token reached, and why."""
         never, not_sent = "the model never called it", "the router sent no token to it"
         return {
-            layer: not_sent if site.owner in self._called else never
+            layer: site.kind.unwatched or (not_sent if site.owner in self._called else never)
             for layer, site in self.watched.items()
             if layer not in self.statistics
         }
@@ -249,7 +249,7 @@ class _Collector:
             given = [*args, *kwargs.values()]
             self._called.add(owner)
             for own, x, token in kind.inputs(module, given, parts):
-                sample = None if token is None else self._sample_of(owner, given[0])[token]
+                sample = None if token is None else self._sample_of(owner, kind.tokens(module, given), x.device)[token]
                 self._add([parts[part] for part in own if part in parts], x, sample)
 
         return hook
@@ -260,7 +260,7 @@ class _Collector:
             return
         try:
             if self._last is None or self._last[0] is not x:
-                sample = self._sample_of(layers[0], x) if sample is None else sample
+                sample = self._sample_of(layers[0], x[..., 0].numel(), x.device) if sample is None else sample
                 self._last = (x, Seen(x, sample, self._samples))
             seen = self._last[1]
             for layer in layers:
@@ -271,14 +271,13 @@ class _Collector:
         except CanopyError as error:
             raise CanopyError(f"{layers[0]}: {error}") from None
 
-    def _sample_of(self, layer: str, x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
+    def _sample_of(self, layer: str, rows: int, device: torch.device) -> Tensor:
         if rows != len(self._sample):
             raise CanopyError(
                 f"{layer} gets {rows} rows for {len(self._sample)} tokens, so nothing says which of them are padding; "
                 "leave it out of layers"
             )
-        return self._sample.to(x.device)
+        return self._sample.to(device)
 
 
 def _walk(collector: _Collector, data: list[Batch], *, changing: bool) -> Iterator[tuple[str, list[str]]]:

@@ -115,16 +115,16 @@ def inspect(folder: str | Path) -> Inspection:
                sum(info.nbytes for module in owners[group.name] for info in held[module].values()))
         for group in (quantization.groups if quantization else ())
     )  # fmt: skip
-    note = checkpoint.folder / "canopyq.json"
+    note, model_type = checkpoint.folder / "canopyq.json", str(checkpoint.config.get("model_type", "unknown model"))
     return Inspection(
         checkpoint.folder,
-        cut(str(checkpoint.config.get("model_type", "unknown model"))),
+        cut(model_type),
         len(checkpoint.files),
         len(checkpoint.tensors),
         sizes,
         found,
         quantization.ignore if quantization else (),
-        {"canopyq": problem or "yes", **(readers(quantization, quantized) if quantization else {})},
+        {"canopyq": problem or "yes", **(readers(quantization, quantized, model_type) if quantization else {})},
         notes(quantization) if quantization else (),
         read_json(note, finite=True) if note.exists() else None,
     )

@@ -136,9 +136,16 @@ def quantized(model: nn.Module, files: Names, quantization: Quantization) -> dic
 
 def plain(model: nn.Module, files: Names, found: Mapping[str, Wanted], checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Name in the model -> parameter or buffer, of all that the checkpoint has to hold beside quantized weights."""
-    left = dict(model.state_dict(keep_vars=True))
+    replaced = {wanted.owner for wanted in found.values() if wanted.part}  # experts: all of their tensors go
+    left = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name.rpartition(".")[0] not in replaced
+    }
     for wanted in found.values():
-        left.pop(wanted.tensor, None)  # which holds several experts
+        left.pop(wanted.tensor, None)
+        if wanted.part and (bias := wanted.bias()) is not None:
+            left[f"{wanted.name}.bias"] = bias
     may_lack = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     second = {name: of for name, of in tied(model).items() if name in left}
 
@@ -205,6 +212,7 @@ def _fill(
     place: torch.device,
 ) -> PreTrainedModel:
     read = _Reader(checkpoint)
+    biases: dict[str, Tensor | None] = {f"{layer.name}.bias": None for layer in layers.values() if layer.part}
     for name, wanted in rest.items():
         own = [_own(read(file), place, wanted.dtype) for file in files.of(name)]
         for file, part in zip(files.of(name), own, strict=True):
@@ -212,11 +220,15 @@ def _fill(
         tensor = own[0] if len(own) == 1 else torch.cat(own).reshape(wanted.shape)
         if isinstance(wanted, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=wanted.requires_grad)
-        _set(model, name, tensor)
-    made = {
-        layer.name: _layer(layer, name, {leaf: _own(read(f"{name}.{leaf}"), place) for leaf in parts[name]})
-        for name, layer in layers.items()
-    }
+        if name in biases:
+            biases[name] = tensor
+        else:
+            _set(model, name, tensor)
+    made = {}
+    for name, layer in layers.items():
+        bias = biases[f"{layer.name}.bias"] if layer.part else layer.bias()
+        tensors = {leaf: _own(read(f"{name}.{leaf}"), place) for leaf in parts[name]}
+        made[layer.name] = _layer(layer, name, tensors, bias)
     owners = {layer.module: layer.owner for layer in layers.values()}
     for module, new in put_layers(list(layers.values()), made).items():
         model.set_submodule(owners[module], new)
@@ -234,14 +246,13 @@ def _fill(
     return model.eval()
 
 
-def _layer(layer: Wanted, file: str, tensors: Mapping[str, Tensor]) -> QuantizedLinear:
+def _layer(layer: Wanted, file: str, tensors: Mapping[str, Tensor], bias: Tensor | None) -> QuantizedLinear:
     """What takes the place of a layer, from its tensors in the files."""
     group, dtype = layer.group, next(layer.module.parameters()).dtype
     with prefixed(f"{file}: "):
         fixed = input_from_disk(tensors, group.activations, dtype) if group.static else (None, None)
         own = {leaf: tensor for leaf, tensor in tensors.items() if leaf.startswith("weight")}
         weight = from_disk(own, group.weights, layer.shape, dtype)
-    bias = layer.module.bias if layer.kind.is_linear else None
     return layer.kind.layer(layer.module, weight, bias, group.activations, *fixed).eval()
 
 

@@ -57,7 +57,9 @@ def names_of(model: nn.Module) -> Names:
 
     fused = [holder for holder in weight_holders(model) if any(site.part for site in holder.sites)]
     shapes = {  # of the numbers that stand for a tensor: one for each part
-        f"{holder.name}.{leaf}": shape for holder in fused for leaf, shape in holder.kind.parted(holder.tensors).items()
+        f"{holder.name}.{leaf}": shape
+        for holder in fused
+        for leaf, shape in holder.kind.parted(holder.module, holder.tensors).items()
     }
     probes: dict[str, Tensor] = {}
     first = 0
@@ -82,7 +84,7 @@ def names_of(model: nn.Module) -> Names:
         tensors[name] = parts if all(parts) else (held.get(tuple(every), name),)
     for holder in fused:
         own = {leaf: probes[f"{holder.name}.{leaf}"] for leaf in holder.tensors}
-        names = {part: held.get((int(number),), "") for part, (_, number) in holder.kind.split(own).items()}
+        names = {part: held.get((int(at),), "") for part, (_, at) in holder.kind.split(holder.module, own).items()}
         if all(names.values()):  # else files hold them fused too
             layers |= {f"{holder.name}.{part}": file.removesuffix(".weight") for part, file in names.items()}
     return Names(tensors, layers)

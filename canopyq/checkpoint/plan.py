@@ -119,7 +119,8 @@ class Plan:
             lines.append(f"  left out: {and_more(self.dropped)} (the model has no place for it)")
         lines.append(f"  memory: at most {human(self.peak_bytes)} on top of what Python and torch take")
         shapes = {step.layer.name: step.shape for step in self.quantized}
-        for tool, verdict in readers(read_config(self.config), shapes).items():
+        model_type = self.source.config.get("model_type", "")
+        for tool, verdict in readers(read_config(self.config), shapes, model_type).items():
             lines.append(f"  {tool} will load it: {verdict}")
         if self.recipe.cache is not None:
             lines.append(f"  note: {cache_note(self.recipe.cache)}")
@@ -154,6 +155,13 @@ def make_plan(source: Checkpoint, recipe: Recipe, shard_bytes: int = SHARD_BYTES
     targets, kept = find_targets(model, recipe)
     source = source.renamed(foreign_names(model, files, source.tensors))
     dropped = _match(source, model, files)
+    fused_experts = {
+        target.owner: "the files hold its experts in one tensor; load the model, quantize_ and save it instead"
+        for target in targets
+        if target.part and f"{files.of_layer(target.name)}.weight" not in source.tensors
+    }
+    kept |= fused_experts
+    targets = [target for target in targets if target.owner not in fused_experts]
     layers: dict[str, Layer] = {}
     for target in targets:
         name = files.of_layer(target.name)

@@ -15,6 +15,8 @@ from canopyq.nn.fused import FUSED
 Shapes = Mapping[str, tuple[int, int]]  # quantized module -> (N, K)
 Groups = Mapping[str, Group | None]  # module -> its group
 
+# Families whose experts transformers leaves at random numbers, or ends with an error on, once they are quantized.
+FUSED_EXPERTS = ("gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared", "hy_v4", "jetmoe", "longcat_flash")
 MARLIN_GROUPS = (32, 64, 128)
 PACKED_ALL = (PACKED, NVFP4, MXFP4)
 YES = "yes, with the compressed-tensors package"
@@ -26,8 +28,17 @@ VLLM_FLOAT16 = "only with --dtype float16, by its source: its fast kernels have 
 VLLM_NEWER = "only newer versions, by their source: older ones keep the head and the embedding unquantized"
 
 
-def readers(quantization: Quantization, quantized: Shapes) -> dict[str, str]:
-    """Tool -> whether it loads the checkpoint ("yes", "no: …", or how)."""
+def readers(quantization: Quantization, quantized: Shapes, model_type: str = "") -> dict[str, str]:
+    """Tool -> whether it loads the checkpoint ("yes", "no: …", or how).
+
+    Args:
+        model_type: as config.json has it.
+    """
+    if model_type in FUSED_EXPERTS and any(map(_is_expert, quantized)):
+        return {
+            "transformers": f"no: it does not put the quantized experts of {model_type} together",
+            "vLLM": f"not tried: it may name the experts of {model_type} otherwise",
+        }
     fused = _fused_names(quantized)
     groups = groups_of([*quantized, *(name for names in fused for name in names)], quantization)
     return {
@@ -87,7 +98,7 @@ def _packs_zero_points(group: Group) -> bool:
 
 
 def _is_expert(module: str) -> bool:
-    return re.search(r"\.experts\.\d+\.", module) is not None
+    return re.search(r"\.experts\.\d+\.|\.(input|output)_linear\.\d+$", module) is not None
 
 
 def _is_embedding(module: str) -> bool:

@@ -131,7 +131,7 @@ def save(
     except (OSError, SafetensorError) as error:
         raise CanopyError(f"{folder} could not be written ({one_line(error)}); nothing was left behind") from error
     shapes = {held.files.of_layer(name): module.quantized_weight.shape for name, module in quantized_layers(model)}
-    tools = readers(Quantization(tuple(held.groups), tuple(held.ignore)), shapes)
+    tools = readers(Quantization(tuple(held.groups), tuple(held.ignore)), shapes, config["model_type"])
     return Saved(folder, recipe, nbytes, getattr(torch, config["dtype"]), found, tools)
 
 

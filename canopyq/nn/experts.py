@@ -1,41 +1,39 @@
-"""Mixture-of-experts layers: transformers keeps all experts in two 3-D tensors; here each is three quantized layers."""
+"""Mixture-of-experts layers: transformers keeps all experts in two 3-D tensors; here each projection of each expert is
+a quantized layer."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from canopyq.nn.linear import QuantizedLinear
-
-
-class QuantizedExpert(nn.Module):
-    """One gated feed-forward network: down(act(gate(x)) · up(x))."""
-
-    def __init__(self, gate_proj: QuantizedLinear, up_proj: QuantizedLinear, down_proj: QuantizedLinear) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+DEFAULT_GATE = "transformers.integrations.moe"  # where act(gate) · up is written
 
 
 class QuantizedExperts(nn.ModuleList):
     """The experts of one layer, under the names that checkpoints give them: ``0.gate_proj``, ``0.up_proj`` …
 
+    Each is down(act(gate(x)) · up(x)), or what the original module's class has in the place of act and the product; or,
+    without a gate, down(act(up(x))).
+
     Args:
-        experts: one each.
-        act_fn: the activation between them.
+        experts: the projections of each, by name and in this order.
+        original: the module whose place it takes. Its activation, limits and norms are kept.
     """
 
-    def __init__(self, experts: list[QuantizedExpert], act_fn: nn.Module) -> None:
-        super().__init__(experts)
-        self.act_fn = act_fn
-
-    @classmethod
-    def like(cls, module: nn.Module, projections: list[QuantizedLinear]) -> QuantizedExperts:
-        """What takes the place of a module of fused experts; its projections in the order of `sites.Experts.split`."""
-        experts = [QuantizedExpert(*projections[i : i + 3]) for i in range(0, len(projections), 3)]
-        return cls(experts, module.act_fn).train(module.training)
+    def __init__(self, experts: list[dict[str, nn.Module]], original: nn.Module) -> None:
+        super().__init__([nn.ModuleDict(projections) for projections in experts])
+        gate = getattr(type(original), "_apply_gate", None)
+        self.own_gate = None if gate is None or gate.__module__ == DEFAULT_GATE else gate
+        self.concatenated = getattr(original, "is_concatenated", True)
+        for name, value in vars(original).items():  # alpha, limit and the like, which its gate reads
+            if not name.startswith("_") and not hasattr(self, name):
+                setattr(self, name, value)
+        for name, child in original.named_children():
+            self.add_module(name, child)
+        self.train(original.training)
 
     def __len__(self) -> int:
-        return sum(isinstance(module, QuantizedExpert) for module in self._modules.values())
+        return sum(name.isdigit() for name in self._modules)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Each token's chosen experts, weighted and summed.
@@ -50,11 +48,53 @@ class QuantizedExperts(nn.ModuleList):
         """
         total = torch.zeros_like(hidden_states)
         for index in top_k_index.unique().tolist():
-            if index >= len(self):  # transformers marks an expert that lies elsewhere by the number after the last
-                continue
-            expert = self[index]
             token, place = torch.where(top_k_index == index)
-            x = hidden_states[token]
-            y = expert.down_proj(self.act_fn(expert.gate_proj(x)) * expert.up_proj(x))
+            y = hidden_states[token]
+            if index < len(self):
+                y = self.expert(index, y)
+            elif not hasattr(self, "identity_expert"):  # transformers marks an expert that lies elsewhere by the number
+                continue  # after the last; LongCat's experts of such numbers give back what they get
             total.index_add_(0, token, (y * top_k_weights[token, place, None]).to(total.dtype))
         return total
+
+    def expert(self, index: int, x: Tensor) -> Tensor:
+        """What one expert makes of tokens (…, hidden)."""
+        *first, last = self[index].values()
+        y = last(self._between([projection(x) for projection in first]))
+        return self.post_expert_norm(y) if hasattr(self, "post_expert_norm") else y
+
+    def _between(self, parts: list[Tensor]) -> Tensor:
+        if len(parts) == 1:
+            return self.act_fn(parts[0])
+        if self.own_gate is None:
+            return self.act_fn(parts[0]) * parts[1]
+        joined = torch.cat(parts, -1) if self.concatenated else torch.stack(parts, -1).flatten(-2)
+        return self.own_gate(self, joined)
+
+
+class QuantizedSortedExperts(QuantizedExperts):
+    """Experts that get the tokens of each of them behind one another, as many for each, zeros where a token was not
+    routed to it: Llama 4's."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(experts · tokens, hidden) to the same shape."""
+        x = hidden_states.reshape(len(self), -1, hidden_states.shape[-1])
+        out = torch.zeros_like(x)
+        for index, rows in enumerate(x):
+            routed = rows.any(-1)
+            if bool(routed.any()):
+                out[index, routed] = self.expert(index, rows[routed])
+        return out.reshape(hidden_states.shape)
+
+
+class QuantizedParallelExperts(nn.ModuleList):
+    """One projection of all experts, which gets the tokens of each of them behind one another: JetMoE's."""
+
+    def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:
+        """(rows, in_features) to (rows, out_features).
+
+        Args:
+            expert_size: how many of the rows belong to each expert.
+        """
+        parts = inputs.split(list(expert_size))
+        return torch.cat([layer(rows) for layer, rows in zip(self, parts, strict=True)])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from inspect import getsource, isfunction, signature
 
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from canopyq.errors import CanopyError
 from canopyq.nn.embedding import QuantizedEmbedding
-from canopyq.nn.experts import QuantizedExperts
+from canopyq.nn.experts import QuantizedExperts, QuantizedParallelExperts, QuantizedSortedExperts
 from canopyq.nn.linear import QuantizedLinear
 from canopyq.nn.offload import is_away, values
 
@@ -31,19 +31,21 @@ class Kind:
         is_linear: a call of the module is x · Wᵀ + b, with one weight.
         multiplies: what goes in are activations, and not token ids.
         transposed: the module, and the files, have the weight as (in_features, out_features).
+        unwatched: why what goes in cannot be told, "" if it can.
         config_class: what a ``quantization_config`` calls layers of this kind.
     """
 
     is_linear = True
     multiplies = True
     transposed = False
+    unwatched = ""
     config_class = "Linear"
 
     def fits(self, module: nn.Module) -> bool:
         """Whether a module is of this kind."""
         raise NotImplementedError
 
-    def split(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    def split(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
         """Part -> the tensor in which it lies, and its weight (out_features, in_features), a view of that tensor.
 
         Args:
@@ -51,7 +53,11 @@ class Kind:
         """
         return {"": ("weight", tensors["weight"])}
 
-    def parted(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    def biases(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Part -> its bias (out_features,), of those that have one."""
+        return {"": tensors["bias"]} if tensors.get("bias") is not None else {}
+
+    def parted(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """Tensor -> in how many parts `split` divides it along each of its dimensions."""
         return {"weight": (1, 1)}
 
@@ -66,6 +72,10 @@ class Kind:
             parts: those that somebody wants to know of.
         """
         yield [""], given[0], None
+
+    def tokens(self, module: nn.Module, given: list) -> int:
+        """How many tokens a call is about."""
+        return given[0].numel() // given[0].shape[-1]
 
     def layer(self, module: nn.Module, *packed) -> QuantizedLinear:
         """A quantized layer for one weight. ``packed``: the arguments of `QuantizedLinear`."""
@@ -92,7 +102,7 @@ class Conv1D(Kind):
     def fits(self, module: nn.Module) -> bool:
         return (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
 
-    def split(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    def split(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
         return {"": ("weight", tensors["weight"].t())}
 
 
@@ -113,56 +123,147 @@ class Embedding(Kind):
 
 
 class Experts(Kind):
-    """All experts of a layer in two tensors, as transformers has them: ``gate_up_proj`` (experts, 2 · intermediate,
-    hidden) and ``down_proj`` (experts, hidden, intermediate)."""
+    """All experts of a layer in two 3-D tensors, as transformers has them: ``gate_up_proj`` (experts, 2 · intermediate,
+    hidden), or ``up_proj`` where they have no gate, and ``down_proj`` (experts, hidden, intermediate). The flags that
+    its `use_experts_implementation` sets say what is otherwise: both transposed, gate and up in alternating rows,
+    biases."""
 
     is_linear = False
-    FLAGS = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False,
-             "has_post_expert_norm": False}  # fmt: skip
+    FLAGS = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
+    replaced_by = QuantizedExperts
 
     def fits(self, module: nn.Module) -> bool:
-        named = dict(module.named_parameters(recurse=False))
-        if set(named) != {"gate_up_proj", "down_proj"} or any(weight.dim() != 3 for weight in named.values()):
+        tensors = dict(module.named_parameters(recurse=False))
+        first, flag = self._first(module), partial(self._flag, module)
+        names = {first, "down_proj"} | ({f"{first}_bias", "down_proj_bias"} if flag("has_bias") else set())
+        if set(tensors) != names or any(tensors[name].dim() != 3 for name in (first, "down_proj")):
             return False
-        (experts, both, hidden), gate = named["gate_up_proj"].shape, getattr(type(module), "_apply_gate", None)
-        return (
-            named["down_proj"].shape == (experts, hidden, both // 2)  # Llama 4 has them the other way round
-            and len(signature(module.forward).parameters) >= 3
-            and all(getattr(module, flag, value) is value for flag, value in self.FLAGS.items())
-            and (gate is None or gate.__module__ == "transformers.integrations.moe")
-            and hasattr(module, "act_fn")
-        )
+        if len(signature(module.forward).parameters) < 3 or not (
+            hasattr(module, "act_fn") or hasattr(module, "_apply_gate")
+        ):
+            return False
+        up, down = (tensors[name].mT if flag("is_transposed") else tensors[name] for name in (first, "down_proj"))
+        width = up.shape[1] // (2 if flag("has_gate") else 1)
+        return down.shape[1:] == (up.shape[2], width) and (len(up) == len(down) or hasattr(module, "identity_expert"))
 
-    def split(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
-        found = {}
-        for i, (gate_up, down) in enumerate(zip(tensors["gate_up_proj"], tensors["down_proj"], strict=True)):
-            gate, up = gate_up.chunk(2)
-            found |= {f"{i}.gate_proj": ("gate_up_proj", gate), f"{i}.up_proj": ("gate_up_proj", up)}
+    def split(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+        first, found = self._first(module), {}
+        count = len(tensors["down_proj"])  # LongCat has rows of no expert after the last
+        for i, (up, down) in enumerate(zip(tensors[first][:count], tensors["down_proj"], strict=True)):
+            up, down = (up.t(), down.t()) if self._flag(module, "is_transposed") else (up, down)
+            for name, rows in self._projections(module, up).items():
+                found[f"{i}.{name}"] = (first, rows)
             found[f"{i}.down_proj"] = ("down_proj", down)
         return found
 
-    def parted(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        experts = len(tensors["down_proj"])
-        return {"gate_up_proj": (experts, 2, 1), "down_proj": (experts, 1, 1)}
+    def biases(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not self._flag(module, "has_bias"):
+            return {}
+        found, ups = {}, tensors[f"{self._first(module)}_bias"]
+        for i, (up, down) in enumerate(zip(ups, tensors["down_proj_bias"], strict=True)):
+            found |= {f"{i}.{name}": part for name, part in self._projections(module, up).items()}
+            found[f"{i}.down_proj"] = down
+        return found
+
+    def parted(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        first, rows = self._first(module), 2 if self._flag(module, "has_gate") else 1
+        turned = self._flag(module, "is_transposed")
+        return {
+            first: (len(tensors[first]), 1, rows) if turned else (len(tensors[first]), rows, 1),
+            "down_proj": (len(tensors["down_proj"]), 1, 1),
+        }
 
     def inputs(
         self, module: nn.Module, given: list, parts: Collection[str]
     ) -> Iterator[tuple[list[str], Tensor, Tensor | None]]:
         """Each expert sees the tokens that were routed to it; what goes into its last projection is computed here."""
         x, chosen = given[:2]
-        for number, gate_up in enumerate(module.gate_up_proj):
+        for number in range(len(module.down_proj)):
             token = (chosen == number).any(-1).nonzero().flatten()
-            routed = x[token]
-            yield [f"{number}.gate_proj", f"{number}.up_proj"], routed, token
-            if f"{number}.down_proj" in parts and len(token):
-                gate, up = F.linear(routed, gate_up).chunk(2, dim=-1)
-                yield [f"{number}.down_proj"], module.act_fn(gate) * up, token
+            yield from self._into(module, number, x[token], token, parts)
 
     def replacement(self, module: nn.Module, layers: list[nn.Module]) -> nn.Module:
-        return QuantizedExperts.like(module, layers)
+        names = ("gate_proj", "up_proj", "down_proj") if self._flag(module, "has_gate") else ("up_proj", "down_proj")
+        groups = [layers[i : i + len(names)] for i in range(0, len(layers), len(names))]
+        return self.replaced_by([dict(zip(names, own, strict=True)) for own in groups], module)
+
+    def _flag(self, module: nn.Module, name: str) -> bool:
+        return getattr(module, name, self.FLAGS[name])
+
+    def _first(self, module: nn.Module) -> str:
+        return "gate_up_proj" if self._flag(module, "has_gate") else "up_proj"
+
+    def _projections(self, module: nn.Module, rows: Tensor) -> dict[str, Tensor]:
+        if not self._flag(module, "has_gate"):
+            return {"up_proj": rows}
+        halves = rows.chunk(2) if self._flag(module, "is_concatenated") else (rows[::2], rows[1::2])
+        return dict(zip(("gate_proj", "up_proj"), halves, strict=True))
+
+    def _into(
+        self, module: nn.Module, number: int, x: Tensor, token: Tensor, parts: Collection[str]
+    ) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+        first = self._first(module)
+        yield [f"{number}.gate_proj", f"{number}.up_proj"], x, token
+        if f"{number}.down_proj" not in parts or not len(token):
+            return
+        weight, bias = getattr(module, first)[number], getattr(module, f"{first}_bias", None)
+        weight = weight.t() if self._flag(module, "is_transposed") else weight
+        y = F.linear(x, weight, None if bias is None else bias[number])
+        if first == "up_proj":
+            y = module.act_fn(y)
+        elif hasattr(module, "_apply_gate"):
+            y = module._apply_gate(y)
+        else:
+            gate, up = y.chunk(2, dim=-1)
+            y = module.act_fn(gate) * up
+        yield [f"{number}.down_proj"], y, token
 
 
-KINDS = (Linear(), Conv1D(), Embedding(), Experts())
+class SortedExperts(Experts):
+    """Llama 4's, both tensors transposed. Every expert gets all tokens, those that are not routed to it as zeros."""
+
+    FLAGS = Experts.FLAGS | {"is_transposed": True}
+    replaced_by = QuantizedSortedExperts
+
+    def fits(self, module: nn.Module) -> bool:
+        return type(module).__name__ == "Llama4TextExperts"
+
+    def tokens(self, module: nn.Module, given: list) -> int:
+        return super().tokens(module, given) // len(module.down_proj)
+
+    def inputs(
+        self, module: nn.Module, given: list, parts: Collection[str]
+    ) -> Iterator[tuple[list[str], Tensor, Tensor | None]]:
+        for number, rows in enumerate(given[0].reshape(len(module.down_proj), -1, given[0].shape[-1])):
+            token = rows.any(-1).nonzero().flatten()
+            yield from self._into(module, number, rows[token], token, parts)
+
+
+class ParallelExperts(Kind):
+    """JetMoE's: one projection of all experts, ``weight`` (experts, out_features, in_features)."""
+
+    is_linear = False
+    unwatched = "nothing says which tokens its experts get"
+
+    def fits(self, module: nn.Module) -> bool:
+        return type(module).__name__ == "JetMoeParallelExperts"
+
+    def split(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+        return {str(i): ("weight", weight) for i, weight in enumerate(tensors["weight"])}
+
+    def parted(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        return {"weight": (len(tensors["weight"]), 1, 1)}
+
+    def inputs(
+        self, module: nn.Module, given: list, parts: Collection[str]
+    ) -> Iterator[tuple[list[str], Tensor, Tensor | None]]:
+        return iter(())
+
+    def replacement(self, module: nn.Module, layers: list[nn.Module]) -> nn.Module:
+        return QuantizedParallelExperts(layers)
+
+
+KINDS = (Linear(), Conv1D(), Embedding(), SortedExperts(), ParallelExperts(), Experts())
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,11 +306,11 @@ class Site:
         """
         if not self.weight.is_meta or not is_away(self.module):
             return self.weight
-        return self.kind.split(values(self.module))[self.part][1]
+        return self.kind.split(self.module, values(self.module))[self.part][1]
 
     def bias(self) -> Tensor | None:
         """(out_features,), with its values."""
-        return values(self.module).get("bias") if self.kind.is_linear else None
+        return self.kind.biases(self.module, values(self.module)).get(self.part)
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +343,7 @@ class Holder:
         if self.kind is None:
             return ()
         found = []
-        for part, (leaf, weight) in self.kind.split(self.tensors).items():
+        for part, (leaf, weight) in self.kind.split(self.module, self.tensors).items():
             names = tuple(_join(name, part) for name in self.names)
             found.append(Site(names[0], names, self.module, self.kind, part, _join(self.name, leaf), weight))
         return tuple(found)
@@ -292,6 +393,21 @@ def kind_of(module: nn.Module) -> Kind | None:
     return next((kind for kind in KINDS if kind.fits(module)), None)
 
 
+def output_heads(model: nn.Module) -> list[nn.Module]:
+    """The layers that a model's answers come from: what its ``get_output_embeddings`` says; in a transformers model of
+    which that says nothing, such as a classifier, the linear layers outside its base model; elsewhere the last one of
+    the shape of the largest embedding."""
+    if (head := getattr(model, "get_output_embeddings", lambda: None)()) is not None:
+        return [head]
+    linear = [module for module in model.modules() if (kind := kind_of(module)) is not None and kind.is_linear]
+    if (base := getattr(model, "base_model", model)) is not model and isinstance(base, nn.Module):
+        inside = set(base.modules())
+        return [module for module in linear if module not in inside]
+    embeddings = (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
+    largest = max(embeddings, key=len, default=None)
+    return [] if largest is None else [module for module in linear if module.weight.shape == largest.shape][-1:]
+
+
 def put_layers(sites: list[Site], layers: Mapping[str, nn.Module]) -> dict[nn.Module, nn.Module]:
     """Module -> what takes its place.
 
@@ -328,7 +444,7 @@ def _reason(model: nn.Module, name: str, module: nn.Module) -> str:
         return f"a {made}: of embeddings only plain ones and those that scale their rows are quantized"
     if all(weight.dim() < 2 for weight in _tensors(module).values()):
         return "a norm: a vector, too small to matter"
-    return f"a {made}: only plain nn.Linear, GPT-2's Conv1D and fused experts are quantized"
+    return f"a {made}: only plain nn.Linear, GPT-2's Conv1D and experts as transformers holds them are quantized"
 
 
 def _reader(model: nn.Module, name: str) -> str | None:

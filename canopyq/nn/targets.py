@@ -8,7 +8,7 @@ from torch import nn
 
 from canopyq.errors import CanopyError, did_you_mean, shown
 from canopyq.nn.linear import quantized_layers
-from canopyq.nn.sites import Holder, Site, weight_holders
+from canopyq.nn.sites import Holder, Site, output_heads, weight_holders
 from canopyq.tensor.scheme import Recipe, Scheme, is_part
 
 
@@ -32,13 +32,13 @@ def find_targets(model: nn.Module, recipe: Recipe) -> tuple[list[Target], dict[s
     """
     targets: list[Target] = []
     kept: dict[str, str] = {}
-    holders = weight_holders(model)
+    holders, heads = weight_holders(model), output_heads(model)
     _check_ignored(model, recipe, holders)
     if already := next(quantized_layers(model), None):
         raise CanopyError(f"{already[0] or 'the model'} is quantized already; start from a freshly loaded model")
     for holder in holders:
         label = holder.name or "the model"
-        if reason := _reason(holder, recipe):
+        if reason := _reason(holder, recipe, heads):
             kept[label] = reason
         elif not holder.name:
             raise CanopyError(
@@ -52,10 +52,12 @@ def find_targets(model: nn.Module, recipe: Recipe) -> tuple[list[Target], dict[s
     return targets, kept
 
 
-def _reason(holder: Holder, recipe: Recipe) -> str:
+def _reason(holder: Holder, recipe: Recipe, heads: list[nn.Module]) -> str:
     """Why a module's weights are kept as they are; "" if they are not."""
     if recipe.ignores(*holder.names):
         return "named in the recipe's ignore list"
+    if holder.module in heads and "lm_head" in recipe.ignore:
+        return "an output head, as lm_head in the recipe's ignore list"
     if isinstance(holder.module, nn.Embedding) and not recipe.embeddings:
         return "an embedding: rows are looked up, not multiplied"
     return holder.reason
