@@ -20,7 +20,7 @@ from canopyq.checkpoint.skeleton import build, read_model_config
 from canopyq.errors import CanopyError, and_more, by_reason, prefixed, shown
 from canopyq.memory import human
 from canopyq.nn.fused import fused
-from canopyq.nn.targets import find_targets
+from canopyq.nn.targets import few, find_targets
 from canopyq.tensor.quantized_tensor import quantize
 from canopyq.tensor.scheme import Recipe
 
@@ -69,6 +69,7 @@ class Plan:
         kept: module -> why it stays as it is.
         dropped: tensors of the source for which the model has no place.
         config: the ``quantization_config``.
+        share: of the linear parameters that will be quantized; embeddings and what the recipe keeps do not count.
     """
 
     source: Checkpoint
@@ -77,6 +78,7 @@ class Plan:
     kept: dict[str, str]
     dropped: list[str]
     config: dict
+    share: float
 
     @property
     def steps(self) -> list[Step]:
@@ -111,8 +113,9 @@ class Plan:
         weights = sum(torch.Size(step.info.shape).numel() for step in self.quantized)
         bits = 8 * sum(step.nbytes for step in self.quantized) / weights
         lines = [
-            f"{self.recipe.name}: {len(self.quantized)} weights will be quantized, {bits:.3f} bits per weight; "
-            f"tensors {human(self.bytes_before)} -> {human(self.bytes_after)} in {_files(len(self.shards))}"
+            f"{self.recipe.name}: {len(self.quantized)} weights will be quantized{few(self.share, ',')}, "
+            f"{bits:.3f} bits per weight; tensors {human(self.bytes_before)} -> {human(self.bytes_after)} in "
+            f"{_files(len(self.shards))}"
         ]
         lines += [f"  kept: {line}" for line in by_reason(self.kept)]
         if self.dropped:
@@ -152,7 +155,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, shard_bytes: int = SHARD_BYTES
     disk_format(recipe.weights, recipe.activations)  # says at once what the format cannot hold
     model = meta_model(source)
     files = names_of(model)
-    targets, kept = find_targets(model, recipe)
+    targets, kept, share = find_targets(model, recipe)
     source = source.renamed(foreign_names(model, files, source.tensors))
     dropped = _match(source, model, files)
     fused_experts = {
@@ -161,7 +164,10 @@ def make_plan(source: Checkpoint, recipe: Recipe, shard_bytes: int = SHARD_BYTES
         if target.part and f"{files.of_layer(target.name)}.weight" not in source.tensors
     }
     kept |= fused_experts
-    targets = [target for target in targets if target.owner not in fused_experts]
+    every, targets = targets, [target for target in targets if target.owner not in fused_experts]
+    if not targets:
+        raise CanopyError(f"{source.folder} holds nothing else than fused experts; load the model and use quantize_")
+    share *= sum(target.weight.numel() for target in targets) / sum(target.weight.numel() for target in every)
     layers: dict[str, Layer] = {}
     for target in targets:
         name = files.of_layer(target.name)
@@ -188,7 +194,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, shard_bytes: int = SHARD_BYTES
         for name, (file, info) in order
         if name not in dropped
     ]
-    return Plan(source, recipe, _name_shards(list(_group(steps, shard_bytes))), kept, dropped, config)
+    return Plan(source, recipe, _name_shards(list(_group(steps, shard_bytes))), kept, dropped, config, share)
 
 
 def meta_model(source: Checkpoint) -> nn.Module:

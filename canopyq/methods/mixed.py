@@ -41,7 +41,7 @@ def sensitivity(model: nn.Module, recipe: str | Recipe, data: Any, tokenizer=Non
     recipe = Recipe.of_weights(recipe)
     checks.language_model("model", model)
     batches = read_batches(data, model, tokenizer)
-    targets, _ = find_targets(model, recipe)
+    targets, _, _ = find_targets(model, recipe)
     return _costs(model, targets, batches)
 
 
@@ -67,6 +67,8 @@ def mixed_precision(
     if len(recipes) < 2 or any(recipe.activations is not None or recipe.exceptions for recipe in recipes):
         raise CanopyError(f"choices={shown(choices)} are not two or more recipes for weights alone; give such")
     by_choice = [find_targets(model, recipe)[0] for recipe in recipes]
+    everywhere = set.intersection(*({target.name for target in targets} for targets in by_choice))
+    by_choice = [[target for target in targets if target.name in everywhere] for targets in by_choice]
     names = [target.name for target in by_choice[0]]
     bits = [
         {

@@ -27,7 +27,7 @@ from canopyq.nn.linear import QuantizedLinear
 from canopyq.nn.offload import Replacing, carry_over, is_away, lies, runs_on
 from canopyq.nn.outlier_linear import OutlierLinear
 from canopyq.nn.sites import adapter_parts, put_layers
-from canopyq.nn.targets import Target, find_targets
+from canopyq.nn.targets import FEW, Target, few, find_targets
 from canopyq.tensor.quantized_tensor import quantized_bytes
 from canopyq.tensor.scheme import Recipe
 
@@ -42,7 +42,7 @@ def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
         CanopyError: as `quantize_` does, except for what only the values show.
     """
     recipe = _parse(model, recipe)
-    targets, kept = find_targets(model, recipe)
+    targets, kept, share = find_targets(model, recipe)
     layers = {}
     for target in targets:
         shape = tuple(target.weight.shape)
@@ -56,7 +56,8 @@ def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
         own = 4 if recipe.activations.format.has_global_scale else 2 if recipe.activations.symmetric else 3
         added += own * sum(target.kind.multiplies for target in targets)
     notes = tuple(_of_files(model, recipe, Method.parse("rtn")))
-    return Plan(recipe.name, layers, kept, before, before - removed + added, before + added, notes)
+    return Plan(recipe.name, layers, kept, before, before - removed + added, before + added, notes,
+                share)  # fmt: skip
 
 
 @torch.no_grad()
@@ -90,11 +91,11 @@ def quantize_(
             of such data; then no error is measured.
         tokenizer: of the model, for texts.
         strict: refuse a layer that would have to run on the slow reference, and any matrix that would be kept for its
-            type, instead of only saying so.
+            type or because the recipe's groups do not fit it, instead of only saying so.
 
     Raises:
         CanopyError: for an unknown recipe, a model without linear layers to quantize or that is quantized already, a
-            layer that the recipe's groups do not fit, NaN or infinite weights, data that does not fit the model, a
+            layer of its exceptions that does not fit, NaN or infinite weights, data that does not fit the model, a
             method that does not go with the recipe or the architecture, a method or static activations without data,
             static activations of a layer that no token reached, and what ``strict`` refuses. The message names the
             layer.
@@ -102,20 +103,18 @@ def quantize_(
     recipe, how = _parse(model, recipe), Method.parse(method)
     checks.flag("strict", strict)
     how.check(recipe)
-    targets, kept = find_targets(model, recipe)
+    targets, kept, share = find_targets(model, recipe, strict=strict)
     seen = calibration if isinstance(calibration, Calibration) else None
     batches = None if calibration is None or seen is not None else read_batches(calibration, model, tokenizer)
-    if strict:
-        for name, reason in kept.items():
-            if "only plain" in reason:
-                raise CanopyError(f"strict: {name} would be kept as it is, {reason}")
+    if share < FEW:
+        warnings.warn(f"{recipe.name} quantizes{few(share)}; the report names the others", stacklevel=3)
     _require_at_hand(how, targets)
     _require_no_adapter(how, model)
     bytes_before, notes = bytes_of(model), []
     with Transaction() as transaction:
         if "rotation" in how.transforms:
             notes = rotate_(model, transaction, online=needs_online(recipe), block=block_of(recipe))
-            targets, kept = find_targets(model, recipe)  # the head may have a weight of its own now
+            targets, kept, share = find_targets(model, recipe, strict=strict)  # the head has its own weight now
         done = round_weights(model, recipe, how, targets, batches, transaction)
         inputs: dict[str, tuple[Tensor, Tensor | None]] = {}
         if recipe.static:
@@ -142,7 +141,7 @@ def quantize_(
     if recipe.cache is not None and hasattr(model, "config"):
         model.config.canopyq_cache = recipe.cache  # config.json will have it, and who loads that again
     notes += _of_files(model, recipe, how)
-    return Report(recipe.name, tuple(reports), kept, bytes_before, bytes_of(model), how.name, tuple(notes))
+    return Report(recipe.name, tuple(reports), kept, bytes_before, bytes_of(model), how.name, tuple(notes), share)
 
 
 def _require_at_hand(how: Method, targets: list[Target]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from canopyq.errors import and_more, by_reason
 from canopyq.memory import human
+from canopyq.nn.targets import few
 from canopyq.utils import Preformatted
 
 MOST_NOTES = 6  # on layers that are printed; all of them are in the report
@@ -46,6 +47,7 @@ class Plan(Preformatted):
         bytes_before, bytes_after: storage behind the whole model.
         bytes_peak: the most that weights take at once on the way, old and new ones together.
         notes: what to know before such a model is saved.
+        share: of the linear parameters that will be quantized; embeddings and what the recipe keeps do not count.
     """
 
     recipe: str
@@ -55,11 +57,12 @@ class Plan(Preformatted):
     bytes_after: int
     bytes_peak: int
     notes: tuple[str, ...] = ()
+    share: float = 1.0
 
     def __str__(self) -> str:
         lines = [
-            f"{self.recipe}: {len(self.layers)} weights to quantize; model {human(self.bytes_before)} -> "
-            f"{human(self.bytes_after)}, at most {human(self.bytes_peak)} on the way"
+            f"{self.recipe}: {len(self.layers)} weights to quantize{few(self.share, ',')}; model "
+            f"{human(self.bytes_before)} -> {human(self.bytes_after)}, at most {human(self.bytes_peak)} on the way"
         ]
         lines += [
             f"  {name} {n}x{k}: {human(before)} -> {human(after)}"
@@ -79,6 +82,7 @@ class Report(Preformatted):
         bytes_before, bytes_after: storage behind the whole model's parameters and buffers.
         method: how the weights were rounded.
         notes: what the method did to the model as a whole, and what to know of the calibration data.
+        share: of the linear parameters that is quantized; embeddings and what the recipe keeps do not count.
     """
 
     recipe: str
@@ -88,6 +92,7 @@ class Report(Preformatted):
     bytes_after: int
     method: str = "rtn"
     notes: tuple[str, ...] = ()
+    share: float = 1.0
 
     @property
     def worst(self) -> list[LayerReport]:
@@ -99,8 +104,8 @@ class Report(Preformatted):
         bits = sum(8 * layer.bytes_after for layer in self.layers) / weights
         how = "" if self.method == "rtn" else f" by {self.method}"
         lines = [
-            f"{self.recipe}: {len(self.layers)} linear layers quantized{how}, {bits:.3f} bits per weight; "
-            f"model {human(self.bytes_before)} -> {human(self.bytes_after)}"
+            f"{self.recipe}: {len(self.layers)} linear layers quantized{how}{few(self.share, ',')}, "
+            f"{bits:.3f} bits per weight; model {human(self.bytes_before)} -> {human(self.bytes_after)}"
         ]
         for x in self.worst[:3]:
             error = "" if x.output_error is None else f", output off by {100 * x.output_error:.2g} %"

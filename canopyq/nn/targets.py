@@ -9,6 +9,7 @@ from torch import nn
 from canopyq.errors import CanopyError, did_you_mean, shown
 from canopyq.nn.linear import quantized_layers
 from canopyq.nn.sites import Holder, Site, output_heads, weight_holders
+from canopyq.tensor.quantized_tensor import check_fit
 from canopyq.tensor.scheme import Recipe, Scheme, is_part
 
 
@@ -23,23 +24,46 @@ class Target(Site):
     scheme: Scheme
 
 
-def find_targets(model: nn.Module, recipe: Recipe) -> tuple[list[Target], dict[str, str]]:
-    """What to quantize, in the model's order, and for every other module that holds a weight, why it is kept.
+FEW = 0.8  # of the linear parameters: whoever quantizes less has to know
+
+
+def few(share: float, before: str = "") -> str:
+    """Words for a share of the linear parameters that is so small that the first line has to say it; "" for others."""
+    return f"{before} only {100 * share:.2g} % of the linear parameters" if share < FEW else ""
+
+
+def find_targets(
+    model: nn.Module, recipe: Recipe, *, strict: bool = False
+) -> tuple[list[Target], dict[str, str], float]:
+    """What to quantize, in the model's order; for every other module that holds a weight, why it is kept; and the share
+    of the linear parameters that is quantized. Embeddings do not count for it, and what the recipe keeps.
+
+    Args:
+        strict: refuse a matrix that would be kept though the recipe does not say so.
 
     Raises:
         CanopyError: if the model is quantized already, has lazy weights, or nothing to quantize; for an entry of the
-            recipe's ignore list that fits no module, and an exception that counts for no weight.
+            recipe's ignore list that fits no module, an exception that counts for no weight or does not fit it, and
+            what ``strict`` refuses.
     """
     targets: list[Target] = []
     kept: dict[str, str] = {}
+    left: dict[str, int] = {}  # matrices that the recipe does not keep, and their sizes
     holders, heads = weight_holders(model), output_heads(model)
     _check_ignored(model, recipe, holders)
     if already := next(quantized_layers(model), None):
         raise CanopyError(f"{already[0] or 'the model'} is quantized already; start from a freshly loaded model")
     for holder in holders:
         label = holder.name or "the model"
-        if reason := _reason(holder, recipe, heads):
+        if wish := _wish(holder, recipe, heads):
+            kept[label] = wish
+        elif reason := holder.reason or _misfit(holder, recipe):
             kept[label] = reason
+            matrices = [weight for weight in holder.tensors.values() if weight.dim() > 1]
+            if strict and matrices:
+                raise CanopyError(f"strict: {label} would be kept as it is, {reason}")
+            if matrices:
+                left[label] = sum(weight.numel() for weight in matrices)
         elif not holder.name:
             raise CanopyError(
                 f"a bare {type(model).__name__} has no place to be replaced in; use QuantizedLinear.from_linear"
@@ -47,20 +71,38 @@ def find_targets(model: nn.Module, recipe: Recipe) -> tuple[list[Target], dict[s
         else:
             targets += [Target(**vars(site), scheme=recipe.scheme_of(*site.names)) for site in holder.sites]
     if not targets:
-        raise CanopyError(f"{type(model).__name__} has no linear layer left to quantize by {recipe.name}")
+        reason = next((f": {name} is kept, {kept[name]}" for name in left), "")
+        raise CanopyError(f"{type(model).__name__} has no linear layer left to quantize by {recipe.name}{reason}")
     _check_exceptions(recipe, targets, kept)
-    return targets, kept
+    quantized = sum(target.weight.numel() for target in targets if target.kind.multiplies)
+    return targets, kept, quantized / max(quantized + sum(left.values()), 1)
 
 
-def _reason(holder: Holder, recipe: Recipe, heads: list[nn.Module]) -> str:
-    """Why a module's weights are kept as they are; "" if they are not."""
+def _wish(holder: Holder, recipe: Recipe, heads: list[nn.Module]) -> str:
+    """Why the recipe keeps a module's weights as they are; "" if it does not."""
     if recipe.ignores(*holder.names):
         return "named in the recipe's ignore list"
     if holder.module in heads and "lm_head" in recipe.ignore:
         return "an output head, as lm_head in the recipe's ignore list"
     if isinstance(holder.module, nn.Embedding) and not recipe.embeddings:
         return "an embedding: rows are looked up, not multiplied"
-    return holder.reason
+    return ""
+
+
+def _misfit(holder: Holder, recipe: Recipe) -> str:
+    """Why a module's weights cannot be cut as the recipe wants; "" if they can. Of experts, all or none are quantized.
+
+    Raises:
+        CanopyError: if the recipe names the module in its exceptions.
+    """
+    for site in holder.sites:
+        try:
+            check_fit(site.weight.shape, recipe.scheme_of(*site.names))
+        except CanopyError as error:
+            if recipe.exception_of(*site.names) is not None:
+                raise CanopyError(f"{site.name}: {error}") from None
+            return str(error)
+    return ""
 
 
 def _check_ignored(model: nn.Module, recipe: Recipe, holders: list[Holder]) -> None:

@@ -255,7 +255,7 @@ def part_bytes(shape: torch.Size, scheme: Scheme, dtype: torch.dtype) -> dict[st
     fmt, count = scheme.format, shape.numel()
     if scheme.is_plain_cast:
         return {"data": count * fmt.bits // 8}
-    _check_fit(shape, scheme)
+    check_fit(shape, scheme)
     columns = shape[-1]
     parts = {"data": count // columns * 4 * -(-columns * fmt.bits // 32) if _is_packed(fmt) else count}
     scales = torch.Size(scheme.granularity.scale_shape(shape)).numel()
@@ -274,7 +274,7 @@ def sqnr_db(original: Tensor, restored: Tensor) -> float:
     return float(10 * torch.log10(signal / noise)) if noise > 0 else float("inf")
 
 
-def _check_fit(shape: torch.Size, scheme: Scheme) -> None:
+def check_fit(shape: torch.Size, scheme: Scheme) -> None:
     fmt = scheme.format
     if fmt.scale_dtype is not None and fmt.block_size > shape[-1]:
         raise CanopyError(
@@ -317,7 +317,7 @@ def _plain_cast(x: Tensor, scheme: Scheme) -> UnpackedTensor:
 
 def _quantize_chunks(x: Tensor, scheme: Scheme, global_scale: Tensor | None = None) -> Iterator[UnpackedTensor]:
     """The codes of ``x`` in slices of its first dimension."""
-    _check_fit(x.shape, scheme)
+    check_fit(x.shape, scheme)
     if scheme.observer != "minmax":  # the others may look past a NaN
         raise_not_finite(x)
     if global_scale is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -342,13 +343,11 @@ def test_a_bad_value_in_the_last_layer_leaves_all_as_it_was(recipe: str, bad: fl
 @pytest.mark.parametrize(
     ("last", "recipe", "message"),
     [
-        (nn.Linear(100, 8), "w4a16-g128", "^2: group size 128 does not fit.*use g100"),
-        (nn.Linear(16, 8), "mxfp4", "^2: mxfp4 takes blocks of 32"),
         (nn.Linear(128, 8, device="meta"), "w4a16-g128", "^2: .*meta tensor.*load"),
         (nn.Linear(128, 8, dtype=torch.complex64), "w8a16", "^2: .*complex64"),
         (nn.LazyLinear(8), "w8a16", "^2 has no weights yet; call the model once"),
     ],
-    ids=["group misfit", "block misfit", "meta", "complex", "lazy"],
+    ids=["meta", "complex", "lazy"],
 )
 def test_a_last_layer_that_does_not_fit_leaves_all_as_it_was(last: nn.Linear, recipe: str, message: str) -> None:
     model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), last)
@@ -356,6 +355,42 @@ def test_a_last_layer_that_does_not_fit_leaves_all_as_it_was(last: nn.Linear, re
     with pytest.raises(CanopyError, match=message):
         quantize_(model, recipe)
     assert model[0] is first and model[2] is last
+
+
+@pytest.mark.parametrize(
+    ("width", "recipe", "reason"),
+    [(100, "w4a16-g128", "128 does not fit.*use g100"), (16, "mxfp4", "blocks of 32")],
+    ids=["group", "block"],
+)
+def test_a_layer_that_groups_do_not_fit_stays_with_its_reason(width: int, recipe: str, reason: str) -> None:
+    """Gemma 3n has matrices of rank 64 beside large ones."""
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(width, 8))
+
+    kept = quantize_(small := model(), recipe).kept
+    assert re.search(reason, kept["2"]) and type(small[2]) is nn.Linear and isinstance(small[0], QuantizedLinear)
+    assert plan(model(), recipe).kept == kept
+    with pytest.raises(CanopyError, match=f"^strict: 2 .*{reason}"):
+        quantize_(model(), recipe, strict=True)
+    with pytest.raises(CanopyError, match=f"^2: .*{reason}"):  # who names it in an exception means it
+        scheme = Recipe.parse(recipe).weights
+        quantize_(model(), Recipe("mine", Scheme("int8"), exceptions=(("2", scheme),)))
+    with pytest.raises(CanopyError, match=f"no linear layer left.*1 is kept.*{reason}"):
+        quantize_(nn.Sequential(nn.ReLU(), nn.Linear(width, 8)), recipe)
+
+
+def test_a_small_share_is_said_in_the_first_line() -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 64), nn.Conv1d(64, 64, 3), nn.Embedding(9999, 64))
+
+    with pytest.warns(UserWarning, match="only 25 %"):
+        report = quantize_(model(), "w8a16")
+    assert report.share == plan(model(), "w8a16").share == 0.25
+    for said in (report, plan(model(), "w8a16")):
+        assert "only 25 %" in str(said).splitlines()[0]
+    whole = quantize_(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)), "w8a16")
+    assert whole.share == 1 and "only" not in str(whole)
 
 
 def test_a_second_time_is_refused() -> None:
