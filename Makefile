@@ -34,7 +34,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test setup test-units test-fast test-browser notebooks book check-notebooks check-docs train-tutor lint \
-	clean sweep fuzz test-lowest test-oldest test-real
+	clean sweep fuzz families test-lowest test-oldest test-real
 
 help: ## Show this list
 	@echo "Canopy Quantization: make <target>"
@@ -60,6 +60,9 @@ test-fast: $(STAMP) ## Unit tests only, without the slow ones
 
 fuzz: $(STAMP) ## Attack canopyq with 10,000 damaged and malicious checkpoints; ten minutes
 	$(RUN) tools/fuzz_checkpoints.py --count 10000
+
+families: $(STAMP) ## Try canopyq on a tiny model of every family of transformers, and write docs/families.md; takes long
+	$(RUN) tools/families.py
 
 test-lowest: $(STAMP) ## Unit tests of numbers only, as on a processor without AVX2 or anything newer
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -134,6 +135,8 @@ def ignored(model: nn.Module, layers: Iterable[Layer], files: Names) -> list[str
             if any(site.part for site in holder.sites):
                 tensors = dict.fromkeys(f"{name}.{leaf}" for leaf in holder.tensors)
                 found += [file.removesuffix(".weight") for tensor in tensors for file in files.of(tensor)]
+                if holder.sites[0].name not in files.layers:  # which files hold in one tensor, and load one by one
+                    found.append(f"re:{re.escape(name)}\\..*")
             elif weight is not None and weight.dim() == 2 and (embeds or not isinstance(holder.module, nn.Embedding)):
                 found += dict.fromkeys([file, name]) if (file := files.of_layer(name)) not in quantized else []
     return [name for name in found if name not in quantized]

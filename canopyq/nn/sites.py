@@ -88,10 +88,12 @@ class Kind:
 
 
 class Linear(Kind):
-    """nn.Linear. A subclass may do something else with its weight."""
+    """nn.Linear, and of its subclasses those that do the same with their weight."""
 
     def fits(self, module: nn.Module) -> bool:
-        return type(module) is nn.Linear
+        own = type(module)
+        same = isinstance(module, nn.Linear) and (own.forward is nn.Linear.forward or own.__name__ == "FalconLinear")
+        return same and "weight" in _tensors(module) and not hasattr(module, "parametrizations")
 
 
 class Conv1D(Kind):
@@ -428,8 +430,8 @@ def _join(name: str, leaf: str) -> str:
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     own = dict(module.named_parameters(recurse=False))
-    if not own and isinstance(weight := getattr(module, "weight", None), Tensor):
-        own["weight"] = weight  # a frozen one, kept as a buffer
+    if "weight" not in own and module._buffers.get("weight") is not None:
+        own["weight"] = module._buffers["weight"]  # a frozen one
     return own
 
 
@@ -442,6 +444,11 @@ def _reason(model: nn.Module, name: str, module: nn.Module) -> str:
         return ""
     if isinstance(module, nn.Embedding):
         return f"a {made}: of embeddings only plain ones and those that scale their rows are quantized"
+    if isinstance(module, nn.Linear) and ("weight" not in _tensors(module) or hasattr(module, "parametrizations")):
+        return (
+            f"a {made} whose weight is computed anew for each call, as pruning and norms of weights do; make it a "
+            "plain one first, by prune.remove, remove_weight_norm or remove_parametrizations"
+        )
     if all(weight.dim() < 2 for weight in _tensors(module).values()):
         return "a norm: a vector, too small to matter"
     return f"a {made}: only plain nn.Linear, GPT-2's Conv1D and experts as transformers holds them are quantized"
@@ -450,8 +457,10 @@ def _reason(model: nn.Module, name: str, module: nn.Module) -> str:
 def _reader(model: nn.Module, name: str) -> str | None:
     """The class of the module around a layer if its code reads the layer's weight."""
     path, _, leaf = name.rpartition(".")
-    parent = type(model.get_submodule(path))
-    return parent.__name__ if name and leaf in _weights_read_by(parent) else None
+    around = model.get_submodule(path)
+    if getattr(around, "slow_but_exact", None) is False:  # Bloom reads weights only where that is set
+        return None
+    return type(around).__name__ if name and leaf in _weights_read_by(type(around)) else None
 
 
 @cache

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from canopyq.calibration.calibrate import Calibration, calibrate
 from canopyq.calibration.static_range import static_scale
@@ -378,6 +380,45 @@ def test_a_layer_that_groups_do_not_fit_stays_with_its_reason(width: int, recipe
         quantize_(model(), Recipe("mine", Scheme("int8"), exceptions=(("2", scheme),)))
     with pytest.raises(CanopyError, match=f"no linear layer left.*1 is kept.*{reason}"):
         quantize_(nn.Sequential(nn.ReLU(), nn.Linear(width, 8)), recipe)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda layer: prune.l1_unstructured(layer, "weight", 0.5), nn.utils.parametrizations.weight_norm,
+     nn.utils.parametrizations.spectral_norm, lambda layer: nn.utils.spectral_norm(layer)],
+    ids=["pruned", "weight norm", "spectral norm", "old spectral norm"],
+)  # fmt: skip
+def test_a_weight_that_is_computed_for_each_call_stays(change: Callable[[nn.Module], nn.Module]) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64), change(nn.Linear(64, 64))).eval(), torch.randn(2, 64)
+    expected = model[1](x)
+    with pytest.warns(UserWarning, match="only 50 %"):
+        kept = quantize_(model, "w8a16").kept
+    assert "make it a plain one first" in str(kept) and torch.equal(model[1](x), expected)
+
+
+def test_subclasses_of_linear_that_do_the_same_are_quantized() -> None:
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    class Same(nn.Linear):
+        pass
+
+    class Other(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return -super().forward(x)
+
+    model = nn.Sequential(FalconLinear(64, 64), Same(64, 64), Other(8, 8))
+    report = quantize_(model, "w8a16")
+    assert [layer.name for layer in report.layers] == ["0", "1"] and "Other" in report.kept["2"]
+
+
+def test_a_frozen_weight_in_a_buffer_is_quantized_beside_its_bias() -> None:
+    layer = nn.Linear(64, 64)
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.register_buffer("weight", weight)
+    model, bias = nn.Sequential(layer), layer.bias
+    quantize_(model, "w8a16")
+    assert isinstance(model[0], QuantizedLinear) and torch.equal(model[0].bias, bias)
 
 
 def test_a_small_share_is_said_in_the_first_line() -> None:

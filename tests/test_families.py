@@ -1,0 +1,33 @@
+"""A dozen of the families that `make families` tries: one of each way to hold weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+FILE = Path(__file__).parents[1] / "tools" / "families.py"
+FAMILIES = {  # model type -> the least share of its linear parameters, in percent
+    "llama": 100, "gpt2": 100, "gpt_neox": 100, "bloom": 100, "bert": 100, "phi3": 100, "gemma2": 100, "mixtral": 90,
+    "deepseek_v3": 90, "gpt_oss": 90, "jetmoe": 90, "qwen3_next": 90,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def families():
+    spec = importlib.util.spec_from_file_location("families", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family(families, name: str) -> None:
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip(f"this transformers has no {name}")
+    row = families.row(name)
+    assert float(row["share"].rstrip(" %")) >= FAMILIES[name], row
+    assert [row[check] for check in ("save + load", "gptq", "hqq", "w8a8")] == ["yes"] * 4, row
+    assert row["disk to disk"] == "yes" or row["disk to disk"].endswith("%"), row
