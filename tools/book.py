@@ -114,7 +114,7 @@ def record(notebook: Path) -> dict[str, Any]:
             if any(EXPLORER.match(o.get("data", {}).get("text/plain", "")) for o in cell.get("outputs", [])):
                 path = Path(folder) / f"{i}.json"
                 wanted.append((len(cells) + 1, path))
-                code = f"from canopyq.lessons.explore.recording import record\nrecord(_, {str(path)!r})"
+                code = f"from canopyq.lessons.explore.recording import record\nrecord(Out[max(Out)], {str(path)!r})"
                 cells.append(nbformat.v4.new_code_cell(code))
         if not wanted:
             return {}
