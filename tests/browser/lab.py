@@ -48,6 +48,18 @@ def find_browser() -> str | None:
     return str(own) if own.is_file() else None
 
 
+def barriers(page: Page, within: list[list[str]] | None = None) -> list[str]:
+    """What axe-core calls serious or critical of a page, or of the parts that the selectors ``within`` name."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    return [
+        f"{rule['impact']} {rule['id']}: {node['html'][:160]}"
+        for rule in Axe().run(page, within).response["violations"]
+        if rule["impact"] in ("serious", "critical")
+        for node in rule["nodes"]
+    ]
+
+
 @contextlib.contextmanager
 def lab_server(work: Path, folder: Path) -> Iterator[str]:
     """A JupyterLab on ``folder`` with settings of its own under ``work``; yields its address."""
@@ -185,15 +197,7 @@ class LabPage:
 
         Pictures of matplotlib are left out: JupyterLab gives what it renders as PNG no alternative text.
         """
-        from axe_playwright_python.sync_playwright import Axe
-
-        found = Axe().run(self.page, [[".jp-OutputArea-output:not(.jp-RenderedImage)"]]).response["violations"]
-        return [
-            f"{rule['impact']} {rule['id']}: {node['html'][:160]}"
-            for rule in found
-            if rule["impact"] in ("serious", "critical")
-            for node in rule["nodes"]
-        ]
+        return barriers(self.page, [[".jp-OutputArea-output:not(.jp-RenderedImage)"]])
 
     def choose_theme(self, name: str) -> None:
         """Settings → Theme."""

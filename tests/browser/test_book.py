@@ -13,7 +13,7 @@ import pytest
 
 from canopyq.lessons import quizzes
 from tests.browser.conftest import missing
-from tests.browser.lab import ARGUMENTS, ROOT, find_browser
+from tests.browser.lab import ARGUMENTS, ROOT, barriers, find_browser
 
 LESSONS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 MOST = 20e6  # bytes of the whole book
@@ -72,6 +72,7 @@ def test_cards_answer(page, book: Path, lesson: str) -> None:
         place = page.locator(f'.cq-measured[data-name="{form.get_attribute("data-name")}"]').first
         assert re.match(r"You said 0\.25; measured: ", place.inner_text())
     page.reload()
+    assert barriers(page) == []
     assert page.locator(".cq-quiz input:checked").count() == 1, "answers are kept"
     assert page.locator(".cq-measured").first.inner_text().startswith("You said 0.25")
     assert page.wanted == [] and page.errors == []

@@ -134,8 +134,9 @@ def test_fp4_in_transformers(recipe: str, saved: Callable, logits: Callable) -> 
     assert close(logits(ours), logits(theirs), torch.bfloat16)
     for name, layer in quantized_layers(ours):
         assert torch.equal(theirs.get_submodule(name).weight, layer.quantized_weight.dequantize(torch.bfloat16)), name
-    dense = in_transformers(saved(recipe), torch.float32, dequantize=True)
-    assert close(logits(cq.load(saved(recipe))), logits(dense), torch.bfloat16)
+    if Version(version("transformers")) >= Version("5.23"):  # 5.17 leaves float32 and bfloat16 side by side
+        dense = in_transformers(saved(recipe), torch.float32, dequantize=True)
+        assert close(logits(cq.load(saved(recipe))), logits(dense), torch.bfloat16)
     with pytest.raises(RuntimeError, match="same dtype"):
         logits(in_transformers(saved(recipe), torch.float32))
     assert "in bfloat16" in cq.inspect(saved(recipe)).tools["transformers"]
@@ -174,7 +175,7 @@ def test_static_ranges_come_back_bit_for_bit(recipe: str, saved: Callable) -> No
 @pytest.mark.parametrize(
     ("recipe", "error", "package", "since"),
     [
-        ("w4a16-g32-asym", "ignore_mismatched_sizes", "transformers", "5.17"),
+        ("w4a16-g32-asym", "ignore_mismatched_sizes", "transformers", "5.23"),
         ("w4a16-g48", "must be divisble by the given group_size", "compressed-tensors", "0.19"),
     ],
 )

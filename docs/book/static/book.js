@@ -94,7 +94,7 @@ function explore(card) {
     inputs.forEach(({ input, shown }, i) => {
       input.value = at[i];
       shown.textContent = controls[i].places[at[i]];
-      input.setAttribute("aria-valuetext", controls[i].places[at[i]]);
+      if (controls[i].slider) input.setAttribute("aria-valuetext", controls[i].places[at[i]]);
     });
     const image = card.querySelector(".cq-picture");
     card.querySelector(".cq-line").innerHTML = line;
@@ -105,7 +105,16 @@ function explore(card) {
   show(-1);
 }
 
+// What the theme leaves out for those who use no mouse or do not see the page.
+function reachable() {
+  document.querySelectorAll("[role=heading]:not([aria-level])").forEach((it) => it.setAttribute("aria-level", "2"));
+  document.querySelectorAll("pre, .cell_output, .cq-formula, .table-wrapper").forEach((it) => {
+    if (it.scrollWidth > it.clientWidth || it.scrollHeight > it.clientHeight) it.tabIndex = 0;
+  });
+}
+
 document.addEventListener("DOMContentLoaded", () => {
+  reachable();
   document.querySelectorAll(".cq-quiz").forEach(quiz);
   document.querySelectorAll(".cq-guess").forEach(guess);
   document.querySelectorAll(".cq-explore").forEach(explore);
