@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,12 @@ def test_licence() -> None:
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert PROJECT["license"] == "Apache-2.0"
     assert "Apache License" in text and "Copyright 2026 Canopy Quantization contributors" in text
+
+
+def test_the_package_is_typed_and_runs_as_a_module() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    package_data = tools["setuptools"]["package-data"]["canopyq"]
+    typed = ROOT / "canopyq" / "py.typed"
+    assert typed.is_file() and typed.name in package_data
+    done = subprocess.run([sys.executable, "-m", "canopyq", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, f"canopyq {canopyq.__version__}")

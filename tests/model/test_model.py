@@ -577,3 +577,21 @@ def test_hooks_stay_on_their_layer_and_can_be_taken_off() -> None:
         handle.remove()
     model(TOKENS)
     assert seen == ["before", "after"] and len(dict(quantized_layers(model))) == 14
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"ignore": ("lm_hed",)}, ("'lm_hed'", "'lm_head'")),
+        ({"exceptions": (("down_prj", Recipe.parse("w8a16").weights),)}, ("'down_prj'", "'down_proj'")),
+    ],
+    ids=["ignore", "exceptions"],
+)
+def test_a_pattern_that_fits_nothing_is_named_with_the_nearest(changed: dict, named: tuple[str, str]) -> None:
+    from tests.model.test_architectures import make
+
+    model = make("llama")
+    with pytest.raises(CanopyError) as error:
+        quantize_(model, dataclasses.replace(Recipe.parse("w4a16-g32"), **changed))
+    assert all(name in str(error.value) for name in named)
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
