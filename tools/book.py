@@ -155,9 +155,8 @@ def reference() -> str:
 
 def stage(sources: Path, lessons: list[str] | None) -> None:
     """Write what Sphinx reads; ``lessons`` are those whose explorers are recorded, None for all."""
-    shutil.rmtree(sources, ignore_errors=True)
-    (sources / "lessons").mkdir(parents=True)
-    shutil.copytree(MAKER, sources, dirs_exist_ok=True)
+    shutil.copytree(MAKER, sources)
+    (sources / "lessons").mkdir()
     for notebook in track(sorted((ROOT / "notebooks").glob("*.ipynb")), "recording explorers"):
         recordings = record(notebook) if lessons is None or notebook.name[:2] in lessons else {}
         nbformat.write(page_of(notebook, recordings), sources / "lessons" / notebook.name)
@@ -169,11 +168,11 @@ def build(out: Path, lessons: list[str] | None = None) -> None:
     """Write the book into ``out``; a warning of Sphinx is an error."""
     from sphinx.cmd.build import main
 
-    sources = ROOT / "build" / "book" / "source"
-    stage(sources, lessons)
-    trees = sources.parent / "doctrees"
-    if status := main(["-q", "-W", "--keep-going", "-b", "html", "-d", str(trees), str(sources), str(out)]):
-        raise SystemExit(status)
+    with tempfile.TemporaryDirectory() as folder:
+        sources, trees = Path(folder) / "source", Path(folder) / "doctrees"
+        stage(sources, lessons)
+        if status := main(["-q", "-W", "--keep-going", "-b", "html", "-d", str(trees), str(sources), str(out)]):
+            raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def calibrate(
 
     Args:
         model: nn.Linear, GPT-2's Conv1D and transformers' fused experts are watched.
-        batches, tokenizer, length: texts, token ids (B, T) or what a tokenizer returns; see `batches.read_batches`.
+        batches, tokenizer, length: texts, token ids (B, T) or what a tokenizer returns; see `data.read_batches`.
         layers: names of those to watch; None watches all but the output head.
         hessian: keep Σ x xᵀ / tokens of every layer too.
         token_norm_cap: a token whose input to a layer is more than so many times as long as the median of its batch
@@ -153,7 +153,7 @@ def calibration_blocks(
     runs twice over the data: once for its statistics, once changed.
 
     Args:
-        batches: of `batches.read_batches`.
+        batches: of `data.read_batches`.
         layers, hessian, token_norm_cap, histograms, examples: see `calibrate`.
 
     Yields:

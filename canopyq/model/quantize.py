@@ -87,7 +87,7 @@ def quantize_(
             ``"rotation+gptq"``; see `methods.registry.Method`.
         calibration: data for methods that look at inputs, from which static activations take their ranges, and on which
             each layer's output error is measured for the report: batches of token ids (B, T), what a tokenizer returns,
-            or texts (see `batches.read_batches`). For static activations also the `Calibration` that `calibrate` made
+            or texts (see `data.read_batches`). For static activations also the `Calibration` that `calibrate` made
             of such data; then no error is measured.
         tokenizer: of the model, for texts.
         strict: refuse a layer that would have to run on the slow reference, and any matrix that would be kept for its

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -12,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from canopyq.lessons import quizzes
-from tests.browser.conftest import missing
-from tests.browser.lab import ARGUMENTS, ROOT, barriers, find_browser
+from tests.browser.lab import ROOT, barriers
 
 LESSONS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 MOST = 20e6  # bytes of the whole book
@@ -29,21 +27,13 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(book: Path) -> Iterator[object]:
-    if reason := missing():
-        if os.environ.get("CANOPYQ_REQUIRE_BROWSER") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_browser(), args=ARGUMENTS)
-        page = browser.new_page()
-        page.wanted, page.errors = [], []
-        page.on("request", lambda r: r.url.startswith(("file:", "data:")) or page.wanted.append(r.url))
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
-        yield page
-        browser.close()
+def page(browser, book: Path) -> Iterator[object]:
+    page = browser.new_page()
+    page.wanted, page.errors = [], []
+    page.on("request", lambda r: r.url.startswith(("file:", "data:")) or page.wanted.append(r.url))
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    yield page
+    page.close()
 
 
 @pytest.mark.parametrize("lesson", LESSONS)
