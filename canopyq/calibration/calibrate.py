@@ -22,7 +22,8 @@ from canopyq.calibration.data import Batch, read_batches
 from canopyq.calibration.mode import eval_mode
 from canopyq.calibration.statistics import ActivationStats, Seen
 from canopyq.errors import CanopyError, by_reason, unknown
-from canopyq.nn.sites import Kind, Site, output_heads, weight_sites
+from canopyq.nn.kinds import Kind
+from canopyq.nn.sites import Site, output_heads, weight_sites
 from canopyq.utils import progress
 
 SETTLED = 0.05  # a range that the second half of the data widens by less than this is called settled

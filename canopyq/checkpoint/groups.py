@@ -15,10 +15,11 @@ from canopyq.errors import CanopyError, prefixed
 from canopyq.methods.registry import Method
 from canopyq.methods.rotation import needs_online
 from canopyq.nn.hadamard import online_hadamard
+from canopyq.nn.kinds import Kind
 from canopyq.nn.linear import QuantizedLinear
 from canopyq.nn.offload import is_away, lies
 from canopyq.nn.outlier_linear import OutlierLinear
-from canopyq.nn.sites import Kind, weight_holders, weight_sites
+from canopyq.nn.sites import weight_holders, weight_sites
 from canopyq.tensor.formats import IntFormat
 from canopyq.tensor.scheme import Recipe, Scheme
 

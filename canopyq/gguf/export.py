@@ -18,8 +18,8 @@ from canopyq.gguf.tensors import REQUANTIZED, Tally, library, tensors_of, write
 from canopyq.gguf.tokenizer import add_tokenizer
 from canopyq.memory import human
 from canopyq.nn.experts import QuantizedExperts
+from canopyq.nn.kinds import Experts, kind_of
 from canopyq.nn.linear import QuantizedLinear
-from canopyq.nn.sites import Experts, kind_of
 from canopyq.utils import Preformatted, track
 
 if TYPE_CHECKING:

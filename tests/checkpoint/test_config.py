@@ -14,7 +14,7 @@ from canopyq.checkpoint.config import Group, Quantization, read_config, write_co
 from canopyq.checkpoint.groups import Layer, grouped
 from canopyq.checkpoint.layout import FLOAT, INT, MXFP4, PACKED
 from canopyq.errors import CanopyError
-from canopyq.nn.sites import Linear
+from canopyq.nn.kinds import Linear
 from canopyq.tensor.scheme import Recipe, Scheme
 
 RECIPES = ["w4a16-g128", "w4a16-g32", "w4a16-channel", "w4a16-g64-asym", "w8a16", "w8a16-g32-asym", "w2a16-g32",
