@@ -14,7 +14,7 @@ PIPFLAGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed$(if $(CONSTRAINTS),,-newest)
-UNIT_TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore=tests/browser --ignore=tests/docs --ignore=tests/real -n 2 --dist worksteal
+UNIT_TESTS := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest tests --ignore=tests/browser --ignore=tests/docs --ignore=tests/real -n 2 --dist worksteal
 NUMERIC_TESTS := tests/tensor tests/kernels tests/nn tests/calibration tests/methods tests/checkpoint tests/model \
 	tests/kv_cache tests/test_kv_answers.py tests/test_generate.py tests/evaluate/test_evaluate.py
 # JupyterLab's settings for the course: a saved lesson keeps its cards.
@@ -34,7 +34,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test setup test-units test-fast test-browser notebooks book check-notebooks check-docs train-tutor lint \
-	clean sweep fuzz families test-lowest test-oldest test-real
+	clean sweep fuzz families test-lowest test-processors test-oldest test-real
 
 help: ## Show this list
 	@echo "Canopy Quantization: make <target>"
@@ -67,6 +67,12 @@ families: $(STAMP) ## Try canopyq on a tiny model of every family of transformer
 test-lowest: $(STAMP) ## Unit tests of numbers only, as on a processor without AVX2 or anything newer
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 \
 		$(RUN) -m pytest $(NUMERIC_TESTS) -m "not slow" -n 2 --dist worksteal
+
+test-processors: $(STAMP) ## All of `make test`, as on processors with less than this one has, with one thread and with two; forty minutes
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=2 $(MAKE) --no-print-directory test
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(MAKE) --no-print-directory test
+	if grep -q avx512f /proc/cpuinfo; then ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE OMP_NUM_THREADS=2 \
+		$(MAKE) --no-print-directory test; fi
 
 test-oldest: ## Unit tests on the oldest versions allowed, in an environment of their own
 	$(MAKE) --no-print-directory test-units VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt

@@ -50,7 +50,8 @@ class NotebookError(Exception):
 
 
 def lesson_environment(scratch: Path) -> dict[str, str]:
-    """The environment of a kernel whose result depends on nothing that a learner did or set before.
+    """The environment of a kernel whose result depends on nothing that a learner did or set before, threads aside: one
+    where ``OMP_NUM_THREADS`` does not say how many.
 
     ``scratch`` is a folder of this one run; it is made here and stays empty until the lesson records progress.
     """
@@ -59,7 +60,7 @@ def lesson_environment(scratch: Path) -> dict[str, str]:
     return env | {
         "CANOPYQ_PROGRESS": str(scratch / "progress.json"),
         "IPYTHONDIR": str(scratch / "ipython"),  # no startup files, no settings, no shared history
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "TQDM_DISABLE": "1",  # bars appear after two seconds, so on a slow machine only
     }
 

@@ -238,6 +238,7 @@ def executed(progress: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         new_notebook(cells=[*cells, new_markdown_cell("## Recap")]), tmp_path_factory.mktemp("lessons"), "one.ipynb"
     )
     settings = {"CANOPYQ_PROGRESS": str(progress), "CANOPYQ_MODEL": "another/model", "MPLBACKEND": "agg"}
+    settings["OMP_NUM_THREADS"] = "2"
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         for name, value in settings.items():
             patch.setenv(name, value)
@@ -254,7 +255,7 @@ def test_execute_stores_what_git_should_hold(executed: tuple[Path, str], progres
     assert [cell.execution_count for cell in notebooks.code_cells(done)] == [1, 2, 3, 4, 5]
     assert widget[0].data["text/html"] == "<p>the question</p>" and notebooks.WIDGET_VIEW not in widget[0].data
     assert bar == [new_output("stream", name="stdout", text="done\n")]
-    assert settings[0].text == "False False 1\n"
+    assert settings[0].text == "False False 2\n"
     assert picture[0].data["image/png"]
     assert set(done.metadata) == {"kernelspec", "language_info"}
     assert progress.read_text(encoding="utf-8") == "{}"
