@@ -41,7 +41,7 @@ START = {
                   "memory": 3e6},
     "stream_k": {"start": 0.3, "fill": 2.0, "operations": 6.8e6, "expand": 8e4, "alone": 3e4, "batch": 0.03,
                  "copy": 1.2e5, "latency": 0.8, "store": 3e-5, "reduce": 5e-5, "split": 2.0, "memory": 3e6},
-    "warpgroup_codes": {"start": 3.5, "fill": 0.3, "operations": 1.4e7, "copy": 8e4, "latency": 0.1, "store": 1.8e-4,
+    "w8a8_wgmma": {"start": 3.5, "fill": 0.3, "operations": 1.4e7, "copy": 8e4, "latency": 0.1, "store": 1.8e-4,
                         "reduce": 1e-5, "cluster": 0.1, **CLUSTERS, "memory": 3.4e6},
     "wide_int8": {"start": 2.3, "fill": 0.2, "operations": 1.4e7, "copy": 1e5, "latency": 0.4, "store": 7e-5,
                   "memory": 3.2e6},

@@ -24,9 +24,8 @@ from torch import Tensor
 import canopyq as cq
 from benchmarks.peers import available
 from canopyq.evaluate.machine import describe
-from canopyq.kernels import select
-from canopyq.kernels.kernel import Problem
-from canopyq.kernels.reference import REFERENCE
+from canopyq.kernels import dispatch
+from canopyq.kernels.spec import LinearSpec
 from canopyq.kernels.timing import microseconds, rotations
 from canopyq.tensor.quantized_tensor import QuantizedTensor
 from canopyq.tensor.scheme import Recipe
@@ -46,17 +45,17 @@ RESULTS = Path(__file__).parent / "results"
 
 def ours(weight: QuantizedTensor, copies: int) -> tuple[list[Callable[[Tensor], Tensor]], int]:
     """The layer as `select` runs it, over so many copies of its weight; and the weight's bytes."""
-    problem = Problem.of(weight)
-    kernels = select.usable(problem)
-    if kernels[0] is REFERENCE:
-        raise SystemExit(f"canopyq has no kernel for this GPU: {next(select.verdicts(problem)).reason}")
-    held = kernels[0].layout.arrange(weight)
-    sets = [held] + [{name: part.clone() for name, part in held.items()} for _ in range(copies - 1)]
+    spec = LinearSpec.of(weight)
+    kernels = dispatch.candidates(spec)
+    if kernels[0] is dispatch.KERNELS["reference"]:
+        raise SystemExit(f"canopyq has no kernel for this GPU: {next(dispatch.verdicts(spec)).reason}")
+    packed = kernels[0].layout.prepack(weight)
+    sets = [packed] + [{name: part.clone() for name, part in packed.items()} for _ in range(copies - 1)]
 
     def layer(own: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x: select.pick(kernels, len(x)).run(x, own, problem)
+        return lambda x: dispatch.select(kernels, len(x)).run(x, own, spec)
 
-    return [layer(own) for own in sets], sum(part.untyped_storage().nbytes() for part in held.values())
+    return [layer(own) for own in sets], sum(part.untyped_storage().nbytes() for part in packed.values())
 
 
 def every_shape() -> list[tuple[int, int]]:
@@ -88,7 +87,7 @@ def measure(bits: int, shapes: list[tuple[int, int]], rows: tuple[int, ...], pat
         for peer in peers:
             try:
                 made = [peer.make(codes, scale) for _ in range(copies)]
-                entries.append((peer.name, peer.dtype, peer.most_rows, made))
+                entries.append((peer.name, peer.dtype, peer.max_rows, made))
             except (RuntimeError, ImportError, TypeError) as error:
                 failed[f"{peer.name} {k}x{n}"] = str(error).splitlines()[0]
         for m in rows:

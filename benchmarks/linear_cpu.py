@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import canopyq as cq
 from canopyq.evaluate.machine import describe
-from canopyq.kernels import select
+from canopyq.kernels import dispatch
 from canopyq.tensor import affine
 from canopyq.tensor.scheme import Recipe
 
@@ -59,7 +59,7 @@ def make(name: str, weight: torch.Tensor) -> cq.QuantizedLinear:
         )
     return cq.QuantizedLinear(
         cq.quantize(weight, recipe.weights), None, recipe.activations, scale, zero_point
-    ).arrange()
+    ).prepack()
 
 
 @torch.inference_mode()
@@ -76,7 +76,7 @@ def measure() -> list[dict]:
             bound = {"int": 2e-2, "fp8": 4e-2, None: 4e-3}[layer.activations and layer.activations.format.name[:3]]
             assert error < bound, (name, m, error)
             full, quantized = best_of_rounds(lambda x=x: F.linear(x, weight), lambda x=x, layer=layer: layer(x))
-            kernel = select.pick(select.usable(layer.problem), m).name
+            kernel = dispatch.select(dispatch.candidates(layer.spec), m).name
             row = {"recipe": name, "rows": m, "kernel": kernel, "times_float32": round(full / quantized, 2)}
             row |= {"relative_error": float(f"{error:.2g}"), "target": TARGETS.get((name, m))}
             rows.append(row)

@@ -24,8 +24,8 @@ from torch import Tensor
 from benchmarks.linear import SHAPES, every_shape
 from benchmarks.peers import load_vllm
 from canopyq.evaluate.machine import describe
-from canopyq.kernels import select
-from canopyq.kernels.cuda import eight_bits
+from canopyq.kernels import dispatch
+from canopyq.kernels.cuda.quantize_rows import quantize_rows
 from canopyq.kernels.timing import microseconds, rotations
 from canopyq.nn.linear import QuantizedLinear
 from canopyq.tensor.quantized_tensor import quantize
@@ -42,7 +42,7 @@ Make = Callable[[Tensor], Callable[[Tensor], Tensor]]  # of one weight (N, K) bf
 def ours(recipe: str) -> Make:
     def make(weight: Tensor) -> Callable[[Tensor], Tensor]:
         found = Recipe.parse(recipe)
-        return QuantizedLinear(quantize(weight, found.weights), activations=found.activations).arrange()
+        return QuantizedLinear(quantize(weight, found.weights), activations=found.activations).prepack()
 
     return make
 
@@ -57,7 +57,7 @@ def scaled_mm(weight: Tensor) -> Callable[[Tensor], Tensor]:
     data, scale = codes.data.t(), codes.scale.reshape(1, -1)
 
     def run(x: Tensor) -> Tensor:
-        q, s = eight_bits.quantize_rows(x, "fp8_e4m3")
+        q, s = quantize_rows(x, "fp8_e4m3")
         return torch._scaled_mm(q, data, scale_a=s, scale_b=scale, out_dtype=BF16, use_fast_accum=True)
 
     return run
@@ -106,8 +106,8 @@ def measure(k: int, n: int, rows: tuple[int, ...]) -> Iterator[dict]:
             row = {"k": k, "n": n, "rows": m, "name": name}
             try:
                 y = layers[0](x)
-            except Exception as problem:  # a peer that cannot do this shape is a row of the table, not the end of it
-                yield row | {"absent": str(problem).splitlines()[0][:120]}
+            except Exception as error:  # a peer that cannot do this shape is a row of the table, not the end of it
+                yield row | {"absent": str(error).splitlines()[0][:120]}
                 continue
             exact = x[:64].double() @ exact_weight.t()
             error = float((y[:64].double() - exact).norm() / exact.norm())
@@ -117,7 +117,7 @@ def measure(k: int, n: int, rows: tuple[int, ...]) -> Iterator[dict]:
             row |= {"us": round(us, 2), "floor_us": round(floor, 2), "percent_of_floor": round(100 * floor / us, 1),
                     "relative_error": float(f"{error:.2g}")}  # fmt: skip
             if isinstance(layers[0], QuantizedLinear):
-                row["kernel"] = select.pick(select.usable(layers[0].problem), m).name
+                row["kernel"] = dispatch.select(dispatch.candidates(layers[0].spec), m).name
             yield row
         del layers
 

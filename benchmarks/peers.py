@@ -35,7 +35,7 @@ class Peer:
     bits: int
     make: Callable[[Tensor, Tensor], Product]
     dtype: torch.dtype = BF16
-    most_rows: int = 1 << 30
+    max_rows: int = 1 << 30
     needs: str = "vllm"
 
 
@@ -100,10 +100,10 @@ def _tinygemm(codes: Tensor, scale: Tensor) -> Product:
 
 
 PEERS = (
-    Peer("tinygemm", 4, _tinygemm, most_rows=64, needs="torch"),
+    Peer("tinygemm", 4, _tinygemm, max_rows=64, needs="torch"),
     Peer("Marlin (vLLM)", 4, _marlin(4)),
     Peer("Machete (vLLM)", 4, _machete(4)),
-    Peer("ExLlamaV2 (vLLM)", 4, _exllama, dtype=FP16, most_rows=32),
+    Peer("ExLlamaV2 (vLLM)", 4, _exllama, dtype=FP16, max_rows=32),
     Peer("Marlin (vLLM)", 8, _marlin(8)),
     Peer("Machete (vLLM)", 8, _machete(8)),
 )

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from benchmarks.linear import HELD_OUT, SHAPES
 from canopyq.errors import CanopyError
 from canopyq.evaluate.tune import FORMATS, Layer
-from canopyq.kernels.cuda import costs, eight_bits, nvrtc, products, selection, tiles, warpgroup_codes, wide_int8
+from canopyq.kernels.cuda import costs, nvrtc, selection, tiles, w8a8, weight_only
 from canopyq.kernels.cuda.costs import Product
 from canopyq.kernels.cuda.tiles import (
     CodesTile,
@@ -55,7 +55,7 @@ ROWS = {"w4a16": (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 
         "fp8": (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)}  # fmt: skip
 GROUP = {"w4a16": 128, "w8a16": 0}
 REGISTERS, THREADS, PROCESSORS = 65536, 2048, 132
-MOST = {"decode": 60, "warpgroup": 9, "stream_k": 24, "warpgroup_codes": 9}  # tiles of a kernel that are timed
+MOST = {"decode": 60, "warpgroup": 9, "stream_k": 24, "w8a8_wgmma": 9}  # tiles of a kernel that are timed
 HOPELESS = 1.4  # times as long as the fastest by the model: what the table's tiles are not timed for
 SILENCE = 20  # seconds without a word after which a process is taken to hang
 WRONG = 4e-3  # a relative error beyond rounding
@@ -78,7 +78,7 @@ STREAM_K = (
     (64, 2, 2, 1),
     (64, 1, 2, 2),
     (64, 4, 2, 1),
-)  # tokens, tall, warpgroups, per_sm
+)  # tokens, m_tiles, warpgroups, per_sm
 
 
 def decode_tiles(weight: Weight, rows: int) -> Iterator[DecodeTile]:
@@ -111,25 +111,33 @@ def warpgroup_tiles(weight: Weight, rows: int) -> Iterator[WarpgroupTile]:
     many = [tokens for tokens in (64, 128, 192, 256) if -(-rows // tokens) * tokens < 1.4 * rows]
     for tokens in {wide} if rows < 128 else many if rows <= 256 else many[1:]:
         warpgroups = [(1, 2), (2, 1), (2, 2)] if tokens < 128 else [(2, 1), (1, 1)]
-        for (beside, deep), tall, per_sm, cluster in product(warpgroups, (1, 2), (1, 2, 3), (1, 2, 3, 4, 6, 8)):
-            if tokens <= 16 and (per_sm == 1 or tall * beside * deep == 8):
+        for (warpgroups_m, warpgroups_k), m_tiles, per_sm, cluster in product(
+            warpgroups, (1, 2), (1, 2, 3), (1, 2, 3, 4, 6, 8)
+        ):
+            if tokens <= 16 and (per_sm == 1 or m_tiles * warpgroups_m * warpgroups_k == 8):
                 continue
-            blocks = -(-rows // tokens) * -(-weight.slabs // (beside * tall)) * cluster
-            if weight.steps < 2 * cluster * deep or (blocks < 60 and cluster < 4) or (cluster > 4 and blocks > 160):
+            blocks = -(-rows // tokens) * -(-weight.slabs // (warpgroups_m * m_tiles)) * cluster
+            if (
+                weight.steps < 2 * cluster * warpgroups_k
+                or (blocks < 60 and cluster < 4)
+                or (cluster > 4 and blocks > 160)
+            ):
                 continue  # too few steps to share out, or too few blocks for the GPU
-            if tall * tokens > 256 or (blocks > 4 * PROCESSORS * per_sm and cluster > 1):
+            if m_tiles * tokens > 256 or (blocks > 4 * PROCESSORS * per_sm and cluster > 1):
                 continue
             for batch in (2, 4):
-                registers = tall * (tokens * (2 if tokens <= 32 else 1) // 2 + 8 * batch) + 40
-                threads = beside * deep * 128 * per_sm
-                if tall * tokens > 192 and 232 * threads + 40 * 128 * per_sm > REGISTERS:
+                registers = m_tiles * (tokens * (2 if tokens <= 32 else 1) // 2 + 8 * batch) + 40
+                threads = warpgroups_m * warpgroups_k * 128 * per_sm
+                if m_tiles * tokens > 192 and 232 * threads + 40 * 128 * per_sm > REGISTERS:
                     continue  # what the kernel hands over would not be there
                 if min(registers, 232) * threads > REGISTERS or (
-                    batch == 4 and tall * tokens >= 64 and beside * deep > 1
+                    batch == 4 and m_tiles * tokens >= 64 and warpgroups_m * warpgroups_k > 1
                 ):
                     continue
-                tile = WarpgroupTile(tokens, tall, beside, deep, 20, batch, cluster, per_sm).fitted(weight)
-                if (tile.per_sm, tile.deep) == (per_sm, deep):
+                tile = WarpgroupTile(tokens, m_tiles, warpgroups_m, warpgroups_k, 20, batch, cluster, per_sm).fitted(
+                    weight
+                )
+                if (tile.per_sm, tile.warpgroups_k) == (per_sm, warpgroups_k):
                     yield tile
                     if tokens <= 64 and tile.stages >= 6:  # leaves room for the next kernel's blocks before the end
                         yield replace(tile, stages=tile.stages // 2).fitted(weight)
@@ -138,7 +146,7 @@ def warpgroup_tiles(weight: Weight, rows: int) -> Iterator[WarpgroupTile]:
 def stream_k_tiles(weight: Weight, rows: int) -> Iterator[StreamKTile]:
     if rows <= 32:
         return
-    for (tokens, tall, warpgroups, per_sm), batch, cluster in product(STREAM_K, (2, 4), (1, 2)):
+    for (tokens, m_tiles, warpgroups, per_sm), batch, cluster in product(STREAM_K, (2, 4), (1, 2)):
         across = -(-rows // tokens)
         if (
             (tokens > 64 and tokens * across >= 1.6 * rows)
@@ -148,7 +156,7 @@ def stream_k_tiles(weight: Weight, rows: int) -> Iterator[StreamKTile]:
             continue
         if (cluster == 2 and tokens < 96) or (batch == 4 and tokens < 128):
             continue
-        tile = StreamKTile(tokens, tall, warpgroups, 12, batch, cluster, per_sm, 1).fitted(weight)
+        tile = StreamKTile(tokens, m_tiles, warpgroups, 12, batch, cluster, per_sm, 1).fitted(weight)
         if tile is None:
             continue
         count = across * -(-weight.n // (tile.rows * cluster))
@@ -170,19 +178,19 @@ def codes_tiles(recipe: str, n: int, k: int, rows: int) -> Iterator[CodesTile | 
         yield SkinnyTile()
     wide = next((tokens for tokens in (8, 16, 32, 64) if rows <= tokens), 128)
     for tokens in {wide} if rows < 128 else {64, 128} if rows < 256 else {64, 128, 256} if rows < 1024 else {128, 256}:
-        for (tall, warpgroups), per_sm in product(((1, 1), (1, 2), (2, 2)), (1, 2, 3)):
+        for (m_tiles, warpgroups), per_sm in product(((1, 1), (1, 2), (2, 2)), (1, 2, 3)):
             for cluster in (1, 2, 4, 8):
-                blocks = -(-rows // tokens) * -(-n // (64 * tall * warpgroups)) * cluster
+                blocks = -(-rows // tokens) * -(-n // (64 * m_tiles * warpgroups)) * cluster
                 if (blocks < 60 and cluster < 4) or (cluster == 8 and blocks > 160):
                     continue  # too few for the GPU
                 if cluster > 1 and (k < 512 * cluster or blocks > 4 * PROCESSORS * per_sm):
                     continue
-                sums = tall * tokens // 2 * (2 if recipe == "fp8" else 1)
+                sums = m_tiles * tokens // 2 * (2 if recipe == "fp8" else 1)
                 if sums > 128 or (sums + 40) * (warpgroups * 128 + 32) * per_sm > REGISTERS:
                     continue
-                if tokens >= 128 and (tall * warpgroups < 2 or warpgroups == 1):
+                if tokens >= 128 and (m_tiles * warpgroups < 2 or warpgroups == 1):
                     continue
-                tile = CodesTile(tokens, tall, warpgroups, 20, cluster, per_sm).fitted(k)
+                tile = CodesTile(tokens, m_tiles, warpgroups, 20, cluster, per_sm).fitted(k)
                 if tile.stages > 2 or (tile.stages == 2 and tokens >= 128):
                     yield tile
                 if tokens <= 64 and tile.stages >= 6:  # leaves room for the next kernel's blocks before the end
@@ -235,22 +243,22 @@ def compiles(job: tuple[str, Tile]) -> bool:
     if isinstance(tile, CodesTile | WideTile):
         integers = recipe == "w8a8"
         if isinstance(tile, WideTile):
-            file, constants = "wide_int8.cu", wide_int8.constants(torch.float32, BF16, tile)
+            file, constants = "wide_int8.cu", w8a8.wide_constants(torch.float32, BF16, tile)
         else:
             file, constants = (
-                "warpgroup_codes.cu",
-                warpgroup_codes.constants(FORMATS[recipe], torch.float32, BF16, tile),
+                "w8a8_wgmma.cu",
+                w8a8.wgmma_constants(FORMATS[recipe], torch.float32, BF16, tile),
             )
         found = nvrtc.compile(file, constants, "sm_90a", extra=tiles.codes_product_source(integers, tile.tokens))
     elif isinstance(tile, SkinnyTile):
-        found = nvrtc.compile("skinny.cu", eight_bits.constants(FORMATS[recipe], 1, torch.float32, BF16), "sm_90a")
+        found = nvrtc.compile("skinny.cu", w8a8.skinny_constants(FORMATS[recipe], 1, torch.float32, BF16), "sm_90a")
     else:
-        constants = products.constants(int(recipe[1]), GROUP[recipe], False, BF16, BF16)
+        constants = weight_only.constants(int(recipe[1]), GROUP[recipe], False, BF16, BF16)
         if isinstance(tile, DecodeTile):
-            found = nvrtc.compile("decode.cu", constants | products.decode_constants(tile), "sm_90a")
+            found = nvrtc.compile("decode.cu", constants | weight_only.decode_constants(tile), "sm_90a")
         else:
             streams = isinstance(tile, StreamKTile)
-            own = products.stream_k_constants(tile) if streams else products.warpgroup_constants(tile)
+            own = weight_only.stream_k_constants(tile) if streams else weight_only.warpgroup_constants(tile)
             extra = tiles.product_source(tile.tokens, True)
             found = nvrtc.compile(f"{tile.KERNEL}.cu", constants | own, "sm_90a", extra=extra)
     return found.spilled == 0 and not found.warnings

@@ -126,7 +126,7 @@ def _lora_class() -> type[nn.Module]:
         def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
             """Where adapters go; they are float32, whatever codes and inputs are."""
             if isinstance(base_layer, QuantizedLinear):
-                return base_layer.problem.device, None
+                return base_layer.spec.device, None
             return super()._get_base_layer_device_and_dtype(base_layer)
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -25,7 +25,7 @@ from canopyq.cli.examine import MOST_QUESTIONS
 from canopyq.cli.output import console
 from canopyq.errors import CanopyError, shown
 from canopyq.evaluate.machine import Check
-from canopyq.kernels import select
+from canopyq.kernels import dispatch
 from canopyq.tensor.formats import FORMATS
 from canopyq.tutor import SKILLS, loading
 from canopyq.tutor.exam import up_to
@@ -720,7 +720,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from canopyq.evaluate import bench
     from canopyq.evaluate.bench import Timed
 
-    kernel = max((kernel.name for kernel in select.KERNELS), key=len)
+    kernel = max((kernel.name for kernel in dispatch.KERNELS.values()), key=len)
     times = [Timed(recipe, 8192, 28672, rows, kernel, 123456.7, 234567.8, 9e-07)
              for recipe in ("w4a16-g128", "w4a16-channel") for rows in (1, 1024)]  # fmt: skip
     monkeypatch.setattr(bench, "bench", lambda *_: times)

@@ -139,7 +139,7 @@ def test_nothing_imports_the_top_floor() -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("memory.py", "from canopyq.kernels import select"),
+        ("memory.py", "from canopyq.kernels import dispatch"),
         ("memory.py", "from canopyq import nn"),
         ("memory.py", "from . import nn"),
         ("memory.py", "from .nn import linear"),

@@ -12,7 +12,7 @@ import canopyq as cq
 from canopyq.errors import CanopyError
 from canopyq.evaluate.generate import Decoder, fast_generate
 from canopyq.memory import bytes_held
-from canopyq.nn.fused_linear import Separate, join
+from canopyq.nn.fused_linear import UnfusedLinears, fuse_linears
 
 SIZES = dict(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=96, max_position_embeddings=128, pad_token_id=0, eos_token_id=5)  # fmt: skip
@@ -94,8 +94,8 @@ def test_what_cannot_be_joined_is_run_separately_and_says_why() -> None:
         ((plain, torch.nn.Linear(32, 8, bias=False)), "only some of them have a bias"),
         (per_tensor, "a scale per tensor"),
     ]:
-        both = join(*layers)
-        assert isinstance(both, Separate) and reason in both.reason
+        both = fuse_linears(*layers)
+        assert isinstance(both, UnfusedLinears) and reason in both.reason
         assert torch.equal(both(x), torch.cat([layer(x) for layer in layers], dim=-1))
 
 

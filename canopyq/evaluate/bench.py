@@ -11,7 +11,7 @@ from torch import Tensor
 
 from canopyq import checks
 from canopyq.errors import CanopyError
-from canopyq.kernels import select
+from canopyq.kernels import dispatch
 from canopyq.kernels.timing import microseconds, rotations, rounds
 from canopyq.nn.linear import QuantizedLinear
 from canopyq.tensor.quantized_tensor import quantize
@@ -86,7 +86,7 @@ def _layer(recipe: Recipe, k: int, n: int, device: str, rows: Sequence[int]) -> 
     quantized = quantize(weight, recipe.weights)
     exact = quantized.dequantize(torch.float64)
     copies = rotations(quantized.nbytes) if on_gpu else 1
-    layers = [QuantizedLinear(quantized, None, recipe.activations).arrange() for _ in range(copies)]
+    layers = [QuantizedLinear(quantized, None, recipe.activations).prepack() for _ in range(copies)]
     plain = [weight.to(dtype).clone() for _ in range(rotations(2 * n * k) if on_gpu else 1)]
     for m in rows:
         x = torch.randn(m, k, generator=generator, device=device).to(dtype)
@@ -98,7 +98,7 @@ def _layer(recipe: Recipe, k: int, n: int, device: str, rows: Sequence[int]) -> 
         ours = _calls(layers, x)
         theirs: list[Callable[[], Tensor]] = [lambda w=w, x=x: F.linear(x, w) for w in plain]
         times = (microseconds(ours), microseconds(theirs)) if on_gpu else rounds([ours[0], theirs[0]])
-        kernel = select.pick(select.usable(layers[0].problem), m).name
+        kernel = dispatch.select(dispatch.candidates(layers[0].spec), m).name
         yield Timed(recipe.name, k, n, m, kernel, *times, error)
 
 

@@ -2,7 +2,7 @@
 
 transformers launches some fifteen kernels a block for every token, each from Python, and a GPU waits for most of them.
 Here a step of a Llama-family model is ten operations a block on tensors that never move, so that a graph recorded once
-is replayed for every token. Query, key and value projections are one product, gate and up another (`joined`).
+is replayed for every token. Query, key and value projections are one product, gate and up another (`nn.fused_linear`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from canopyq import checks
 from canopyq.errors import CanopyError, shown
-from canopyq.kernels import step_cuda
-from canopyq.kernels.cuda import attention, eight_bits
-from canopyq.kernels.step import add_rms_norm, attend, rotate_and_append, silu_mul
-from canopyq.nn.fused_linear import Separate, join
+from canopyq.kernels.cuda import attention, decode_step, quantize_rows
+from canopyq.kernels.decode_step import add_rms_norm, attend, rotate_and_append, silu_mul
+from canopyq.nn.fused_linear import UnfusedLinears, fuse_linears
 from canopyq.nn.linear import QuantizedLinear
 from canopyq.tensor.formats import get_cache_format, kv_group_size
 from canopyq.tensor.quantized_tensor import QuantizedTensor
@@ -64,7 +63,7 @@ class Decoder:
     """A model with a cache of fixed size, ready to generate.
 
     Args:
-        model: of a Llama-family architecture, quantized or not. Its projections come to share memory with joined ones.
+        model: of a Llama-family architecture, quantized or not. Its projections come to share memory with fused ones.
         batch: how many sequences at a time.
         length: room for so many tokens, prompt included.
         cache: as for `fast_generate`.
@@ -139,15 +138,15 @@ class Decoder:
 
     def _notes(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
         notes = []
-        if reason := step_cuda.refuse(device, dtype, self.config.hidden_size, head_dim):
+        if reason := decode_step.unsupported_reason(device, dtype, self.config.hidden_size, head_dim):
             notes.append(f"norms, rotary embedding, attention and gates run in PyTorch: {reason}")
         if device.type != "cuda":
             notes.append(
                 f"every step is launched from Python: CUDA graphs are for NVIDIA GPUs, the model lies on {device}"
             )
-        for what, joined in (("query, key and value", self.blocks[0].qkv), ("gate and up", self.blocks[0].gate_up)):
-            if isinstance(joined, Separate):
-                notes.append(f"{what} stay separate products: {joined.reason}")
+        for what, fused in (("query, key and value", self.blocks[0].qkv), ("gate and up", self.blocks[0].gate_up)):
+            if isinstance(fused, UnfusedLinears):
+                notes.append(f"{what} stay separate products: {fused.reason}")
         return notes
 
     def _read(self, input_ids: Tensor) -> None:
@@ -226,15 +225,15 @@ class Decoder:
 
 
 class _Block:
-    """One decoder layer, its keys and values, and its joined projections."""
+    """One decoder layer, its keys and values, and its fused projections."""
 
     def __init__(self, layer: nn.Module, states: Tensor, cache: StaticQuantizedCache | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.keys, self.values = states.unbind(0)
         self.cache, self.index = cache, attention.layer_idx
         self.norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        self.qkv = join(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.gate_up = join(mlp.gate_proj, mlp.up_proj)
+        self.qkv = fuse_linears(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.gate_up = fuse_linears(mlp.gate_proj, mlp.up_proj)
         self.out, self.down = attention.o_proj, mlp.down_proj
 
     def __call__(self, residual: Tensor, change: Tensor | None, decoder: Decoder) -> Tensor:
@@ -261,7 +260,7 @@ def _normed_product(residual: Tensor, change: Tensor | None, norm: nn.Module, la
     """A layer's output for the norm of the residual stream (B, H), to which ``change`` is added on the way."""
     if isinstance(layer, QuantizedLinear) and layer.takes_codes_of(residual):
         format = layer.activations.format.name
-        codes = eight_bits.quantize_normed(residual, change, norm.weight, norm.variance_epsilon, format)
+        codes = quantize_rows.quantize_normed(residual, change, norm.weight, norm.variance_epsilon, format)
         return _product(codes, residual, layer)
     return layer(add_rms_norm(residual, change, norm.weight, norm.variance_epsilon))
 
@@ -270,7 +269,7 @@ def _gated_product(gate_up: Tensor, layer: nn.Module) -> Tensor:
     """A layer's output for silu(gate) · up of ``gate_up`` (B, 2 I)."""
     gate, up = gate_up.chunk(2, dim=-1)
     if isinstance(layer, QuantizedLinear) and layer.takes_codes_of(gate):
-        return _product(eight_bits.quantize_gated(gate, up, layer.activations.format.name), gate, layer)
+        return _product(quantize_rows.quantize_gated(gate, up, layer.activations.format.name), gate, layer)
     return layer(silu_mul(gate_up))
 
 

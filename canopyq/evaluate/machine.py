@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from canopyq.kernels.kernel import Problem
-from canopyq.kernels.select import KERNELS
+from canopyq.kernels.dispatch import KERNELS
+from canopyq.kernels.spec import LinearSpec
 from canopyq.tensor.scheme import Recipe
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "jupyterlab", "ipywidgets", "matplotlib")
@@ -59,12 +59,12 @@ def kernels() -> list[Check]:
     if not torch.cuda.is_available():
         why_not = f"no GPU ({gpu().removeprefix('none: ').removeprefix('none ')})"
     found = []
-    for kernel in KERNELS:
-        recipe = Recipe.parse(kernel.example)
-        device = torch.device(kernel.device)
-        problem = Problem(recipe.weights, recipe.activations, 4096, 4096, torch.bfloat16, device)
-        reason = kernel.refuse(problem)
-        found.append(Check(kernel.name, reason is None, reason or f"runs here, e.g. {kernel.example}", needed=False))
+    for kernel in KERNELS.values():
+        recipe = Recipe.parse(kernel.recipe)
+        device = torch.device(kernel.device or "cpu")
+        spec = LinearSpec(recipe.weights, recipe.activations, 4096, 4096, torch.bfloat16, device)
+        reason = kernel.unsupported_reason(spec)
+        found.append(Check(kernel.name, reason is None, reason or f"runs here, e.g. {kernel.recipe}", needed=False))
     return [*found, Check("dequantize, then multiply on CUDA", why_not is None, why_not or gpu(), needed=False)]
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from canopyq import checks
 from canopyq.errors import CanopyError
-from canopyq.kernels.cuda import eight_bits, launch, products, selection, warpgroup_codes, wide_int8
+from canopyq.kernels.cuda import launch, selection, w8a8, weight_only
 from canopyq.kernels.cuda.costs import Product
-from canopyq.kernels.cuda.fragments import arrange
+from canopyq.kernels.cuda.fragments import prepack
+from canopyq.kernels.cuda.quantize_rows import quantize_rows
 from canopyq.kernels.cuda.selection import Choice
 from canopyq.kernels.cuda.tiles import DecodeTile, SkinnyTile, StreamKTile, Tile, Weight, WideTile
 from canopyq.kernels.timing import microseconds, rotations
@@ -64,16 +65,16 @@ class Layer:
         weight = torch.randn(n, k, device="cuda") / k**0.5
         self.weight: Weight | None = None
         if recipe in FORMATS:
-            codes, scale = eight_bits.quantize_rows(weight.to(BF16), FORMATS[recipe])
+            codes, scale = quantize_rows(weight.to(BF16), FORMATS[recipe])
             self.exact = codes.float() * scale
             first = (codes, scale)
         else:
             name = next(name for name, own in RECIPES.items() if own == recipe)
             quantized = quantize(weight, replace(Recipe.parse(name).weights, scale_dtype=BF16))
-            held = arrange(quantized)
-            first = (held["weight_fragments"], held["weight_scale"])
+            packed = prepack(quantized)
+            first = (packed["weight_fragments"], packed["weight_scale"])
             group = quantized.scheme.granularity.group_size or 0
-            self.weight = products.describe(*first, None, n, quantized.scheme.format.bits, group)
+            self.weight = weight_only.describe(*first, None, n, quantized.scheme.format.bits, group)
             self.exact = quantized.dequantize(torch.float32)
         nbytes = sum(part.nbytes for part in first)
         self.copies = [first, *(tuple(part.clone() for part in first) for _ in range(rotations(nbytes) - 1))]
@@ -86,21 +87,21 @@ class Layer:
         """x (rows, k) bfloat16 -> (rows, n); of 8-bit codes with the quantization of x."""
         if self.recipe not in FORMATS:
             if tile is None:
-                return F.linear(x, products.run_dequantize(*own, None, self.weight, self.k, BF16))
-            run = {DecodeTile: products.run_decode, StreamKTile: products.run_stream_k}
-            return run.get(type(tile), products.run_warpgroup)(x, *own, None, self.weight, tile)
-        codes, scale = eight_bits.quantize_rows(x, FORMATS[self.recipe])
+                return F.linear(x, weight_only.run_dequantize(*own, None, self.weight, self.k, BF16))
+            run = {DecodeTile: weight_only.run_decode, StreamKTile: weight_only.run_stream_k}
+            return run.get(type(tile), weight_only.run_warpgroup)(x, *own, None, self.weight, tile)
+        codes, scale = quantize_rows(x, FORMATS[self.recipe])
         if tile is None:
             scales = {"scale_a": scale, "scale_b": own[1].reshape(1, -1)}
             return torch._scaled_mm(codes, own[0].t(), **scales, out_dtype=BF16, use_fast_accum=True)
         if isinstance(tile, SkinnyTile):
-            return eight_bits.multiply_codes(codes, scale, *own, BF16)
-        return (wide_int8 if isinstance(tile, WideTile) else warpgroup_codes).run(codes, scale, *own, BF16, tile)
+            return w8a8.skinny_linear(codes, scale, *own, BF16)
+        return (w8a8.run_wide if isinstance(tile, WideTile) else w8a8.run_wgmma)(codes, scale, *own, BF16, tile)
 
     def wanted(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The product in ``dtype``, of the codes of x if it is quantized."""
         if self.recipe in FORMATS:
-            codes, scale = eight_bits.quantize_rows(x, FORMATS[self.recipe])
+            codes, scale = quantize_rows(x, FORMATS[self.recipe])
             x = codes.to(dtype) * scale
         return x.to(dtype) @ self.exact.to(dtype).t()
 
@@ -138,7 +139,7 @@ def tune(
     shapes = checks.layers("shapes", checks.sequence("shapes", shapes, 1))
     if reason := launch.unavailable(torch.device("cuda")):
         raise CanopyError(f"kernels cannot be tuned here: {reason}")
-    if (have := torch.cuda.get_device_capability()) != warpgroup_codes.HOPPER:
+    if (have := torch.cuda.get_device_capability()) != w8a8.HOPPER:
         raise CanopyError(f"tiles are chosen for compute capability 9.0; this GPU has {have[0]}.{have[1]}")
     counts = sorted({selection.rounded_up(count) for count in rows})
     layers = list(dict.fromkeys((name, *shape) for shape in shapes for name in recipes))

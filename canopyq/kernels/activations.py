@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from canopyq.kernels.cuda import eight_bits
+from canopyq.kernels.cuda import quantize_rows
 from canopyq.tensor.observers import minmax
 from canopyq.tensor.quantized_tensor import QuantizedTensor, quantize
 from canopyq.tensor.scheme import Scheme
@@ -25,8 +25,8 @@ def dynamic(x: Tensor, scheme: Scheme) -> QuantizedTensor:
 
     The codes and scales are those of ``quantize(x.float(), scheme)``, without its checks.
     """
-    if eight_bits.takes(x, scheme):
-        codes, scale = eight_bits.quantize_rows(x.detach(), scheme.format.name)
+    if quantize_rows.takes(x, scheme):
+        codes, scale = quantize_rows.quantize_rows(x.detach(), scheme.format.name)
         return QuantizedTensor(codes, scale, None, scheme, x.shape, x.dtype)
     rows = scheme.granularity.rows(x.detach())
     codes, scale, zero_point = _min_max(rows, scheme)

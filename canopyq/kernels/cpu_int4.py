@@ -13,8 +13,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from canopyq.kernels.kernel import Held, Kernel, Layout, Problem, up_to
-from canopyq.kernels.sliced import SLICE
+from canopyq.kernels.cpu_tiled import TILE
+from canopyq.kernels.spec import LinearSpec, PackedWeight, WeightLayout
 from canopyq.tensor import packing
 from canopyq.tensor.formats import IntFormat
 from canopyq.tensor.quantized_tensor import QuantizedTensor
@@ -38,37 +38,35 @@ def block_rows() -> int | None:
     return None
 
 
-def group_size(problem: Problem) -> int | None:
+def group_size(spec: LinearSpec) -> int | None:
     """The group that torch's kernel is told: the weight's own, or for a channel the largest that divides it."""
-    granularity = problem.weights.granularity
+    granularity = spec.weights.granularity
     if granularity.kind == "group":
-        fits = granularity.group_size in GROUPS and problem.k % granularity.group_size == 0
+        fits = granularity.group_size in GROUPS and spec.k % granularity.group_size == 0
         return granularity.group_size if fits else None
-    return next((size for size in GROUPS if problem.k % size == 0), None)
+    return next((size for size in GROUPS if spec.k % size == 0), None)
 
 
-def refuse(problem: Problem) -> str | None:
-    fmt, granularity = problem.weights.format, problem.weights.granularity
-    if problem.device.type != "cpu":
-        return f"it is a processor's kernel; the layer lies on {problem.device}"
+def unsupported(spec: LinearSpec) -> str | None:
+    fmt, granularity = spec.weights.format, spec.weights.granularity
     if not (isinstance(fmt, IntFormat) and fmt.bits == 4):
         return f"it takes int4 weights; these are {fmt.name}"
-    if problem.activations is not None:
+    if spec.activations is not None:
         return "it leaves activations in 16 bits, and this recipe quantizes them"
-    if problem.weights.scale_dtype != torch.bfloat16:
-        return f"it takes bfloat16 scales; these are {problem.weights.scale_dtype}"
+    if spec.weights.scale_dtype != torch.bfloat16:
+        return f"it takes bfloat16 scales; these are {spec.weights.scale_dtype}"
     if granularity.kind not in ("group", "channel") or granularity.axis != 0:
         return f"it takes a scale per group or output channel; these have one per {granularity}"
-    if group_size(problem) is None:
-        return f"it takes groups of 32, 64, 128 or 256 that divide in_features; {granularity} and {problem.k} do not"
-    if problem.n % 64:
-        return f"it takes out_features in multiples of 64; this layer has {problem.n}"
+    if group_size(spec) is None:
+        return f"it takes groups of 32, 64, 128 or 256 that divide in_features; {granularity} and {spec.k} do not"
+    if spec.n % 64:
+        return f"it takes out_features in multiples of 64; this layer has {spec.n}"
     if block_rows() is None:
         return f"torch {torch.__version__} packs int4 in an order that canopyq does not know on this processor"
     return None
 
 
-def arrange(weight: QuantizedTensor) -> dict[str, Tensor]:
+def prepack(weight: QuantizedTensor) -> dict[str, Tensor]:
     """Codes (N/block, K, block/2) uint8, and scales and zero points with their groups first: (G, N)."""
     n, k = weight.shape
     half = block_rows() // 2
@@ -81,52 +79,52 @@ def arrange(weight: QuantizedTensor) -> dict[str, Tensor]:
         part[:, :, 0] = ((upper & 15) | (lower << 4)).transpose(1, 2)
         part[:, :, 1] = ((upper >> 4) | (lower & 240)).transpose(1, 2)
     blocks = blocks.view(len(pairs), k, half)
-    held = {"weight_blocks": blocks, "weight_scale": weight.scale.t().contiguous()}
+    packed = {"weight_blocks": blocks, "weight_scale": weight.scale.t().contiguous()}
     if weight.zero_point is not None:
-        held["weight_zero_point"] = weight.zero_point.t().contiguous()
-    return held
+        packed["weight_zero_point"] = weight.zero_point.t().contiguous()
+    return packed
 
 
-def restore(held: Held, problem: Problem) -> QuantizedTensor:
-    """The inverse of `arrange`, bit for bit."""
-    blocks, zero_point = held["weight_blocks"], held.get("weight_zero_point")
-    codes = torch.stack([blocks & 15, blocks >> 4], dim=1).transpose(2, 3).reshape(problem.n, problem.k)
+def unpack(packed: PackedWeight, spec: LinearSpec) -> QuantizedTensor:
+    """The inverse of `prepack`, bit for bit."""
+    blocks, zero_point = packed["weight_blocks"], packed.get("weight_zero_point")
+    codes = torch.stack([blocks & 15, blocks >> 4], dim=1).transpose(2, 3).reshape(spec.n, spec.k)
     return QuantizedTensor(
         packing.pack_unchecked(codes, 4, 0),
-        held["weight_scale"].t().contiguous(),
+        packed["weight_scale"].t().contiguous(),
         None if zero_point is None else zero_point.t().contiguous(),
-        problem.weights,
-        torch.Size([problem.n, problem.k]),
-        problem.weight_dtype,
+        spec.weights,
+        torch.Size([spec.n, spec.k]),
+        spec.weight_dtype,
     )
 
 
-def packed_linear(x: Tensor, held: Held, problem: Problem) -> Tensor:
+def packed_linear(x: Tensor, packed: PackedWeight, spec: LinearSpec) -> Tensor:
     """x · Wᵀ with x rounded to bfloat16: (M, K) -> (M, N)."""
-    size, scale = group_size(problem), held["weight_scale"]
+    size, scale = group_size(spec), packed["weight_scale"]
     # A scale and an offset side by side are twice the bytes, so they last for the call only. As halves of one integer
     # they are written in one pass: the lower half comes first, and a scale has no sign to spread into the upper.
     both = scale.view(torch.int16).to(torch.int32)
-    if not problem.weights.symmetric:
-        offset = -held["weight_zero_point"] * scale
+    if not spec.weights.symmetric:
+        offset = -packed["weight_zero_point"] * scale
         both |= offset.view(torch.int16).to(torch.int32) << 16
-    both = both.view(torch.bfloat16).view(len(scale), problem.n, 2)
-    if len(scale) != problem.k // size:  # a channel is several of the kernel's groups
-        both = both.expand(problem.k // size, -1, -1).contiguous()
-    words = held["weight_blocks"].view(problem.n, problem.k // 2)
+    both = both.view(torch.bfloat16).view(len(scale), spec.n, 2)
+    if len(scale) != spec.k // size:  # a channel is several of the kernel's groups
+        both = both.expand(spec.k // size, -1, -1).contiguous()
+    words = packed["weight_blocks"].view(spec.n, spec.k // 2)
     return torch._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), words, size, both).to(x.dtype)
 
 
-def sliced_linear(x: Tensor, held: Held, problem: Problem) -> Tensor:
+def tiled_linear(x: Tensor, packed: PackedWeight, spec: LinearSpec) -> Tensor:
     """x · Wᵀ with sums in float32, dequantizing a few blocks at a time: (M, K) -> (M, N)."""
-    k, blocks, half = problem.k, held["weight_blocks"], held["weight_blocks"].shape[2]
-    scale = held["weight_scale"].float()
-    zero = 8 if problem.weights.symmetric else held["weight_zero_point"] + 8.0
+    k, blocks, half = spec.k, packed["weight_blocks"], packed["weight_blocks"].shape[2]
+    scale = packed["weight_scale"].float()
+    zero = 8 if spec.weights.symmetric else packed["weight_zero_point"] + 8.0
     wide = x.to(torch.float32)
     # x·(U − z)ᵀ·s = x·(U·s)ᵀ − Σx·(z·s): the codes need no subtraction, one small product for each group does it.
     out = -wide.view(len(x), len(scale), -1).sum(-1) @ (scale * zero)
     by_block = scale.view(len(scale), 1, len(blocks), 2, half)
-    step = max(1, min(len(blocks), SLICE // (2 * half * k)))
+    step = max(1, min(len(blocks), TILE // (2 * half * k)))
     scratch = torch.empty(k * step * 2 * half)
     for start in range(0, len(blocks), step):
         part = blocks[start : start + step].transpose(0, 1)
@@ -140,6 +138,4 @@ def sliced_linear(x: Tensor, held: Held, problem: Problem) -> Tensor:
     return out.to(x.dtype)
 
 
-BLOCKS = Layout("in torch's blocks for int4", arrange, restore)
-PACKED = Kernel("packed int4, bfloat16 input (torch)", BLOCKS, refuse, packed_linear, rows=up_to(32))
-SLICED = Kernel("packed int4, slice by slice in float32", BLOCKS, refuse, sliced_linear)
+BLOCKS = WeightLayout("in torch's blocks for int4", prepack, unpack)

@@ -11,68 +11,61 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from canopyq.kernels.kernel import Held, Kernel, Problem, up_to
-from canopyq.kernels.reference import PLAIN
+from canopyq.kernels.spec import LinearSpec, PackedWeight
 from canopyq.tensor.formats import IntFormat
 from canopyq.tensor.quantized_tensor import QuantizedTensor
 
 VECTOR = 16
 
 
-def _elsewhere(problem: Problem) -> str | None:
-    if problem.device.type != "cpu":
-        return f"it is a processor's kernel; the layer lies on {problem.device}"
-    return None
-
-
-def _not_int8(problem: Problem) -> str | None:
-    fmt, granularity = problem.weights.format, problem.weights.granularity
-    if not (isinstance(fmt, IntFormat) and fmt.bits == 8 and problem.weights.symmetric):
-        return f"it takes symmetric int8 weights; these are {problem.weights}"
+def _not_int8(spec: LinearSpec) -> str | None:
+    fmt, granularity = spec.weights.format, spec.weights.granularity
+    if not (isinstance(fmt, IntFormat) and fmt.bits == 8 and spec.weights.symmetric):
+        return f"it takes symmetric int8 weights; these are {spec.weights}"
     if granularity.kind != "channel" or granularity.axis != 0:
         return f"it takes one scale for each output channel; these have one per {granularity}"
     return None
 
 
-def refuse_weight_only(problem: Problem) -> str | None:
-    if problem.activations is not None:
+def unsupported_weight_only(spec: LinearSpec) -> str | None:
+    if spec.activations is not None:
         return "it leaves activations in 16 bits, and this recipe quantizes them"
-    if reason := _elsewhere(problem) or _not_int8(problem):
+    if reason := _not_int8(spec):
         return reason
-    if problem.weights.scale_dtype != torch.bfloat16:
-        return f"it takes bfloat16 scales; these are {problem.weights.scale_dtype}"
-    return _not_whole_vectors(problem)
+    if spec.weights.scale_dtype != torch.bfloat16:
+        return f"it takes bfloat16 scales; these are {spec.weights.scale_dtype}"
+    return _not_whole_vectors(spec)
 
 
-def _not_whole_vectors(problem: Problem) -> str | None:
+def _not_whole_vectors(spec: LinearSpec) -> str | None:
     """torch._weight_int8pack_mm reads a row 16 values at a time (8 without AVX-512), past its end if need be."""
-    return f"it takes in_features in multiples of {VECTOR}; this layer has {problem.k}" if problem.k % VECTOR else None
+    return f"it takes in_features in multiples of {VECTOR}; this layer has {spec.k}" if spec.k % VECTOR else None
 
 
-def weight_only(x: Tensor, held: Held, problem: Problem) -> Tensor:
+def weight_only(x: Tensor, packed: PackedWeight, spec: LinearSpec) -> Tensor:
     """x · Wᵀ with x rounded to bfloat16: (M, K) -> (M, N)."""
-    out = torch._weight_int8pack_mm(x.to(torch.bfloat16), held["weight"], held["weight_scale"].flatten())
+    out = torch._weight_int8pack_mm(x.to(torch.bfloat16), packed["weight"], packed["weight_scale"].flatten())
     return out.to(x.dtype)
 
 
-def not_codes(problem: Problem) -> str | None:
+def not_codes(spec: LinearSpec) -> str | None:
     """Why 8-bit integer inputs cannot meet the weight, whatever multiplies them."""
-    scheme = problem.activations
+    scheme = spec.activations
     if scheme is None:
         return "it multiplies integers by integers, and this recipe leaves activations as they are"
     if not (isinstance(scheme.format, IntFormat) and scheme.format.bits == 8):
         return f"it takes int8 activations; these are {scheme}"
     if scheme.granularity.kind not in ("token", "tensor"):
         return f"it takes one input scale for each token or one in all; these have one per {scheme.granularity}"
-    return _not_int8(problem)
+    return _not_int8(spec)
 
 
-def refuse_int8(problem: Problem) -> str | None:
-    if reason := _elsewhere(problem) or not_codes(problem) or sums_overflow(problem):
+def unsupported_int8(spec: LinearSpec) -> str | None:
+    if reason := not_codes(spec) or sums_overflow(spec):
         return reason
     if not torch.cpu._is_vnni_supported():
         return "this processor has no int8 dot product (VNNI), and without it integers are slower than float32"
-    if problem.k < 2:
+    if spec.k < 2:
         return "torch's product of integers is wrong for one input feature"
     if not products_are_exact():
         return "torch's product of integers saturates here, as oneDNN's does without an int8 dot product (VNNI)"
@@ -87,19 +80,19 @@ def products_are_exact() -> bool:
     return bool((torch._int_mm(x, w) == 64 * 127 * -128).all() and (torch._int_mm(-x, w) == 64 * 127 * 128).all())
 
 
-def sums_overflow(problem: Problem) -> str | None:
+def sums_overflow(spec: LinearSpec) -> str | None:
     """Codes and zero points are at most 128, so |Σ(q − z)·w| ≤ K · 255 · 128 has to fit in int32."""
-    return f"sums of {problem.k} products may not fit in 32 bits" if problem.k > 2**31 // 2**15 else None
+    return f"sums of {spec.k} products may not fit in 32 bits" if spec.k > 2**31 // 2**15 else None
 
 
-def refuse_codes(problem: Problem) -> str | None:
-    return _elsewhere(problem) or not_codes(problem) or _not_whole_vectors(problem)
+def unsupported_bfloat16(spec: LinearSpec) -> str | None:
+    return not_codes(spec) or _not_whole_vectors(spec)
 
 
-def int8_by_int8(x: QuantizedTensor, held: Held, problem: Problem) -> Tensor:
+def int8_by_int8(x: QuantizedTensor, packed: PackedWeight, spec: LinearSpec) -> Tensor:
     """(Q − z)·s · (Wq·w)ᵀ = (Q·Wqᵀ − z·ΣWq) · s·w, sums in int32: (M, K) -> (M, N) in x's dtype."""
-    codes = held["weight"]
-    return epilogue(torch._int_mm(x.data, codes.t()), x, codes, held["weight_scale"])
+    codes = packed["weight"]
+    return epilogue(torch._int_mm(x.data, codes.t()), x, codes, packed["weight_scale"])
 
 
 def epilogue(sums: Tensor, x: QuantizedTensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -111,26 +104,11 @@ def epilogue(sums: Tensor, x: QuantizedTensor, codes: Tensor, scale: Tensor) -> 
     return out.mul_(scale.to(torch.float32).t()).to(x.dtype)
 
 
-def codes_in_bfloat16(x: QuantizedTensor, held: Held, problem: Problem) -> Tensor:
+def codes_in_bfloat16(x: QuantizedTensor, packed: PackedWeight, spec: LinearSpec) -> Tensor:
     """The same with float32 sums, rounded to bfloat16 once: (M, K) -> (M, N) in x's dtype."""
     codes = x.data.to(torch.bfloat16)
     if x.zero_point is not None:
         codes -= x.zero_point.reshape(-1, 1)  # in −255…255, which bfloat16 holds too
-    sums = torch._weight_int8pack_mm(codes, held["weight"], torch.ones(problem.n, dtype=torch.bfloat16))
+    sums = torch._weight_int8pack_mm(codes, packed["weight"], torch.ones(spec.n, dtype=torch.bfloat16))
     out = sums * x.scale.to(torch.float32).reshape(-1, 1)
-    return out.mul_(held["weight_scale"].to(torch.float32).t()).to(x.dtype)
-
-
-WEIGHT_ONLY = Kernel(
-    "packed int8, bfloat16 input (torch)", PLAIN, refuse_weight_only, weight_only, rows=up_to(16), example="w8a16"
-)
-INT8 = Kernel("int8 by int8, int32 sums (torch)", PLAIN, refuse_int8, int8_by_int8, example="w8a8", takes_codes=True)
-CODES = Kernel(
-    "int8 codes held in bfloat16 by int8 (torch)",
-    PLAIN,
-    refuse_codes,
-    codes_in_bfloat16,
-    up_to(16),
-    "w8a8",
-    takes_codes=True,
-)
+    return out.mul_(packed["weight_scale"].to(torch.float32).t()).to(x.dtype)

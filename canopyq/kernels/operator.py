@@ -16,12 +16,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from canopyq.errors import CanopyError
-from canopyq.kernels import activations, select
-from canopyq.kernels.kernel import Held, Kernel, Layout, Problem
+from canopyq.kernels import activations, dispatch
+from canopyq.kernels.dispatch import Kernel
+from canopyq.kernels.spec import LinearSpec, PackedWeight, WeightLayout
 from canopyq.tensor.granularity import Granularity
 from canopyq.tensor.scheme import Scheme
 
-LAYOUTS = {kernel.layout.name: kernel.layout for kernel in select.KERNELS}
+LAYOUTS = {kernel.layout.name: kernel.layout for kernel in dispatch.KERNELS.values()}
 
 
 def is_traced(x: Tensor) -> bool:
@@ -31,41 +32,41 @@ def is_traced(x: Tensor) -> bool:
 
 def multiply(
     x: Tensor,
-    held: Held,
-    problem: Problem,
+    packed: PackedWeight,
+    spec: LinearSpec,
     kernels: Sequence[Kernel],
     input_scale: Tensor | None = None,
     input_zero_point: Tensor | None = None,
 ) -> Tensor:
     """x · Wᵀ by the first of ``kernels`` that takes so many rows: (M, K) contiguous -> (M, N) in x's dtype. The input
-    is quantized if the problem says so, by a static range (1,) if one is given. Of float64 the product is exact to its
+    is quantized if the spec says so, by a static range (1,) if one is given. Of float64 the product is exact to its
     last bits, where the kernels round to less."""
     if not len(x):
-        return x.new_empty(0, problem.n)
-    kernel, scheme = select.pick(kernels, len(x)), problem.activations
+        return x.new_empty(0, spec.n)
+    kernel, scheme = dispatch.select(kernels, len(x)), spec.activations
     if x.dtype == torch.float64:
         given = x if scheme is None else activations.rounded(x, scheme, input_scale, input_zero_point)
-        return given @ kernel.layout.restore(held, problem).dequantize(x.dtype).t()
+        return given @ kernel.layout.unpack(packed, spec).dequantize(x.dtype).t()
     if scheme is None:
-        return kernel.run(x, held, problem)
+        return kernel.run(x, packed, spec)
     if not kernel.takes_codes:
-        return kernel.run(activations.rounded(x, scheme, input_scale, input_zero_point), held, problem)
+        return kernel.run(activations.rounded(x, scheme, input_scale, input_zero_point), packed, spec)
     if input_scale is None:
-        return kernel.run(activations.dynamic(x, scheme), held, problem)
-    return kernel.run(activations.fixed(x, scheme, input_scale, input_zero_point), held, problem)
+        return kernel.run(activations.dynamic(x, scheme), packed, spec)
+    return kernel.run(activations.fixed(x, scheme, input_scale, input_zero_point), packed, spec)
 
 
-def describe(problem: Problem, layout: Layout, names: Sequence[str]) -> str:
+def describe(spec: LinearSpec, layout: WeightLayout, names: Sequence[str]) -> str:
     """All that the operators need to know of a weight beside its tensors, whose ``names`` come in their order."""
     return json.dumps(
         {
             "layout": layout.name,
             "tensors": list(names),
-            "weights": _scheme_as_dict(problem.weights),
-            "activations": problem.activations and _scheme_as_dict(problem.activations),
-            "n": problem.n,
-            "k": problem.k,
-            "weight_dtype": _name(problem.weight_dtype),
+            "weights": _scheme_as_dict(spec.weights),
+            "activations": spec.activations and _scheme_as_dict(spec.activations),
+            "n": spec.n,
+            "k": spec.k,
+            "weight_dtype": _name(spec.weight_dtype),
         }
     )
 
@@ -82,17 +83,17 @@ def quantized_linear(
         description: by `describe`.
         input_scale, input_zero_point: (1,) each, a static range for x; None takes it from x.
     """
-    names, problem, layout, kernels = _read(description, weight[0].device)
-    held = dict(zip(names, weight, strict=True))
-    return multiply(x.contiguous(), held, problem, kernels, input_scale, input_zero_point)
+    names, spec, layout, kernels = _read(description, weight[0].device)
+    packed = dict(zip(names, weight, strict=True))
+    return multiply(x.contiguous(), packed, spec, kernels, input_scale, input_zero_point)
 
 
 @torch.library.custom_op("canopyq::dequantized_linear", mutates_args=())
 def dequantized_linear(x: Tensor, weight: list[Tensor], description: str, transposed: bool) -> Tensor:
     """x · Ŵᵀ, or x · Ŵ if ``transposed``, in x's dtype, with Ŵ dequantized to it: (M, K) -> (M, N), (M, N) -> (M, K).
     The arguments are those of `quantized_linear`."""
-    names, problem, layout, _ = _read(description, weight[0].device)
-    dequantized = layout.restore(dict(zip(names, weight, strict=True)), problem).dequantize(x.dtype)
+    names, spec, layout, _ = _read(description, weight[0].device)
+    dequantized = layout.unpack(dict(zip(names, weight, strict=True)), spec).dequantize(x.dtype)
     return x @ (dequantized if transposed else dequantized.t())
 
 
@@ -125,14 +126,16 @@ dequantized_linear.register_autograd(_gradient, setup_context=_remember)
 
 
 @cache
-def _read(description: str, device: torch.device) -> tuple[tuple[str, ...], Problem, Layout, tuple[Kernel, ...]]:
+def _read(
+    description: str, device: torch.device
+) -> tuple[tuple[str, ...], LinearSpec, WeightLayout, tuple[Kernel, ...]]:
     said = json.loads(description)
     weights, inputs = _scheme_of_dict(said["weights"]), said["activations"] and _scheme_of_dict(said["activations"])
     if said["layout"] not in LAYOUTS:
         raise CanopyError(f"this canopyq holds no weight {said['layout']!r}; export the program again")
-    problem = Problem(weights, inputs, said["n"], said["k"], getattr(torch, said["weight_dtype"]), device)
+    spec = LinearSpec(weights, inputs, said["n"], said["k"], getattr(torch, said["weight_dtype"]), device)
     layout = LAYOUTS[said["layout"]]
-    return tuple(said["tensors"]), problem, layout, select.of_layout(problem, layout)
+    return tuple(said["tensors"]), spec, layout, dispatch.candidates_in_layout(spec, layout)
 
 
 def _scheme_as_dict(scheme: Scheme) -> dict:

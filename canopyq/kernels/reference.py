@@ -6,49 +6,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from canopyq.kernels.kernel import Held, Kernel, Layout, Problem
+from canopyq.kernels.spec import LinearSpec, PackedWeight, WeightLayout
 from canopyq.tensor.quantized_tensor import QuantizedTensor
 
 
-def arrange(weight: QuantizedTensor) -> dict[str, Tensor]:
+def prepack(weight: QuantizedTensor) -> dict[str, Tensor]:
     """The tensors of a `QuantizedTensor` as they are, under the names of the compressed-tensors checkpoint."""
     parts = dict(weight.parts)
     data = parts.pop("data")
-    packed = weight.scheme.format.bits < 8
-    return {"weight_packed" if packed else "weight": data} | {f"weight_{name}": part for name, part in parts.items()}
+    name = "weight_packed" if weight.scheme.format.bits < 8 else "weight"
+    return {name: data} | {f"weight_{name}": part for name, part in parts.items()}
 
 
-def restore(held: Held, problem: Problem) -> QuantizedTensor:
+def unpack(packed: PackedWeight, spec: LinearSpec) -> QuantizedTensor:
     """The `QuantizedTensor` whose tensors these are; memory is shared."""
-    data = held["weight_packed"] if "weight_packed" in held else held["weight"]
+    data = packed["weight_packed"] if "weight_packed" in packed else packed["weight"]
     return QuantizedTensor(
         data,
-        held.get("weight_scale"),
-        held.get("weight_zero_point"),
-        problem.weights,
-        torch.Size([problem.n, problem.k]),
-        problem.weight_dtype,
-        held.get("weight_global_scale"),
+        packed.get("weight_scale"),
+        packed.get("weight_zero_point"),
+        spec.weights,
+        torch.Size([spec.n, spec.k]),
+        spec.weight_dtype,
+        packed.get("weight_global_scale"),
     )
 
 
-def part(held: Held, problem: Problem, start: int, stop: int) -> dict[str, Tensor] | None:
+def slice_rows(packed: PackedWeight, spec: LinearSpec, start: int, stop: int) -> dict[str, Tensor] | None:
     """Rows of a weight whose tensors all have a row for each of its rows."""
-    if any(len(tensor) != problem.n for tensor in held.values()):
+    if any(len(tensor) != spec.n for tensor in packed.values()):
         return None
-    return {name: tensor[start:stop] for name, tensor in held.items()}
+    return {name: tensor[start:stop] for name, tensor in packed.items()}
 
 
-PLAIN = Layout("as in the checkpoint", arrange, restore, part)
+CHECKPOINT_LAYOUT = WeightLayout("as in the checkpoint", prepack, unpack, slice_rows)
 
 
-def linear(x: Tensor, held: Held, problem: Problem) -> Tensor:
+def linear(x: Tensor, packed: PackedWeight, spec: LinearSpec) -> Tensor:
     """x · Wᵀ with W dequantized to x's dtype: (M, K) -> (M, N). Differentiable in x."""
-    return F.linear(x, restore(held, problem).dequantize(x.dtype))
-
-
-def refuse(problem: Problem) -> None:
-    """It runs everything, everywhere."""
-
-
-REFERENCE = Kernel("reference: dequantize, then multiply", PLAIN, refuse, linear)
+    return F.linear(x, unpack(packed, spec).dequantize(x.dtype))

@@ -41,7 +41,7 @@ _ROOMS = {  # loaded when one of its names is asked for
     "canopyq.methods.gptq": ("gptq",),
     "canopyq.methods.mixed": ("sensitivity",),
     "canopyq.methods.smoothquant": ("smooth_scales",),
-    "canopyq.kernels.cuda.fragments": ("arrange",),
+    "canopyq.kernels.cuda.fragments": ("prepack",),
     "canopyq.tensor.packing": ("pack", "unpack", "unpack_bytes"),
     "canopyq.tensor.scheme": ("Recipe",),
     "canopyq.calibration.static_range": ("static_range",),

@@ -46,7 +46,7 @@ class QuantizedEmbedding(QuantizedLinear):
     def num_embeddings(self) -> int:
         return self.out_features
 
-    def arrange(self) -> QuantizedEmbedding:
+    def prepack(self) -> QuantizedEmbedding:
         """Rows are looked up in the checkpoint's layout."""
         return self
 

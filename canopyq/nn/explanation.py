@@ -9,9 +9,9 @@ from torch import nn
 
 from canopyq import checks
 from canopyq.errors import CanopyError, and_more
-from canopyq.kernels import reference, select
-from canopyq.kernels.kernel import Problem
-from canopyq.kernels.select import Verdict
+from canopyq.kernels import dispatch
+from canopyq.kernels.dispatch import Verdict
+from canopyq.kernels.spec import LinearSpec
 from canopyq.memory import human
 from canopyq.nn.linear import QuantizedLinear, quantized_layers
 from canopyq.nn.offload import is_away, lies, runs_on
@@ -89,9 +89,9 @@ def explain(model: nn.Module) -> Explanation:
             name,
             (layer.out_features, layer.in_features),
             str(layer.scheme) + (f", input {layer.input_words}" if layer.activations else ""),
-            sum(tensor.nbytes for tensor in layer.held.values()),
+            sum(tensor.nbytes for tensor in layer.packed.values()),
             _place(layer),
-            tuple(select.verdicts(_problem(layer, runs_on(layer)))),
+            tuple(dispatch.verdicts(_spec(layer, runs_on(layer)))),
         )
         for name, layer in quantized_layers(model)
         if type(layer) is QuantizedLinear
@@ -112,16 +112,16 @@ def require_fast(name: str, layer: QuantizedLinear, device: torch.device | None 
     """
     if type(layer) is not QuantizedLinear:
         return
-    problem = _problem(layer, device)
-    kernel = select.pick(select.usable(problem), 1)
-    if kernel == reference.REFERENCE:
-        reasons = "; ".join(f"{v.kernel}: {v.reason}" for v in select.verdicts(problem) if v.reason)
+    spec = _spec(layer, device)
+    kernel = dispatch.select(dispatch.candidates(spec), 1)
+    if kernel == dispatch.KERNELS["reference"]:
+        reasons = "; ".join(f"{v.kernel}: {v.reason}" for v in dispatch.verdicts(spec) if v.reason)
         raise CanopyError(f"strict: {name} would run on the reference. {reasons}")
 
 
-def _problem(layer: QuantizedLinear, device: torch.device | None) -> Problem:
-    return layer.problem if device is None else replace(layer.problem, device=device)
+def _spec(layer: QuantizedLinear, device: torch.device | None) -> LinearSpec:
+    return layer.spec if device is None else replace(layer.spec, device=device)
 
 
 def _place(layer: QuantizedLinear) -> str:
-    return f"{runs_on(layer)}, its weight {lies(layer)}" if is_away(layer) else str(layer.problem.device)
+    return f"{runs_on(layer)}, its weight {lies(layer)}" if is_away(layer) else str(layer.spec.device)

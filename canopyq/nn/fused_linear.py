@@ -1,7 +1,7 @@
 """Several linear layers of one input as a single product: query, key and value; gate and up.
 
-One product of 12,288 rows reads its weights faster than three of 4,096, and starts once. The joined layer holds the
-memory, and the single ones come to look into it, so that a model that was joined is as large as before.
+One product of 12,288 rows reads its weights faster than three of 4,096, and starts once. The fused layer holds the
+memory, and the single ones come to look into it, so that a model that was fused is as large as before.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from canopyq.nn.linear import QuantizedLinear
 from canopyq.tensor.quantized_tensor import QuantizedTensor
 
 
-class Separate(nn.Module):
-    """The layers one after the other, where they cannot be joined.
+class UnfusedLinears(nn.Module):
+    """The layers one after the other, where they cannot be fused.
 
     Args:
         reason: why not.
@@ -29,22 +29,22 @@ class Separate(nn.Module):
 
 
 @torch.no_grad()
-def join(*layers: nn.Module) -> nn.Module:
+def fuse_linears(*layers: nn.Module) -> nn.Module:
     """A module that gives the outputs of all layers side by side: (…, K) -> (…, N1 + N2 + …).
 
-    Plain and quantized linear layers are joined where their weights can lie in one piece of memory; else the result is
-    a `Separate`, which knows the reason.
+    Plain and quantized linear layers are fused where their weights can lie in one piece of memory; else the result is
+    an `UnfusedLinears`, which knows the reason.
     """
-    if reason := _refuse(layers):
-        return Separate(layers, reason)
+    if reason := _unfusable(layers):
+        return UnfusedLinears(layers, reason)
     biases = [layer.bias for layer in layers]
     bias = None if biases[0] is None else torch.cat(biases)
     if type(layers[0]) is nn.Linear:
-        return _join_plain(layers, bias)
-    return _join_quantized(layers, bias)
+        return _fuse_plain(layers, bias)
+    return _fuse_quantized(layers, bias)
 
 
-def _refuse(layers: tuple[nn.Module, ...]) -> str | None:
+def _unfusable(layers: tuple[nn.Module, ...]) -> str | None:
     kinds = {type(layer) for layer in layers}
     if len(kinds) > 1 or not kinds <= {nn.Linear, QuantizedLinear}:
         return f"they are of different kinds: {', '.join(sorted(kind.__name__ for kind in kinds))}"
@@ -66,30 +66,30 @@ def _refuse(layers: tuple[nn.Module, ...]) -> str | None:
     return None
 
 
-def _join_plain(layers: tuple[nn.Linear, ...], bias: Tensor | None) -> nn.Linear:
+def _fuse_plain(layers: tuple[nn.Linear, ...], bias: Tensor | None) -> nn.Linear:
     rows = [layer.out_features for layer in layers]
-    joined = nn.Linear(layers[0].in_features, sum(rows), bias=False, device="meta")
-    joined.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
-    joined.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    for layer, part in zip(layers, joined.weight.split(rows), strict=True):
+    fused = nn.Linear(layers[0].in_features, sum(rows), bias=False, device="meta")
+    fused.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
+    fused.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    for layer, part in zip(layers, fused.weight.split(rows), strict=True):
         layer.weight = nn.Parameter(part, requires_grad=layer.weight.requires_grad)
-    return joined
+    return fused
 
 
-def _join_quantized(layers: tuple[QuantizedLinear, ...], bias: Tensor | None) -> nn.Module:
+def _fuse_quantized(layers: tuple[QuantizedLinear, ...], bias: Tensor | None) -> nn.Module:
     weights = [layer.quantized_weight for layer in layers]
-    joined = QuantizedLinear(_stacked(weights), bias, layers[0].activations).arrange()
-    if joined.layout.part is None:
-        return Separate(layers, f"a weight that is held {joined.layout.name} cannot be shared")
+    fused = QuantizedLinear(_stacked(weights), bias, layers[0].activations).prepack()
+    if fused.layout.slice_rows is None:
+        return UnfusedLinears(layers, f"a weight that is held {fused.layout.name} cannot be shared")
     start, parts = 0, []
     for layer in layers:
-        parts.append(joined.layout.part(joined.held, joined.problem, start, start + layer.out_features))
+        parts.append(fused.layout.slice_rows(fused.packed, fused.spec, start, start + layer.out_features))
         start += layer.out_features
     if any(part is None for part in parts):
-        return Separate(layers, f"held {joined.layout.name}, their rows do not begin where a block of rows does")
+        return UnfusedLinears(layers, f"held {fused.layout.name}, their rows do not begin where a block of rows does")
     for layer, part in zip(layers, parts, strict=True):
-        layer.hold(part, joined.layout)
-    return joined
+        layer.set_packed(part, fused.layout)
+    return fused
 
 
 def _stacked(weights: list[QuantizedTensor]) -> QuantizedTensor:

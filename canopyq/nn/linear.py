@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from canopyq import checks
 from canopyq.errors import CanopyError, shown
-from canopyq.kernels import operator, reference, select
-from canopyq.kernels.cuda import eight_bits
-from canopyq.kernels.kernel import Layout, Problem
+from canopyq.kernels import dispatch, operator, reference
+from canopyq.kernels.cuda import quantize_rows
+from canopyq.kernels.spec import LinearSpec, WeightLayout
 from canopyq.tensor import affine
 from canopyq.tensor.quantized_tensor import QuantizedTensor, quantize
 from canopyq.tensor.scheme import Scheme
@@ -72,7 +72,7 @@ class QuantizedLinear(nn.Module):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)
         self.weight_names: tuple[str, ...] = ()
-        self.hold(reference.arrange(weight), reference.PLAIN)
+        self.set_packed(reference.prepack(weight), reference.CHECKPOINT_LAYOUT)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, scheme: Scheme, activations: Scheme | None = None) -> QuantizedLinear:
@@ -82,7 +82,7 @@ class QuantizedLinear(nn.Module):
         return cls(quantize(linear.weight, scheme), linear.bias, activations)
 
     @property
-    def held(self) -> dict[str, Tensor]:
+    def packed(self) -> dict[str, Tensor]:
         """The weight's tensors in the layout that they have now."""
         return {name: self._buffers[name] for name in self.weight_names}
 
@@ -92,16 +92,16 @@ class QuantizedLinear(nn.Module):
         return self._buffers[self.weight_names[0]]
 
     @property
-    def problem(self) -> Problem:
+    def spec(self) -> LinearSpec:
         """What the kernels need to know of this layer."""
         device = self._buffers[self.weight_names[0]].device
         shape = (self.out_features, self.in_features)
-        return Problem(self.scheme, self.activations, *shape, self.weight_dtype, device)
+        return LinearSpec(self.scheme, self.activations, *shape, self.weight_dtype, device)
 
     @property
     def quantized_weight(self) -> QuantizedTensor:
         """The weight as a `QuantizedTensor`; as long as no kernel wants another layout, it shares memory."""
-        return self.layout.restore(self.held, self.problem)
+        return self.layout.unpack(self.packed, self.spec)
 
     @property
     def input_words(self) -> str:
@@ -110,7 +110,7 @@ class QuantizedLinear(nn.Module):
             return ""
         return f"{self.activations} {'dynamic' if self.input_scale is None else 'static'}"
 
-    def hold(self, tensors: dict[str, Tensor], layout: Layout) -> None:
+    def set_packed(self, tensors: dict[str, Tensor], layout: WeightLayout) -> None:
         """Take the weight from these tensors, which lie in ``layout``, and let go of the old ones."""
         for name in self.weight_names:
             del self._buffers[name]
@@ -118,15 +118,15 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.weight_names = tuple(tensors)
         self.layout, self._kernels = layout, None
-        self._description = operator.describe(self.problem, layout, self.weight_names)
+        self._description = operator.describe(self.spec, layout, self.weight_names)
 
-    def arrange(self) -> QuantizedLinear:
+    def prepack(self) -> QuantizedLinear:
         """Lay the weight out for the fastest kernel that can run here. The first call of `forward` does it too, unless
         it is traced: a graph computes on the weight as it lies."""
-        kernels = select.usable(self.problem)
+        kernels = dispatch.candidates(self.spec)
         if kernels[0].layout != self.layout:
             with torch.inference_mode(False), torch.no_grad():
-                self.hold(kernels[0].layout.arrange(self.quantized_weight), kernels[0].layout)
+                self.set_packed(kernels[0].layout.prepack(self.quantized_weight), kernels[0].layout)
         self._kernels = kernels
         return self
 
@@ -143,40 +143,42 @@ class QuantizedLinear(nn.Module):
     def takes_codes_of(self, x: Tensor) -> bool:
         """Whether `multiply` takes codes that were made of inputs such as ``x`` (M, in_features) beforehand."""
         if self._kernels is None:
-            self.arrange()
+            self.prepack()
         dynamic = self.activations is not None and self.input_scale is None
-        return dynamic and select.pick(self._kernels, len(x)).takes_codes and eight_bits.takes(x, self.activations)
+        return (
+            dynamic and dispatch.select(self._kernels, len(x)).takes_codes and quantize_rows.takes(x, self.activations)
+        )
 
     def multiply(self, x: QuantizedTensor) -> Tensor:
         """What `forward` gives for an input whose codes, in the scheme of ``activations``, are known:
         (M, in_features) -> (M, out_features)."""
-        out = select.pick(self._kernels, len(x.data)).run(x, self.held, self.problem)
+        out = dispatch.select(self._kernels, len(x.data)).run(x, self.packed, self.spec)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def _multiply(self, x: Tensor) -> Tensor:
         """(M, in_features) -> (M, out_features)."""
         traced, differentiated = operator.is_traced(x), torch.is_grad_enabled() and x.requires_grad
         if self._kernels is None and not traced:
-            self.arrange()
+            self.prepack()
         if self.activations is None and differentiated:  # exact, where the kernels round to bfloat16
-            return operator.dequantized_linear(x, [*self.held.values()], self._description, False)
+            return operator.dequantized_linear(x, [*self.packed.values()], self._description, False)
         ranges = self.input_scale, self.input_zero_point
         if traced or differentiated:
-            return operator.quantized_linear(x, [*self.held.values()], self._description, *ranges)
-        return operator.multiply(x, self.held, self.problem, self._kernels, *ranges)
+            return operator.quantized_linear(x, [*self.packed.values()], self._description, *ranges)
+        return operator.multiply(x, self.packed, self.spec, self._kernels, *ranges)
 
-    def _make_plain(self) -> None:
-        if self.layout != reference.PLAIN:
-            self.hold(reference.arrange(self.quantized_weight), reference.PLAIN)
+    def _unpack(self) -> None:
+        if self.layout != reference.CHECKPOINT_LAYOUT:
+            self.set_packed(reference.prepack(self.quantized_weight), reference.CHECKPOINT_LAYOUT)
         self._kernels = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """What `.to()`, `.half()` and `.cuda()` call: buffers go to another device, but never to another dtype."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        device = self.problem.device
+        device = self.spec.device
         probe = fn(torch.empty(0, device=device))
         if probe.device != device:
-            self._make_plain()
+            self._unpack()
             before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -188,7 +190,7 @@ class QuantizedLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.weight_names:
             destination.pop(prefix + name, None)
-        for name, tensor in reference.arrange(self.quantized_weight).items():
+        for name, tensor in reference.prepack(self.quantized_weight).items():
             destination[prefix + name] = tensor
         if (metadata := getattr(destination, "_metadata", None)) is not None:  # codes do not say whose they are
             metadata.setdefault(prefix[:-1], {})["format"] = self.scheme.format.name
@@ -201,9 +203,9 @@ class QuantizedLinear(nn.Module):
             arguments[-1].append(f"{prefix}{self.weight_names[0]} holds {given} codes, and they are "
                                  f"{self.scheme.format.name} here: quantize by the same recipe first")  # fmt: skip
             return
-        self._make_plain()
+        self._unpack()
         super()._load_from_state_dict(state_dict, prefix, metadata, *arguments)
-        for name, tensor in self.held.items():  # which torch has cast, if it had to
+        for name, tensor in self.packed.items():  # which torch has cast, if it had to
             given = state_dict.get(prefix + name)
             if given is not None and given.dtype != tensor.dtype:
                 arguments[-1].append(f"{prefix}{name} is {given.dtype}, and codes and scales of {self.scheme} "

@@ -87,7 +87,7 @@ class Replacing:
         from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
         hook = _offloading(old)
-        layer.to(_device(hook)).arrange()  # the layout has to be the last one: a fetched layer cannot change it
+        layer.to(_device(hook)).prepack()  # the layout has to be the last one: a fetched layer cannot change it
         named = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
         store: Mapping[str, Tensor] = {leaf: tensor.detach().cpu() for leaf, tensor in named}
         if (folder := _disk(hook)) is not None:

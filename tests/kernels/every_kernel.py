@@ -23,7 +23,7 @@ def kinds(recipe: str) -> list[Tile]:
     """Tiles of the table that differ in more than the lengths of rings."""
     found = {}
     for tile, _ in selection.palette(recipe):
-        how = ("columns", "tall", "warpgroups", "beside", "deep")
+        how = ("columns", "m_tiles", "warpgroups", "warpgroups_m", "warpgroups_k")
         key = tuple(getattr(tile, name, None) for name in how), getattr(tile, "cluster", 1) > 1
         found.setdefault((tile.KERNEL, *key), tile)
     return list(found.values())
@@ -32,7 +32,7 @@ def kinds(recipe: str) -> list[Tile]:
 def rows_of(tile: Tile) -> int:
     if isinstance(tile, DecodeTile):
         return 8 * tile.columns - 1
-    return SkinnyTile.ROWS if isinstance(tile, SkinnyTile) else tile.tokens + 5
+    return SkinnyTile.MAX_ROWS if isinstance(tile, SkinnyTile) else tile.tokens + 5
 
 
 @torch.inference_mode()

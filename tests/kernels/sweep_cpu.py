@@ -26,8 +26,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from canopyq.kernels import activations, cpu_int4, cpu_int8, reference, sliced
-from canopyq.kernels.kernel import ANY, Kernel, Problem
+from canopyq.kernels import activations, cpu_tiled, dispatch
+from canopyq.kernels.dispatch import Kernel
+from canopyq.kernels.spec import ANY_ROWS, LinearSpec
 from canopyq.nn.linear import QuantizedLinear
 from canopyq.tensor.granularity import Granularity
 from canopyq.tensor.quantized_tensor import QuantizedTensor, quantize
@@ -83,10 +84,9 @@ FORMS = {
     "fp8 by fp8": Form(FP8, Scheme("fp8", "token")),
     "fp8 by fp8 static": Form(FP8, Scheme("fp8", "tensor"), static=True),
 }
-KERNELS = (cpu_int4.PACKED, cpu_int4.SLICED, cpu_int8.WEIGHT_ONLY, cpu_int8.INT8, cpu_int8.CODES,
-           sliced.SLICED, reference.REFERENCE)  # fmt: skip
-ROUNDS_INPUT = (cpu_int4.PACKED, cpu_int8.WEIGHT_ONLY)  # to bfloat16
-IN_BFLOAT16 = (*ROUNDS_INPUT, cpu_int8.CODES)  # what they return
+KERNELS = tuple(kernel for kernel in dispatch.KERNELS.values() if kernel.device != "cuda")
+ROUNDS_INPUT = (dispatch.KERNELS["cpu_int4"], dispatch.KERNELS["cpu_w8a16"])  # to bfloat16
+IN_BFLOAT16 = (*ROUNDS_INPUT, dispatch.KERNELS["cpu_w8a8_bfloat16"])  # what they return
 
 
 def bound(kernel: Kernel, form: Form, dtype: torch.dtype, k: int, exact: Tensor, total: Tensor) -> Tensor:
@@ -95,9 +95,9 @@ def bound(kernel: Kernel, form: Form, dtype: torch.dtype, k: int, exact: Tensor,
     share = (k + 8) * 2.0**-24
     if kernel in ROUNDS_INPUT:
         share += ROUNDOFF[BF16] if dtype != BF16 else 0
-    if kernel is cpu_int4.PACKED:  # it multiplies in bfloat16, with offsets z·s in bfloat16 too
+    if kernel is dispatch.KERNELS["cpu_int4"]:  # it multiplies in bfloat16, with offsets z·s in bfloat16 too
         share += 2 * ROUNDOFF[BF16]
-    if kernel is reference.REFERENCE:
+    if kernel is dispatch.KERNELS["reference"]:
         share += ROUNDOFF[dtype]
     if form.inputs is not None and not kernel.takes_codes:  # gets what the codes stand for, in the input's dtype
         share += ROUNDOFF[dtype]
@@ -160,13 +160,13 @@ class Sweep:
                 seen = x.double() if codes is None else codes.dequantize(torch.float64)
                 exact, total = seen @ values.t(), seen.abs() @ size.t()
                 for n, rows in ((n, rows) for n, rows, dtypes in outs if dtype in dtypes):
-                    weight = sliced._rows(whole, 0, n)
-                    problem = Problem.of(weight, form.inputs)
+                    weight = cpu_tiled._rows(whole, 0, n)
+                    spec = LinearSpec.of(weight, form.inputs)
                     for kernel in KERNELS:
-                        if kernel.refuse(problem) is None:
+                        if kernel.unsupported_reason(spec) is None:
                             layer = QuantizedLinear(weight, None, form.inputs, *ranges)
-                            layer.hold(kernel.layout.arrange(weight), kernel.layout)
-                            layer._kernels = (replace(kernel, rows=ANY),)
+                            layer.set_packed(kernel.layout.prepack(weight), kernel.layout)
+                            layer._kernels = (replace(kernel, rows=ANY_ROWS),)
                             limit = bound(kernel, form, dtype, k, exact[:, :n], total[:, :n])
                             given = codes if kernel.takes_codes else stand_for
                             self._layer(name, layer, x, given, exact[:, :n], limit, rows)
@@ -182,8 +182,8 @@ class Sweep:
         row_counts: tuple[int, ...],
     ) -> None:
         """The kernel on ``given`` for so many rows, and once the whole layer on a strided ``x``."""
-        kernel, held, problem = layer._kernels[0], layer.held, layer.problem
-        found = [kernel.run(first_rows(given, rows), held, problem) for rows in row_counts]
+        kernel, packed, spec = layer._kernels[0], layer.packed, layer.spec
+        found = [kernel.run(first_rows(given, rows), packed, spec) for rows in row_counts]
         odd = (layer.in_features + layer.out_features) % len(row_counts)
         same = torch.equal(layer(strided(x[: row_counts[odd]])), found[odd])
         well = all(y.dtype == x.dtype and y.shape == exact[: len(y)].shape for y in found)

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from canopyq.errors import CanopyError
-from canopyq.kernels import reference, select
-from canopyq.kernels.cuda import products, selection, weight_only
-from canopyq.kernels.cuda.fragments import FRAGMENTS, arrange
+from canopyq.kernels import dispatch, reference
+from canopyq.kernels.cuda import selection, weight_only
+from canopyq.kernels.cuda.fragments import FRAGMENTS, prepack
 from canopyq.kernels.cuda.tiles import StreamKTile
-from canopyq.kernels.kernel import Problem
+from canopyq.kernels.dispatch import KERNELS
+from canopyq.kernels.spec import LinearSpec
 from canopyq.nn.linear import QuantizedLinear
 from canopyq.tensor.quantized_tensor import quantize
 from canopyq.tensor.scheme import Scheme
@@ -33,7 +34,7 @@ def layer_of(
     generator = torch.Generator("cuda").manual_seed(n + k)
     weight = torch.randn(n, k, generator=generator, device="cuda") / k**0.5
     scheme = Scheme(name, granularity, symmetric=symmetric, scale_dtype=scale)
-    return QuantizedLinear(quantize(weight, scheme)).arrange()
+    return QuantizedLinear(quantize(weight, scheme)).prepack()
 
 
 def check(layer: QuantizedLinear, x: torch.Tensor) -> None:
@@ -75,26 +76,26 @@ def test_both_kinds_of_scales(scale: torch.dtype) -> None:
 
 def test_small_weights_in_float16() -> None:
     weight = torch.randn(128, 512, device="cuda") * 1e-4
-    layer = QuantizedLinear(quantize(weight, Scheme("int4", "g128", scale_dtype=BF16))).arrange()
+    layer = QuantizedLinear(quantize(weight, Scheme("int4", "g128", scale_dtype=BF16))).prepack()
     for rows in (1, 16, 130):
         check(layer, 100 * torch.randn(rows, 512, device="cuda", dtype=FP16))
 
 
 @pytest.mark.parametrize(
     "kernel",
-    [weight_only.DECODE, weight_only.WARPGROUP, weight_only.STREAM_K, weight_only.LIBRARY],
+    [kernel for name, kernel in KERNELS.items() if name.startswith("weight_only")],
     ids=lambda kernel: kernel.name,
 )
 @pytest.mark.parametrize("name", ["int4", "int8"])
 def test_each_kernel_by_itself(kernel, name: str) -> None:
     layer = layer_of(name, "g128", False, 320, 1024)
-    if reason := kernel.refuse(layer.problem):
+    if reason := kernel.unsupported_reason(layer.spec):
         pytest.skip(reason)
-    most = 16 if kernel is weight_only.DECODE else 4096
+    most = 16 if kernel is KERNELS["weight_only_decode"] else 4096
     exact = layer.quantized_weight.dequantize(torch.float64).t()
     for rows in sorted({1, min(2, most), most}):
         x = torch.randn(rows, 1024, device="cuda", dtype=BF16)
-        y = kernel.run(x, layer.held, layer.problem)
+        y = kernel.run(x, layer.packed, layer.spec)
         assert float((y.double() - x.double() @ exact).norm() / (x.double() @ exact).norm()) <= MOST[BF16]
 
 
@@ -111,8 +112,8 @@ def test_stream_k_however_the_work_is_shared_out(weight: tuple[str, str, bool], 
     for n, k in ((200, 640), (4104, 896 if granularity == "g128" else 960), (1000, 8192)):
         layer = layer_of(name, granularity, symmetric, n, k)
         exact_weight = layer.quantized_weight.dequantize(torch.float64).t()
-        own, scale, zero, *rest = weight_only._arguments(layer.held, layer.problem)
-        described = products.describe(own, scale, zero, *rest)
+        own, scale, zero, *rest = weight_only._arguments(layer.packed, layer.spec)
+        described = weight_only.describe(own, scale, zero, *rest)
         for tile in {tile for tile, _ in selection.palette("w4a16") if isinstance(tile, StreamKTile)}:
             fitted = replace(tile.fitted(described), parts=parts)
             for rows in (1, fitted.tokens - 3, 2 * fitted.tokens + 5):
@@ -121,11 +122,11 @@ def test_stream_k_however_the_work_is_shared_out(weight: tuple[str, str, bool], 
                     x[:, k:] = 0
                     poison = torch.full((rows, n), float("nan"), device="cuda", dtype=dtype)
                     del poison
-                    y = products.run_stream_k(x, own, scale, zero, described, fitted)
+                    y = weight_only.run_stream_k(x, own, scale, zero, described, fitted)
                     exact = x[:, :k].double() @ exact_weight
                     error = float((y.double() - exact).norm() / exact.norm())
                     assert error <= MOST[dtype], (fitted, rows, dtype, error)
-                    assert torch.equal(y, products.run_stream_k(x, own, scale, zero, described, fitted))
+                    assert torch.equal(y, weight_only.run_stream_k(x, own, scale, zero, described, fitted))
 
 
 def test_two_streams_at_a_time_do_not_meet() -> None:
@@ -170,7 +171,7 @@ def test_gradients_and_float64_go_through_the_dequantized_weight() -> None:
 
 def test_bad_input_is_refused_in_words() -> None:
     layer = layer_of()
-    arguments = weight_only._arguments(layer.held, layer.problem)
+    arguments = weight_only._arguments(layer.packed, layer.spec)
     with pytest.raises(CanopyError, match="input is on cpu and the weight on cuda:0"):
         layer(torch.randn(2, 512, dtype=BF16))
     with pytest.raises(CanopyError, match="takes floating-point input"):
@@ -191,10 +192,10 @@ def test_bad_input_is_refused_in_words() -> None:
 
 def test_what_the_kernels_do_not_take_runs_on_the_reference() -> None:
     for scheme in (Scheme("int4", "g100", scale_dtype=BF16), Scheme("int3", "g64", scale_dtype=BF16)):
-        layer = QuantizedLinear(quantize(torch.randn(64, 192, device="cuda"), scheme)).arrange()
-        assert layer.layout is reference.PLAIN
-        reasons = {verdict.kernel: verdict.reason for verdict in select.verdicts(layer.problem)}
-        assert "it takes" in reasons[weight_only.DECODE.name]
+        layer = QuantizedLinear(quantize(torch.randn(64, 192, device="cuda"), scheme)).prepack()
+        assert layer.layout is reference.CHECKPOINT_LAYOUT
+        reasons = {verdict.kernel: verdict.reason for verdict in dispatch.verdicts(layer.spec)}
+        assert "it takes" in reasons[KERNELS["weight_only_decode"].name]
         check(layer, torch.randn(5, 192, device="cuda", dtype=torch.float32))
 
 
@@ -244,14 +245,14 @@ def test_torch_compile_takes_it_whole(mode: str) -> None:
 def test_the_operators_are_well_formed(name: str) -> None:
     layer = layer_of()
     x = torch.randn(1, 512, device="cuda", dtype=BF16)
-    torch.library.opcheck(getattr(weight_only, name), (x, *weight_only._arguments(layer.held, layer.problem)))
+    torch.library.opcheck(getattr(weight_only, name), (x, *weight_only._arguments(layer.packed, layer.spec)))
 
 
 def test_weights_come_back_as_they_were() -> None:
     weight = quantize(torch.randn(200, 512, device="cuda"), Scheme("int4", "g128", symmetric=False, scale_dtype=BF16))
-    layer = QuantizedLinear(weight).arrange()
+    layer = QuantizedLinear(weight).prepack()
     assert layer.layout is FRAGMENTS
     found = layer.cpu().state_dict()
     assert torch.equal(found["weight_packed"], weight.data.cpu())
     assert torch.equal(found["weight_zero_point"], weight.zero_point.cpu())
-    assert Problem.of(weight).device.type == "cuda" and arrange(weight)["weight_fragments"].is_cuda
+    assert LinearSpec.of(weight).device.type == "cuda" and prepack(weight)["weight_fragments"].is_cuda

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canopyq.kernels.cuda.fragments import arrange, part, restore
-from canopyq.kernels.kernel import Problem
+from canopyq.kernels.cuda.fragments import prepack, slice_rows, unpack
+from canopyq.kernels.spec import LinearSpec
 from canopyq.tensor.quantized_tensor import QuantizedTensor, quantize
 from canopyq.tensor.scheme import Scheme
 
@@ -22,7 +22,7 @@ def weight_of(name: str, granularity: str, symmetric: bool, n: int, k: int, seed
 def test_every_code_lies_where_its_lane_looks(bits: int) -> None:
     weight = weight_of(f"int{bits}", "g128", True, 70, 200 if bits == 4 else 256) if bits == 8 else None
     weight = weight or weight_of("int4", "channel", True, 70, 200)
-    data = arrange(weight)["weight_fragments"].numpy().view("uint8").reshape(2, 2, 4, -1, 32, 16)
+    data = prepack(weight)["weight_fragments"].numpy().view("uint8").reshape(2, 2, 4, -1, 32, 16)
     codes = torch.zeros(128, 256, dtype=torch.int64)
     codes[:70, : weight.shape[1]] = weight.codes.long() + 2 ** (bits - 1)
     columns_of_a_piece = 512 * 8 // bits // 16
@@ -54,29 +54,29 @@ def test_every_code_lies_where_its_lane_looks(bits: int) -> None:
 def test_restore_is_the_exact_inverse(bits: int, granularity: str, symmetric: bool, n: int, groups: int, more: int):
     k = groups * int(granularity[1:]) if granularity != "channel" else groups * 100 + more
     weight = weight_of(f"int{bits}", granularity, symmetric, n, k)
-    held = arrange(weight)
-    found = restore(held, Problem.of(weight))
+    packed = prepack(weight)
+    found = unpack(packed, LinearSpec.of(weight))
     assert found.parts.keys() == weight.parts.keys()
     for name, tensor in weight.parts.items():
         assert found.parts[name].dtype == tensor.dtype and torch.equal(found.parts[name], tensor), name
-    assert all(tensor.is_contiguous() for tensor in held.values())
+    assert all(tensor.is_contiguous() for tensor in packed.values())
 
 
 @pytest.mark.parametrize(("name", "granularity", "most"), [("int4", "g128", 4.3), ("int8", "channel", 8.3)])
 def test_memory(name: str, granularity: str, most: float) -> None:
-    held = arrange(weight_of(name, granularity, True, 256, 1024))
-    assert 8 * sum(part.untyped_storage().nbytes() for part in held.values()) / (256 * 1024) <= most
+    packed = prepack(weight_of(name, granularity, True, 256, 1024))
+    assert 8 * sum(part.untyped_storage().nbytes() for part in packed.values()) / (256 * 1024) <= most
 
 
 def test_a_part_is_what_its_rows_alone_would_be() -> None:
     weight = weight_of("int4", "g64", False, 200, 256)
-    held, problem = arrange(weight), Problem.of(weight)
+    packed, spec = prepack(weight), LinearSpec.of(weight)
     for start, stop in ((0, 64), (64, 200), (128, 192), (0, 200)):
-        rows = arrange(weight_of_rows(weight, start, stop))
-        found = part(held, problem, start, stop)
+        rows = prepack(weight_of_rows(weight, start, stop))
+        found = slice_rows(packed, spec, start, stop)
         for name, tensor in rows.items():
-            assert found[name].data_ptr() == held[name][start // 64 :].data_ptr() and torch.equal(found[name], tensor)
-    assert part(held, problem, 32, 200) is None and part(held, problem, 0, 100) is None
+            assert found[name].data_ptr() == packed[name][start // 64 :].data_ptr() and torch.equal(found[name], tensor)
+    assert slice_rows(packed, spec, 32, 200) is None and slice_rows(packed, spec, 0, 100) is None
 
 
 def weight_of_rows(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:

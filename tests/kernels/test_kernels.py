@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canopyq.kernels import activations, cpu_int4, cpu_int8, cublas, reference, select, skinny, sliced
-from canopyq.kernels.kernel import Kernel, Problem
+from canopyq.kernels import activations, cpu_int4, cpu_int8, dispatch
+from canopyq.kernels.cuda import launch, w8a8
+from canopyq.kernels.dispatch import KERNELS, Kernel
+from canopyq.kernels.spec import LinearSpec
 from canopyq.nn.linear import QuantizedLinear
 from canopyq.tensor.quantized_tensor import QuantizedTensor, quantize
 from canopyq.tensor.scheme import Scheme
@@ -65,8 +67,8 @@ def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
     return float((y.double() - exact).norm() / exact.norm())
 
 
-def kernels_for(problem: Problem, *, codes: bool = False) -> list[Kernel]:
-    return [k for k in select.KERNELS if k.refuse(problem) is None and k.takes_codes is codes]
+def kernels_for(spec: LinearSpec, *, codes: bool = False) -> list[Kernel]:
+    return [k for k in KERNELS.values() if k.unsupported_reason(spec) is None and k.takes_codes is codes]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16], ids=str)
@@ -74,17 +76,17 @@ def kernels_for(problem: Problem, *, codes: bool = False) -> list[Kernel]:
 @pytest.mark.parametrize("scheme", WEIGHTS.values(), ids=WEIGHTS)
 def test_every_kernel_that_can_run_is_right(scheme: Scheme, n: int, k: int, dtype: torch.dtype) -> None:
     weight = weight_of(scheme, n, k)
-    problem = Problem.of(weight)
+    spec = LinearSpec.of(weight)
     for rows in (1, 3, 40):
         x = torch.randn(rows, k, generator=torch.Generator().manual_seed(rows)).to(dtype)
         exact = x.double() @ weight.dequantize(torch.float64).t()
-        for kernel in kernels_for(problem):
-            y = kernel.run(x, kernel.layout.arrange(weight), problem)
+        for kernel in kernels_for(spec):
+            y = kernel.run(x, kernel.layout.prepack(weight), spec)
             assert y.dtype == dtype and y.shape == (rows, n)
             bound = {torch.float32: 1e-5, BF16: 4e-3, torch.float16: 6e-4}[dtype]
-            if kernel in (cpu_int4.PACKED, cpu_int8.WEIGHT_ONLY):
+            if kernel in (KERNELS["cpu_int4"], KERNELS["cpu_w8a16"]):
                 bound = 4e-3  # they round x to bfloat16
-            if kernel is reference.REFERENCE and dtype != torch.float32:
+            if kernel is KERNELS["reference"] and dtype != torch.float32:
                 bound = 6e-3  # it rounds the weight too
             assert relative_error(y, exact) < bound, kernel.name
 
@@ -129,8 +131,8 @@ known_blocks = pytest.mark.skipif(
 )
 def test_blocks_are_undone_bit_for_bit(name: str, n: int, k: int, seed: int) -> None:
     weight = weight_of(WEIGHTS[name], 64 * n, 128 * k, seed)
-    problem = Problem.of(weight)
-    back = cpu_int4.restore(cpu_int4.arrange(weight), problem)
+    spec = LinearSpec.of(weight)
+    back = cpu_int4.unpack(cpu_int4.prepack(weight), spec)
     assert torch.equal(back.data, weight.data) and torch.equal(back.scale, weight.scale)
     assert (back.zero_point is None) == (weight.zero_point is None)
     if weight.zero_point is not None:
@@ -140,7 +142,7 @@ def test_blocks_are_undone_bit_for_bit(name: str, n: int, k: int, seed: int) -> 
 @known_blocks
 def test_blocks_are_what_torch_packs() -> None:
     weight = weight_of(WEIGHTS["int4 g32"], 128, 256)
-    ours = cpu_int4.arrange(weight)["weight_blocks"].view(128, 128)
+    ours = cpu_int4.prepack(weight)["weight_blocks"].view(128, 128)
     theirs = torch._convert_weight_to_int4pack_for_cpu(weight.codes.int() + 8, 1)
     assert torch.equal(ours, theirs)
 
@@ -155,7 +157,7 @@ def test_quantized_inputs_give_the_product_of_what_the_codes_stand_for(
     x = torch.randn(2, rows, 256) + 0.3
     layer = QuantizedLinear(weight, activations=activations)
     exact = stands_for(x, activations) @ weight.dequantize(torch.float64).t()
-    codes = select.pick(select.usable(layer.problem), 2 * rows) is cpu_int8.CODES
+    codes = dispatch.select(dispatch.candidates(layer.spec), 2 * rows) is KERNELS["cpu_w8a8_bfloat16"]
     assert relative_error(layer(x), exact) < (4e-3 if codes else 1e-6)
 
 
@@ -184,10 +186,10 @@ def test_integers_by_integers_are_exact(rows: int, k: int, n: int, symmetric: bo
     x, w = codes_of(rows, k, symmetric, seed, edge), codes_of(n, k, True, seed + 1, edge)
     one = {"weight": w.data, "weight_scale": torch.ones(n, 1)}
     x = dataclasses.replace(x, scale=torch.ones(rows, 1))
-    problem = Problem(w.scheme, x.scheme, n, k, torch.float32, torch.device("cpu"))
+    spec = LinearSpec(w.scheme, x.scheme, n, k, torch.float32, torch.device("cpu"))
     zero = 0 if symmetric else x.zero_point.long()
     exact = (x.data.long() - zero) @ w.data.long().t()
-    assert torch.equal(cpu_int8.int8_by_int8(x, one, problem).long(), exact.float().long())
+    assert torch.equal(cpu_int8.int8_by_int8(x, one, spec).long(), exact.float().long())
     assert int(exact.abs().max()) < 2**31
 
 
@@ -197,18 +199,18 @@ def test_the_longest_sums_still_fit() -> None:
     x = QuantizedTensor(torch.full((1, k), -128, dtype=torch.int8), torch.ones(1, 1),
                         torch.full((1, 1), 127, dtype=torch.int8), Scheme("int8", "token", symmetric=False),
                         torch.Size([1, k]), torch.float64)  # fmt: skip
-    held = {"weight": torch.full((1, k), -128, dtype=torch.int8), "weight_scale": torch.ones(1, 1)}
-    problem = Problem(Scheme("int8", "channel"), x.scheme, 1, k, torch.float32, torch.device("cpu"))
-    assert cpu_int8.sums_overflow(problem) is None
-    assert int(cpu_int8.int8_by_int8(x, held, problem)) == 255 * 128 * k
-    assert "may not fit" in cpu_int8.sums_overflow(dataclasses.replace(problem, k=k + 1))
+    packed = {"weight": torch.full((1, k), -128, dtype=torch.int8), "weight_scale": torch.ones(1, 1)}
+    spec = LinearSpec(Scheme("int8", "channel"), x.scheme, 1, k, torch.float32, torch.device("cpu"))
+    assert cpu_int8.sums_overflow(spec) is None
+    assert int(cpu_int8.int8_by_int8(x, packed, spec)) == 255 * 128 * k
+    assert "may not fit" in cpu_int8.sums_overflow(dataclasses.replace(spec, k=k + 1))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_codes_in_bfloat16_lose_only_the_rounding_of_the_output(symmetric: bool) -> None:
     x, w = codes_of(7, 512, symmetric, 0, False), codes_of(64, 512, True, 1, False)
-    problem = Problem(w.scheme, x.scheme, 64, 512, torch.float32, torch.device("cpu"))
-    y = cpu_int8.codes_in_bfloat16(x, {"weight": w.data, "weight_scale": w.scale}, problem)
+    spec = LinearSpec(w.scheme, x.scheme, 64, 512, torch.float32, torch.device("cpu"))
+    y = cpu_int8.codes_in_bfloat16(x, {"weight": w.data, "weight_scale": w.scale}, spec)
     zero = 0 if symmetric else x.zero_point.double()
     exact = (x.data.double() - zero) * x.scale.double() @ (w.data.double() * w.scale.double()).t()
     assert float(((y - exact).abs() / exact.abs().clamp(min=1e-9)).max()) < 2**-8
@@ -275,20 +277,20 @@ def test_an_empty_batch_passes_through() -> None:
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_some_kernel_takes_every_number_of_rows(name: str) -> None:
-    kernels = select.usable(Problem.of(weight_of(WEIGHTS[name], 64, 256)))
+    kernels = dispatch.candidates(LinearSpec.of(weight_of(WEIGHTS[name], 64, 256)))
     assert {kernel.layout for kernel in kernels} == {kernels[0].layout}
     for rows in (1, 16, 17, 33, 10**6):
-        assert select.pick(kernels, rows) in kernels
+        assert dispatch.select(kernels, rows) in kernels
 
 
 def test_verdicts_speak_of_every_kernel() -> None:
-    problem = Problem.of(weight_of(WEIGHTS["int4 g128"], 64, 256))
-    found = list(select.verdicts(problem))
-    assert [verdict.kernel for verdict in found] == [kernel.name for kernel in select.KERNELS]
+    spec = LinearSpec.of(weight_of(WEIGHTS["int4 g128"], 64, 256))
+    found = list(dispatch.verdicts(spec))
+    assert [verdict.kernel for verdict in found] == [kernel.name for kernel in KERNELS.values()]
     assert all((verdict.runs is None) != (verdict.reason is None) for verdict in found)
     runs = {verdict.kernel: verdict.runs for verdict in found if verdict.runs}
-    packed = {cpu_int4.PACKED.name: "1 to 32 rows", cpu_int4.SLICED.name: "33 rows and more"}
-    assert runs == (packed if cpu_int4.block_rows() else {sliced.SLICED.name: "any number of rows"})
+    packed = {KERNELS["cpu_int4"].name: "1 to 32 rows", KERNELS["cpu_int4_tiled"].name: "33 rows and more"}
+    assert runs == (packed if cpu_int4.block_rows() else {KERNELS["cpu_tiled"].name: "any number of rows"})
 
 
 W8A8 = {"weights": WEIGHTS["int8 channel"], "activations": Scheme("int8", "token")}
@@ -297,33 +299,33 @@ W8A8 = {"weights": WEIGHTS["int8 channel"], "activations": Scheme("int8", "token
 @pytest.mark.parametrize(
     ("change", "kernel", "words"),
     [
-        ({"n": 72}, cpu_int4.PACKED, "multiples of 64; this layer has 72"),
-        ({"k": 100}, cpu_int4.PACKED, "do not"),
-        ({"weights": Scheme("int4", "g128", scale_dtype=torch.float32)}, cpu_int4.PACKED, "torch.float32"),
-        ({"weights": Scheme("int3", "g128", scale_dtype=BF16)}, cpu_int4.PACKED, "these are int3"),
-        ({"device": torch.device("cuda")}, cpu_int4.PACKED, "lies on cuda"),
-        ({"device": torch.device("cuda")}, sliced.SLICED, "lies on cuda"),
-        ({"activations": Scheme("int8", "token")}, cpu_int4.PACKED, "this recipe quantizes them"),
-        ({}, cpu_int8.INT8, "leaves activations as they are"),
-        ({}, cpu_int8.WEIGHT_ONLY, "these are int4"),
-        ({"weights": WEIGHTS["int8 channel"], "k": 40}, cpu_int8.WEIGHT_ONLY, "multiples of 16; this layer has 40"),
-        (W8A8 | {"k": 264}, cpu_int8.CODES, "multiples of 16; this layer has 264"),
+        ({"n": 72}, KERNELS["cpu_int4"], "multiples of 64; this layer has 72"),
+        ({"k": 100}, KERNELS["cpu_int4"], "do not"),
+        ({"weights": Scheme("int4", "g128", scale_dtype=torch.float32)}, KERNELS["cpu_int4"], "torch.float32"),
+        ({"weights": Scheme("int3", "g128", scale_dtype=BF16)}, KERNELS["cpu_int4"], "these are int3"),
+        ({"device": torch.device("cuda")}, KERNELS["cpu_int4"], "lies on cuda"),
+        ({"device": torch.device("cuda")}, KERNELS["cpu_tiled"], "lies on cuda"),
+        ({"activations": Scheme("int8", "token")}, KERNELS["cpu_int4"], "this recipe quantizes them"),
+        ({}, KERNELS["cpu_w8a8"], "leaves activations as they are"),
+        ({}, KERNELS["cpu_w8a16"], "these are int4"),
+        ({"weights": WEIGHTS["int8 channel"], "k": 40}, KERNELS["cpu_w8a16"], "multiples of 16; this layer has 40"),
+        (W8A8 | {"k": 264}, KERNELS["cpu_w8a8_bfloat16"], "multiples of 16; this layer has 264"),
     ],
 )
 def test_a_refusal_names_what_is_in_the_way(change: dict, kernel: Kernel, words: str) -> None:
-    problem = dataclasses.replace(Problem.of(weight_of(WEIGHTS["int4 g128"], 64, 256)), **change)
-    assert words in kernel.refuse(problem)
+    spec = dataclasses.replace(LinearSpec.of(weight_of(WEIGHTS["int4 g128"], 64, 256)), **change)
+    assert words in kernel.unsupported_reason(spec)
 
 
 def test_integer_products_are_refused_where_torch_gets_them_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
-    problem = dataclasses.replace(Problem.of(weight_of(WEIGHTS["int4 g128"], 64, 256)), **W8A8)
-    assert "one input feature" in cpu_int8.INT8.refuse(dataclasses.replace(problem, k=1))
+    spec = dataclasses.replace(LinearSpec.of(weight_of(WEIGHTS["int4 g128"], 64, 256)), **W8A8)
+    assert "one input feature" in KERNELS["cpu_w8a8"].unsupported_reason(dataclasses.replace(spec, k=1))
     monkeypatch.setattr(cpu_int8, "products_are_exact", lambda: False)
-    assert "saturates" in cpu_int8.INT8.refuse(problem)
+    assert "saturates" in KERNELS["cpu_w8a8"].unsupported_reason(spec)
 
 
-GPU = Problem(Scheme("int8", "channel"), Scheme("int8", "token"), 64, 256, BF16, torch.device("cuda"))
+GPU = LinearSpec(Scheme("int8", "channel"), Scheme("int8", "token"), 64, 256, BF16, torch.device("cuda"))
 FP8 = dataclasses.replace(GPU, weights=Scheme("fp8", "channel"), activations=Scheme("fp8", "token"))
 
 
@@ -332,54 +334,72 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that says it has a GPU of compute capability 9.0."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(skinny.launch, "unavailable", lambda device: None if device.type == "cuda" else "no GPU")
+    monkeypatch.setattr(launch, "unavailable", lambda device: None if device.type == "cuda" else "no GPU")
 
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
-    ("problem", "kernel"),
+    ("spec", "kernel"),
     [
-        (GPU, cublas.INT8),
-        (dataclasses.replace(GPU, activations=Scheme("int8", "tensor", symmetric=False)), cublas.INT8),
-        (FP8, cublas.FP8),
-        (dataclasses.replace(FP8, weights=Scheme("fp8", "tensor"), activations=Scheme("fp8", "tensor")), cublas.FP8),
+        (GPU, KERNELS["cublas_int8"]),
+        (dataclasses.replace(GPU, activations=Scheme("int8", "tensor", symmetric=False)), KERNELS["cublas_int8"]),
+        (FP8, KERNELS["cublas_fp8"]),
+        (
+            dataclasses.replace(FP8, weights=Scheme("fp8", "tensor"), activations=Scheme("fp8", "tensor")),
+            KERNELS["cublas_fp8"],
+        ),
     ],
 )
-def test_on_a_gpu_8_bits_go_to_cublas(problem: Problem, kernel: Kernel) -> None:
-    kernels = select.usable(problem)
-    assert kernel in kernels and select.pick(kernels, 10**6) is kernel
+def test_on_a_gpu_8_bits_go_to_cublas(spec: LinearSpec, kernel: Kernel) -> None:
+    kernels = dispatch.candidates(spec)
+    assert kernel in kernels and dispatch.select(kernels, 10**6) is kernel
 
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
-    ("problem", "kernel", "change", "words"),
+    ("spec", "kernel", "change", "words"),
     [
-        (GPU, cublas.INT8, {"device": torch.device("cpu")}, "the layer lies on cpu"),
-        (GPU, cublas.INT8, {"activations": None}, "leaves activations as they are"),
-        (GPU, cublas.INT8, {"activations": Scheme("int4", "token")}, "takes int8 activations; these are int4"),
-        (GPU, cublas.INT8, {"activations": Scheme("int8", "g32")}, "one per g32"),
-        (GPU, cublas.INT8, {"weights": Scheme("int8", "g128")}, "one per g128"),
-        (GPU, cublas.INT8, {"weights": Scheme("int8", "channel", symmetric=False)}, "symmetric int8 weights"),
-        (GPU, cublas.INT8, {"n": 60}, "multiples of 8; this layer has 256 in and 60 out"),
-        (GPU, cublas.INT8, {"k": 2**17}, "may not fit in 32 bits"),
-        (FP8, cublas.FP8, {"device": torch.device("cpu")}, "the layer lies on cpu"),
-        (FP8, cublas.FP8, {"activations": None}, "these are fp8_e4m3 and not quantized"),
-        (FP8, cublas.FP8, {"weights": Scheme("int8", "channel")}, "these are int8 and fp8_e4m3"),
-        (FP8, cublas.FP8, {"weights": Scheme("fp8", "g64")}, "one per g64"),
-        (FP8, cublas.FP8, {"activations": Scheme("fp8", "g64")}, "one per g64"),
-        (FP8, cublas.FP8, {"n": 72}, "multiples of 16"),
+        (GPU, KERNELS["cublas_int8"], {"device": torch.device("cpu")}, "the layer lies on cpu"),
+        (GPU, KERNELS["cublas_int8"], {"activations": None}, "leaves activations as they are"),
+        (
+            GPU,
+            KERNELS["cublas_int8"],
+            {"activations": Scheme("int4", "token")},
+            "takes int8 activations; these are int4",
+        ),
+        (GPU, KERNELS["cublas_int8"], {"activations": Scheme("int8", "g32")}, "one per g32"),
+        (GPU, KERNELS["cublas_int8"], {"weights": Scheme("int8", "g128")}, "one per g128"),
+        (
+            GPU,
+            KERNELS["cublas_int8"],
+            {"weights": Scheme("int8", "channel", symmetric=False)},
+            "symmetric int8 weights",
+        ),
+        (GPU, KERNELS["cublas_int8"], {"n": 60}, "multiples of 8; this layer has 256 in and 60 out"),
+        (GPU, KERNELS["cublas_int8"], {"k": 2**17}, "may not fit in 32 bits"),
+        (FP8, KERNELS["cublas_fp8"], {"device": torch.device("cpu")}, "the layer lies on cpu"),
+        (FP8, KERNELS["cublas_fp8"], {"activations": None}, "these are fp8_e4m3 and not quantized"),
+        (FP8, KERNELS["cublas_fp8"], {"weights": Scheme("int8", "channel")}, "these are int8 and fp8_e4m3"),
+        (FP8, KERNELS["cublas_fp8"], {"weights": Scheme("fp8", "g64")}, "one per g64"),
+        (FP8, KERNELS["cublas_fp8"], {"activations": Scheme("fp8", "g64")}, "one per g64"),
+        (FP8, KERNELS["cublas_fp8"], {"n": 72}, "multiples of 16"),
     ],
 )
-def test_cublas_refuses_what_torch_would(problem: Problem, kernel: Kernel, change: dict, words: str) -> None:
-    assert words in kernel.refuse(dataclasses.replace(problem, **change))
+def test_cublas_refuses_what_torch_would(spec: LinearSpec, kernel: Kernel, change: dict, words: str) -> None:
+    assert words in kernel.unsupported_reason(dataclasses.replace(spec, **change))
 
 
 def test_cublas_needs_a_gpu_that_is_new_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "finds no GPU" in cublas.INT8.refuse(GPU) and "finds no GPU" in cublas.FP8.refuse(FP8)
+    assert "finds no GPU" in KERNELS["cublas_int8"].unsupported_reason(GPU) and "finds no GPU" in KERNELS[
+        "cublas_fp8"
+    ].unsupported_reason(FP8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    assert "this GPU has 8.0" in cublas.FP8.refuse(FP8) and cublas.INT8.refuse(GPU) is None
+    assert (
+        "this GPU has 8.0" in KERNELS["cublas_fp8"].unsupported_reason(FP8)
+        and KERNELS["cublas_int8"].unsupported_reason(GPU) is None
+    )
 
 
 @exact_products
@@ -387,7 +407,7 @@ def test_cublas_needs_a_gpu_that_is_new_enough(monkeypatch: pytest.MonkeyPatch) 
 def test_few_rows_are_filled_up_for_cublas(symmetric: bool) -> None:
     """The arithmetic of the GPU's path, run on the processor."""
     x, w = codes_of(3, 64, symmetric, 0, False), codes_of(16, 64, True, 1, False)
-    held = {"weight": w.data, "weight_scale": w.scale}
-    problem = dataclasses.replace(GPU, n=16, k=64)
-    got, expected = (f(x, held, problem) for f in (cublas.int8_by_int8, cpu_int8.int8_by_int8))
+    packed = {"weight": w.data, "weight_scale": w.scale}
+    spec = dataclasses.replace(GPU, n=16, k=64)
+    got, expected = (f(x, packed, spec) for f in (w8a8.cublas_int8, cpu_int8.int8_by_int8))
     assert got.shape == (3, 16) and torch.equal(got, expected)

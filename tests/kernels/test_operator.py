@@ -66,7 +66,7 @@ def test_tracing_leaves_a_cold_layer_as_it_is(name: str, how: Callable) -> None:
 
 @pytest.mark.parametrize("name", ["w4a16-g32", "w8a8"])
 def test_one_graph_serves_every_number_of_rows(name: str) -> None:
-    layer, graphs = layer_of(name).arrange(), []
+    layer, graphs = layer_of(name).prepack(), []
     torch._dynamo.reset()
     with torch.no_grad():
         graph = torch.compile(layer, fullgraph=True, dynamic=True, backend=lambda module, _: graphs.append(0) or module)
@@ -87,8 +87,8 @@ def test_a_compiled_layer_has_its_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["w4a16-g32", "w8a16", "w8a8", "w8a8-static"])  # opcheck cannot add E4M3 tensors
 def test_the_operators_are_well_formed(name: str) -> None:
-    layer = layer_of(name).arrange()
-    weight, ranges = [*layer.held.values()], (layer.input_scale, layer.input_zero_point)
+    layer = layer_of(name).prepack()
+    weight, ranges = [*layer.packed.values()], (layer.input_scale, layer.input_zero_point)
     x = rows_of(3).requires_grad_()
     torch.library.opcheck(operator.quantized_linear, (x, weight, layer._description, *ranges))
     for transposed in (False, True):

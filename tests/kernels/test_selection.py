@@ -29,7 +29,7 @@ def test_every_number_of_rows_has_one_kernel(recipe: str, k: int, n: int) -> Non
     names = {selection.choose(product(recipe, k, n, rows)).kernel for rows in selection.ROWS}
     any_rows = product(recipe, k, n)
     taken = sorted((part.start, part.stop) for name in names for part in selection.rows_taken(any_rows, name))
-    assert taken[0][0] == 1 and taken[-1][1] == selection.MANY
+    assert taken[0][0] == 1 and taken[-1][1] == selection.ROW_LIMIT
     assert [start for start, _ in taken[1:]] == [stop for _, stop in taken[:-1]]
     for start, stop in taken:
         first, last = (selection.choose(product(recipe, k, n, rows)).kernel for rows in (start, stop - 1))

@@ -36,8 +36,10 @@ def test_every_tile_that_a_product_may_get_fits(
             assert tile.depth >= 2 and rows <= 8 * tile.columns
             assert (tile.shared(weight, rows) + tiles.RESERVED) * tile.per_sm <= tiles.SHARED + tiles.RESERVED
         elif isinstance(tile, WarpgroupTile):
-            assert tile.stages > tile.deep and tile.cluster <= weight.steps
-            assert tile.stages % tile.deep == 0  # else warpgroups that take turns would wait for each other's copies
+            assert tile.stages > tile.warpgroups_k and tile.cluster <= weight.steps
+            assert (
+                tile.stages % tile.warpgroups_k == 0
+            )  # else warpgroups that take turns would wait for each other's copies
             assert (tile.shared(weight) + tiles.RESERVED) * tile.per_sm <= tiles.SHARED
             assert tile.threads * tile.per_sm <= 2048
         elif tile is not None:
@@ -87,10 +89,10 @@ def test_a_row_too_long_for_shared_memory_is_left_to_another_kernel() -> None:
 
 def test_warpgroups_that_take_turns_get_stages_of_their_own() -> None:
     weight = weight_of(4096, 11008)
-    for deep in (1, 2, 4):
+    for warpgroups_k in (1, 2, 4):
         for stages in range(5, 21):
-            tile = WarpgroupTile(8, 1, 1, deep, stages, 2, 1, 1).fitted(weight)
-            assert tile.stages % tile.deep == 0 and stages - tile.deep < tile.stages <= stages
+            tile = WarpgroupTile(8, 1, 1, warpgroups_k, stages, 2, 1, 1).fitted(weight)
+            assert tile.stages % tile.warpgroups_k == 0 and stages - tile.warpgroups_k < tile.stages <= stages
 
 
 @pytest.mark.parametrize("recipe", ["w4a16", "w8a16", "w8a8", "fp8"])

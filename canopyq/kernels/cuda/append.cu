@@ -5,7 +5,7 @@
 // still reads the block from the ring; codes written here are for the next one.
 //
 // Constants: HEAD_DIM (64 or 128), CODE (8, 4, 2 bits or 0 for FP8 E4M3), ELEMENT_BF16.
-#include "eight_bits.cuh"
+#include "codes.cuh"
 
 constexpr int D = HEAD_DIM, BLOCK = 64, THREADS = 128, BITS = FP8 ? 8 : CODE, ROW_BYTES = D * BITS / 8;
 constexpr int QUADS = D / 4;  // threads to a token's values, four channels each; 16 of them share a scale

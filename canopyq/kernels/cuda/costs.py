@@ -80,7 +80,10 @@ def _step(product: Product, tile: Blocks, blocks: int, c: Constants) -> float:
     copy = (2 * tile.tokens * STEP / sharing + tile.rows / 16 * weight.step_bytes) / c["copy"]
     expand = tile.rows * STEP / c["expand"]
     # However many blocks there are: what a warpgroup takes, batch after batch of 16 columns each.
-    alone = STEP / 16 / tile.batch / getattr(tile, "deep", 1) * c["batch"] + tile.rows * STEP / tile.groups / c["alone"]
+    alone = (
+        STEP / 16 / tile.batch / getattr(tile, "warpgroups_k", 1) * c["batch"]
+        + tile.rows * STEP / tile.groups / c["alone"]
+    )
     return _most(blocks * 2 * area * STEP / c["operations"], blocks * expand, blocks * copy, alone, c["latency"])
 
 

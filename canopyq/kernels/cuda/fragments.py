@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from canopyq.kernels.kernel import Held, Layout, Problem
+from canopyq.kernels.spec import LinearSpec, PackedWeight, WeightLayout
 from canopyq.tensor import packing
 from canopyq.tensor.quantized_tensor import QuantizedTensor
 
@@ -22,7 +22,7 @@ def padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def arrange(weight: QuantizedTensor) -> dict[str, Tensor]:
+def prepack(weight: QuantizedTensor) -> dict[str, Tensor]:
     """Codes (slabs, steps, 4 blocks, pieces, 32 lanes, 4) int32; scales and zero points (slabs, groups, 4 blocks, 8, 2)
     in their own dtype and int16; padded with zeros to whole slabs and steps."""
     (n, k), bits = weight.shape, weight.scheme.format.bits
@@ -36,17 +36,17 @@ def arrange(weight: QuantizedTensor) -> dict[str, Tensor]:
     else:  # bytes: half of the columns, half of the rows, neighbour
         words = codes.permute(0, 4, 1, 5, 3, 8, 6, 7, 2, 9).contiguous().flatten().view(torch.int32)
     fragments = words.reshape(high // SLAB, wide // STEP, 4, pieces, 32, 4)
-    held = {"weight_fragments": fragments, "weight_scale": _pairs(weight.scale, wide, k)}
+    packed = {"weight_fragments": fragments, "weight_scale": _pairs(weight.scale, wide, k)}
     if weight.zero_point is not None:
-        held["weight_zero_point"] = _pairs(weight.zero_point.to(torch.int16) + middle, wide, k)
+        packed["weight_zero_point"] = _pairs(weight.zero_point.to(torch.int16) + middle, wide, k)
     if words.is_cuda:  # kernels fetch weights before earlier work of their stream is done, so the weights must be there
         torch.cuda.current_stream(words.device).synchronize()
-    return held
+    return packed
 
 
-def restore(held: Held, problem: Problem) -> QuantizedTensor:
-    """The inverse of `arrange`, bit for bit."""
-    words, bits = held["weight_fragments"], problem.weights.format.bits
+def unpack(packed: PackedWeight, spec: LinearSpec) -> QuantizedTensor:
+    """The inverse of `prepack`, bit for bit."""
+    words, bits = packed["weight_fragments"], spec.weights.format.bits
     (slabs, steps), middle, pieces, products = words.shape[:2], 2 ** (bits - 1), bits // 2, 16 // bits
     if bits == 4:
         codes = packing.unpack(words.reshape(-1, 1), 4, 8, signed=False)
@@ -54,22 +54,22 @@ def restore(held: Held, problem: Problem) -> QuantizedTensor:
     else:
         codes = words.reshape(-1).view(torch.uint8)
         codes = codes.view(slabs, steps, 4, pieces, 8, 4, products, 2, 2, 2).permute(0, 2, 8, 4, 1, 3, 6, 7, 5, 9)
-    codes = codes.reshape(slabs * SLAB, -1)[: problem.n, : problem.k]
+    codes = codes.reshape(slabs * SLAB, -1)[: spec.n, : spec.k]
     data = packing.pack_unchecked(codes, 4, 0) if bits == 4 else (codes.contiguous().view(torch.int8) ^ -128)
-    groups = problem.weights.granularity.scale_shape((problem.n, problem.k))[1]
-    zero_point = held.get("weight_zero_point")
+    groups = spec.weights.granularity.scale_shape((spec.n, spec.k))[1]
+    zero_point = packed.get("weight_zero_point")
     if zero_point is not None:
-        zero_point = (_rows(zero_point, problem.n, groups) - middle).to(torch.int8)
-    scale = _rows(held["weight_scale"], problem.n, groups)
-    shape = torch.Size([problem.n, problem.k])
-    return QuantizedTensor(data, scale, zero_point, problem.weights, shape, problem.weight_dtype)
+        zero_point = (_rows(zero_point, spec.n, groups) - middle).to(torch.int8)
+    scale = _rows(packed["weight_scale"], spec.n, groups)
+    shape = torch.Size([spec.n, spec.k])
+    return QuantizedTensor(data, scale, zero_point, spec.weights, shape, spec.weight_dtype)
 
 
-def part(held: Held, problem: Problem, start: int, stop: int) -> dict[str, Tensor] | None:
+def slice_rows(packed: PackedWeight, spec: LinearSpec, start: int, stop: int) -> dict[str, Tensor] | None:
     """Rows start to stop in the same memory, if they are whole slabs."""
-    if start % SLAB or (stop % SLAB and stop != problem.n):
+    if start % SLAB or (stop % SLAB and stop != spec.n):
         return None
-    return {name: tensor[start // SLAB : -(-stop // SLAB)] for name, tensor in held.items()}
+    return {name: tensor[start // SLAB : -(-stop // SLAB)] for name, tensor in packed.items()}
 
 
 def _pairs(part: Tensor, wide: int, k: int) -> Tensor:
@@ -84,4 +84,4 @@ def _rows(pairs: Tensor, n: int, groups: int) -> Tensor:
     return pairs.permute(0, 2, 4, 3, 1).reshape(-1, pairs.shape[1])[:n, :groups].contiguous()
 
 
-FRAGMENTS = Layout("in the tensor cores' order", arrange, restore, part)
+FRAGMENTS = WeightLayout("in the tensor cores' order", prepack, unpack, slice_rows)

@@ -4,7 +4,7 @@
 //
 // Constants: CODE (8 for INT8, 0 for FP8 E4M3), ELEMENT_BF16, INPUT, THREADS, KEPT (vectors that a thread keeps in
 // registers; the rest of a longer row is read again).
-#include "eight_bits.cuh"
+#include "codes.cuh"
 
 constexpr int VECTOR = 8;  // neighbours that a thread takes together
 constexpr int RESIDENT = KEPT < (INPUT ? 3 : 4) ? 1536 : 1024;  // threads of a multiprocessor, without spilling

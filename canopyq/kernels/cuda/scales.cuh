@@ -1,8 +1,8 @@
 // Sums of products of 8-bit codes, and the scales that make numbers of them.
 //
-// Constants: SCALE and OUTPUT, the dtypes of W's scales and of y: 0 half, 1 bfloat16, 2 float; CODE as in eight_bits.cuh.
+// Constants: SCALE and OUTPUT, the dtypes of W's scales and of y: 0 half, 1 bfloat16, 2 float; CODE as in codes.cuh.
 #pragma once
-#include "eight_bits.cuh"
+#include "codes.cuh"
 
 template <bool FLOAT>
 struct Sums {

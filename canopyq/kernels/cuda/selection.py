@@ -27,7 +27,7 @@ from canopyq.errors import CanopyError
 from canopyq.kernels.cuda import costs, nvrtc, tiles
 from canopyq.kernels.cuda.costs import Product
 from canopyq.kernels.cuda.tiles import CodesTile, DecodeTile, SkinnyTile, StreamKTile, Tile, WarpgroupTile, WideTile
-from canopyq.kernels.kernel import MANY
+from canopyq.kernels.spec import ROW_LIMIT
 
 TABLE = Path(__file__).with_name("tiles.json")
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
@@ -70,7 +70,7 @@ def rows_taken(product: Product, *kernels: str) -> tuple[range, ...]:
     found: list[range] = []
     for before, count in zip((0, *ROWS), ROWS, strict=False):
         if choose(replace(product, rows=count)).kernel in kernels:
-            stop = count + 1 if count < ROWS[-1] else MANY
+            stop = count + 1 if count < ROWS[-1] else ROW_LIMIT
             if found and found[-1].stop == before + 1:
                 found[-1] = range(found[-1].start, stop)
             else:
@@ -135,7 +135,7 @@ def fitted(tile: Tile, product: Product) -> Tile | None:
             return None
         return tile.fitted(product.weight, product.rows, tiles.SHARED - tiles.RESERVED)
     if isinstance(tile, SkinnyTile):
-        return tile if product.rows <= tile.ROWS else None
+        return tile if product.rows <= tile.MAX_ROWS else None
     if isinstance(tile, StreamKTile | WideTile) and not product.stored_by_copies:
         return None
     if isinstance(tile, StreamKTile | WarpgroupTile):

@@ -14,13 +14,13 @@
 //   cache is what takes longest otherwise.
 // * Two warps start the copies, on into the next tile while the results of this one are stored: one of x, into a ring of
 //   STAGES stages, 64 columns to a stage; one of W, into a ring of W_STAGES, a step of 128 columns to a stage, since a copy
-//   costs its start, however small. Each of WARPGROUPS warpgroups has TALL · 64 rows of W, dequantizes BATCH products ahead
+//   costs its start, however small. Each of WARPGROUPS warpgroups has M_TILES · 64 rows of W, dequantizes BATCH products ahead
 //   while the tensor cores are at work on those before, and goes on without waiting for the others.
 // * A scale per row multiplies the sums, in float32; scales of groups multiply the weights, and each is rounded once, like x.
 // * Results are turned around on their way through shared memory (they come by rows of W and go by rows of x), and stored by
 //   the copy engine while the next products run.
 //
-// Constants: ELEMENT_BF16, SCALE_BF16, BITS, GROUP, ASYMMETRIC, TOKENS, TALL, WARPGROUPS, STAGES, BATCH, CLUSTER,
+// Constants: ELEMENT_BF16, SCALE_BF16, BITS, GROUP, ASYMMETRIC, TOKENS, M_TILES, WARPGROUPS, STAGES, BATCH, CLUSTER,
 // BLOCKS_PER_SM.
 // extra.cuh holds `warpgroup_multiply_add` for TOKENS columns.
 #include "fragments.cuh"
@@ -29,10 +29,10 @@
 
 // With so many sums the 168 registers do not suffice that 10 warps can have each; then a whole warpgroup starts the copies
 // and hands its registers over. Two of its warps work.
-constexpr bool HAND_OVER = TALL * TOKENS > 192 && WARPGROUPS > 1;
+constexpr bool REALLOCATE_REGISTERS = M_TILES * TOKENS > 192 && WARPGROUPS > 1;
 constexpr int GROUP_THREADS = 4 * WARP, CONSUMERS = WARPGROUPS * GROUP_THREADS;
-constexpr int THREADS = CONSUMERS + (HAND_OVER ? GROUP_THREADS : 2 * WARP);
-constexpr int TILE_SLABS = WARPGROUPS * TALL;
+constexpr int THREADS = CONSUMERS + (REALLOCATE_REGISTERS ? GROUP_THREADS : 2 * WARP);
+constexpr int TILE_SLABS = WARPGROUPS * M_TILES;
 constexpr int SLAB_BYTES = SLAB_BLOCKS * STEP_BYTES;                      // of codes, in a step
 constexpr bool ROW_SCALES = GROUP == 0;
 constexpr int META_BYTES = ROW_SCALES ? 0 : SLAB_BLOCKS * STEP_GROUPS * GROUP_BYTES;     // of scales or zero points
@@ -47,11 +47,11 @@ constexpr int SUMS = TOKENS / 2;                                          // of 
 static_assert(TOKENS % BOX_TOKENS == 0 && TILE_SLABS <= WARP, "a lane starts the copies of each slab");
 static_assert(BATCH <= HALF_PRODUCTS, "a batch lies in one stage of x, and a step has an even number of batches");
 // A block's sums, 16 bytes of each thread after the other, are cut so that a piece of every warpgroup makes up a stage of x.
-constexpr int PIECE_SUMS = TOKENS / 16 / WARPGROUPS, SUM_PIECES = TALL * SUMS / 4 / PIECE_SUMS;
+constexpr int PIECE_SUMS = TOKENS / 16 / WARPGROUPS, SUM_PIECES = M_TILES * SUMS / 4 / PIECE_SUMS;
 constexpr int SUM_PIECE_BYTES = PIECE_SUMS * GROUP_THREADS * 16;
 static_assert(TOKENS % (16 * WARPGROUPS) == 0 && WARPGROUPS * SUM_PIECE_BYTES == X_BYTES, "as sums are copied");
 constexpr int GROUP_PRODUCTS = STEP / 16 / STEP_GROUPS;                   // of the tensor cores to a group of a step
-constexpr int TOGETHER = BATCH < GROUP_PRODUCTS ? BATCH : GROUP_PRODUCTS; // products of a batch: they share a scale
+constexpr int BATCH_PRODUCTS = BATCH < GROUP_PRODUCTS ? BATCH : GROUP_PRODUCTS; // products of a batch: they share a scale
 // Weights in float16 are multiplied by a power of two, and sums divided by it, to keep small ones off the subnormals.
 constexpr float LIFT = ELEMENT_BF16 || ROW_SCALES ? 1.f : 64.f;
 
@@ -132,7 +132,7 @@ stream_k(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap 
     let_next_kernel_start();
 
     if (warp >= CONSUMERS / WARP) {
-        if (HAND_OVER) registers_shrink<40>();
+        if (REALLOCATE_REGISTERS) registers_shrink<40>();
         if (warp == CONSUMERS / WARP) {                                   // W never changes: no need to wait for other kernels
             Place<W_STAGES, W_BYTES> at(memory + WEIGHTS, w_full, 1);
             for (; walk.more(); walk.next()) {
@@ -190,13 +190,13 @@ stream_k(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap 
         if (CLUSTER > 1) cluster_barrier();                               // no block leaves while others copy into it
         return;
     }
-    if (HAND_OVER) registers_grow<232>();
+    if (REALLOCATE_REGISTERS) registers_grow<232>();
     const int g = lane / 4, group = warp / 4, own = threadIdx.x % GROUP_THREADS;
     const u32 results = memory + RESULTS + group * 2 * BOX_BYTES;
     const int of_matrix = lane / 8 / 2 * 8 + lane % 8;                    // the row of x whose address this lane gives
     const u32 column_of_matrix = u32((warp % 4 * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;       // swizzled
-    float sum[TALL][SUMS];
-    u32 a[2][TALL][TOGETHER][4];
+    float sum[M_TILES][SUMS];
+    u32 a[2][M_TILES][BATCH_PRODUCTS][4];
     Place<W_STAGES, W_BYTES> w_at(memory + WEIGHTS, w_full, 0);
     Place<STAGES, X_BYTES> x_at(memory, x_full, 0);
     auto release_w = [&]() {                                              // the stage before
@@ -211,12 +211,12 @@ stream_k(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap 
     wait_for_earlier_kernels();                                           // they may use the memory of sums and results
     for (; walk.more(); walk.next()) {
         const int token = walk.tile % token_tiles * TOKENS;
-        const int slab = (walk.tile / token_tiles * CLUSTER + rank) * TILE_SLABS + group * TALL;
-        float row_scale[TALL][2];                                         // of rows g and g + 8
-        u32 scale[TALL][2], offset[TALL][2];
+        const int slab = (walk.tile / token_tiles * CLUSTER + rank) * TILE_SLABS + group * M_TILES;
+        float row_scale[M_TILES][2];                                         // of rows g and g + 8
+        u32 scale[M_TILES][2], offset[M_TILES][2];
         if (ROW_SCALES)
 #pragma unroll
-            for (int h = 0; h < TALL; h++) {
+            for (int h = 0; h < M_TILES; h++) {
                 const size_t pair = (size_t(min(slab + h, slabs - 1)) * SLAB_BLOCKS + warp % 4) * 8 + g;
                 const u32 s = reinterpret_cast<const u32*>(scales)[pair];
                 const u32 z = ASYMMETRIC ? reinterpret_cast<const u32*>(zeros)[pair] : MIDDLE * 0x10001u;
@@ -226,16 +226,16 @@ stream_k(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap 
         for (int step = walk.begin; step < walk.end; step++, w_at.next()) {
             const u32 of_w = w_at.stage;
             wait(w_at.full, w_at.parity);
-            uint4 piece[TALL];
+            uint4 piece[M_TILES];
 #pragma unroll
-            for (int batch = 0; batch < STEP / 16 / TOGETHER; batch++) {
-                const bool starts_half = batch * TOGETHER % HALF_PRODUCTS == 0;
+            for (int batch = 0; batch < STEP / 16 / BATCH_PRODUCTS; batch++) {
+                const bool starts_half = batch * BATCH_PRODUCTS % HALF_PRODUCTS == 0;
 #pragma unroll
-                for (int q = 0; q < TOGETHER; q++) {
-                    const int column = (batch * TOGETHER + q) * 16, j = column % PIECE_COLUMNS / 16;
+                for (int q = 0; q < BATCH_PRODUCTS; q++) {
+                    const int column = (batch * BATCH_PRODUCTS + q) * 16, j = column % PIECE_COLUMNS / 16;
 #pragma unroll
-                    for (int h = 0; h < TALL; h++) {
-                        const int own_slab = group * TALL + h;
+                    for (int h = 0; h < M_TILES; h++) {
+                        const int own_slab = group * M_TILES + h;
                         if (j == 0)
                             piece[h] = load_shared_16(of_w + own_slab * SLAB_BYTES + warp % 4 * STEP_BYTES
                                                       + column / PIECE_COLUMNS * PIECE_BYTES + lane * 16);
@@ -260,11 +260,11 @@ stream_k(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap 
                 if (starts_half) wait(x_at.full, x_at.parity);
                 products_begin();
 #pragma unroll
-                for (int q = 0; q < TOGETHER; q++) {
-                    const int column = (batch * TOGETHER + q) * 16;
+                for (int q = 0; q < BATCH_PRODUCTS; q++) {
+                    const int column = (batch * BATCH_PRODUCTS + q) * 16;
                     const u64 of_x = describe(x_at.stage + column % HALF_STEP * 2);
 #pragma unroll
-                    for (int h = 0; h < TALL; h++)
+                    for (int h = 0; h < M_TILES; h++)
                         warpgroup_multiply_add(sum[h], a[batch % 2][h][q], of_x, column > 0 || step > walk.begin);
                 }
                 products_commit();
@@ -285,7 +285,7 @@ stream_k(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap 
             float4* own_sums = reinterpret_cast<float4*>(
                 partials + size_t(group_of(blockIdx.x, group)) * SUM_PIECES * SUM_PIECE_BYTES) + own;
 #pragma unroll
-            for (int h = 0; h < TALL; h++)
+            for (int h = 0; h < M_TILES; h++)
 #pragma unroll
                 for (int r = 0; r < SUMS; r += 4) {
                     const float* s = &sum[h][r];
@@ -314,8 +314,8 @@ stream_k(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap 
                 release_x();
             }
 #pragma unroll
-        for (int box = 0; box < TOKENS / BOX_TOKENS * TALL; box++) {
-            const int h = box % TALL, start = box / TALL * BOX_TOKENS;
+        for (int box = 0; box < TOKENS / BOX_TOKENS * M_TILES; box++) {
+            const int h = box % M_TILES, start = box / M_TILES * BOX_TOKENS;
             if (token + start >= rows) break;
             const u32 staged = results + box % 2 * BOX_BYTES;
             if (own == 0) wait_for_stores_to_read<1>();                   // the box before the last has left

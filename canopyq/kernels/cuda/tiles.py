@@ -83,9 +83,9 @@ class WarpgroupTile:
     KERNEL: ClassVar[str] = "warpgroup"
 
     tokens: int
-    tall: int
-    beside: int
-    deep: int
+    m_tiles: int
+    warpgroups_m: int
+    warpgroups_k: int
     stages: int
     batch: int
     cluster: int
@@ -94,16 +94,16 @@ class WarpgroupTile:
     @property
     def rows(self) -> int:
         """Of W."""
-        return 64 * self.tall * self.beside
+        return 64 * self.m_tiles * self.warpgroups_m
 
     @property
     def groups(self) -> int:
         """Warpgroups that multiply."""
-        return self.beside * self.deep
+        return self.warpgroups_m * self.warpgroups_k
 
     @property
     def threads(self) -> int:
-        return self.groups * 128 + (128 if self.tall * self.tokens > 192 and self.groups > 1 else 64)
+        return self.groups * 128 + (128 if self.m_tiles * self.tokens > 192 and self.groups > 1 else 64)
 
     def stage_bytes(self, weight: Weight) -> int:
         stage = 2 * self.tokens * 128 + self.rows // 16 * weight.step_bytes
@@ -118,15 +118,15 @@ class WarpgroupTile:
         most = (SHARED // self.per_sm - RESERVED - 1024 - 512) // self.stage_bytes(weight)
         # Warpgroups take turns, and a stage must always be the same one's: a barrier tells a phase only from the next,
         # so that one which is a phase ahead of another would take what is still to come for what has been.
-        stages = min(self.stages, most) // self.deep * self.deep
+        stages = min(self.stages, most) // self.warpgroups_k * self.warpgroups_k
         tile = replace(self, stages=stages, cluster=min(self.cluster, weight.steps))
         # A warpgroup frees a stage when it has got its next one, so there must be more stages than take turns.
-        if tile.stages > tile.deep:
+        if tile.stages > tile.warpgroups_k:
             return tile
         return (
             replace(self, per_sm=self.per_sm - 1).fitted(weight)
             if self.per_sm > 1
-            else replace(self, deep=1).fitted(weight)
+            else replace(self, warpgroups_k=1).fitted(weight)
         )
 
 
@@ -138,7 +138,7 @@ class StreamKTile:
     BOX_TOKENS: ClassVar[int] = 32  # rows of x whose results are stored together
 
     tokens: int
-    tall: int
+    m_tiles: int
     warpgroups: int
     stages: int
     batch: int
@@ -149,11 +149,11 @@ class StreamKTile:
     @property
     def rows(self) -> int:
         """Of W."""
-        return 64 * self.tall * self.warpgroups
+        return 64 * self.m_tiles * self.warpgroups
 
     @property
     def threads(self) -> int:
-        return self.groups * 128 + (128 if self.tall * self.tokens > 192 and self.groups > 1 else 64)
+        return self.groups * 128 + (128 if self.m_tiles * self.tokens > 192 and self.groups > 1 else 64)
 
     @property
     def groups(self) -> int:
@@ -204,12 +204,12 @@ class StreamKGrid:
 
 @dataclass(frozen=True)
 class CodesTile:
-    """Constants of ``warpgroup_codes.cu``, named as there."""
+    """Constants of ``w8a8_wgmma.cu``, named as there."""
 
-    KERNEL: ClassVar[str] = "warpgroup_codes"
+    KERNEL: ClassVar[str] = "w8a8_wgmma"
 
     tokens: int
-    tall: int
+    m_tiles: int
     warpgroups: int
     stages: int
     cluster: int
@@ -218,7 +218,7 @@ class CodesTile:
     @property
     def rows(self) -> int:
         """Of W."""
-        return 64 * self.tall * self.warpgroups
+        return 64 * self.m_tiles * self.warpgroups
 
     @property
     def threads(self) -> int:
@@ -248,13 +248,13 @@ class WideTile:
     BOX_TOKENS: ClassVar[int] = 64  # rows of x whose results are stored together
 
     tokens: int
-    tall: int
+    m_tiles: int
     stages: int
 
     @property
     def rows(self) -> int:
         """Of W."""
-        return 64 * self.tall * self.WARPGROUPS
+        return 64 * self.m_tiles * self.WARPGROUPS
 
     @property
     def shared(self) -> int:
@@ -271,7 +271,7 @@ class SkinnyTile:
     """``skinny.cu`` for few rows of 8-bit codes, which has nothing to choose."""
 
     KERNEL: ClassVar[str] = "skinny"
-    ROWS: ClassVar[int] = 16  # at most
+    MAX_ROWS: ClassVar[int] = 16  # at most
 
 
 Tile = DecodeTile | WarpgroupTile | StreamKTile | CodesTile | WideTile | SkinnyTile

@@ -3,34 +3,36 @@
 //
 // * A block computes TILE_ROWS rows of W by TOKENS rows of x. A warp starts the copies of codes and scales, another those of
 //   x, into a ring of STAGES stages, a step of 128 columns to a stage; warpgroups dequantize what arrives and multiply.
-//   BESIDE of them take different rows of a stage, DEEP of them take different stages.
+//   WARPGROUPS_M of them take different rows of a stage, WARPGROUPS_K of them take different stages.
 // * A warpgroup dequantizes BATCH products ahead while the tensor cores are at work on the batch before.
 // * A cluster of CLUSTER blocks splits the columns and adds its sums up through shared memory, so that narrow layers fill
 //   the GPU too.
 // * With few TOKENS, scales multiply the float32 sums of a group (SCALE_SUMS). With many there are more sums than weights:
 //   then scales multiply the weights, and each weight is rounded once, like x.
 //
-// Constants: ELEMENT_BF16, SCALE_BF16, BITS, GROUP, ASYMMETRIC, TOKENS, TALL (64-row products to a warpgroup), BESIDE, DEEP,
-// STAGES, BATCH, CLUSTER, BLOCKS_PER_SM. extra.cuh holds `warpgroup_multiply_add` for TOKENS columns.
+// Constants: ELEMENT_BF16, SCALE_BF16, BITS, GROUP, ASYMMETRIC, TOKENS, M_TILES (64-row products to a warpgroup),
+// WARPGROUPS_M, WARPGROUPS_K, STAGES, BATCH, CLUSTER, BLOCKS_PER_SM. extra.cuh holds `warpgroup_multiply_add` for TOKENS columns.
 #include "fragments.cuh"
 #include "hopper.cuh"
 #include "extra.cuh"
 
 // With so many sums the 168 registers do not suffice that 10 warps can have each; then a whole warpgroup starts the copies
 // and hands its registers over. Two of its warps work.
-constexpr bool HAND_OVER = TALL * TOKENS > 192 && BESIDE * DEEP > 1;
-constexpr int CONSUMERS = BESIDE * DEEP * 4 * WARP, THREADS = CONSUMERS + (HAND_OVER ? 4 * WARP : 2 * WARP);
+constexpr bool REALLOCATE_REGISTERS = M_TILES * TOKENS > 192 && WARPGROUPS_M * WARPGROUPS_K > 1;
+constexpr int CONSUMERS = WARPGROUPS_M * WARPGROUPS_K * 4 * WARP;
+constexpr int THREADS = CONSUMERS + (REALLOCATE_REGISTERS ? 4 * WARP : 2 * WARP);
 constexpr bool SCALE_SUMS = TOKENS <= 32;
 constexpr int GROUP_PRODUCTS = STEP / 16 / STEP_GROUPS;                   // of the tensor cores to a group of a step
-constexpr int TOGETHER = BATCH < GROUP_PRODUCTS ? BATCH : GROUP_PRODUCTS;
-constexpr int TILE_SLABS = BESIDE * TALL, TILE_ROWS = TILE_SLABS * SLAB_ROWS;
+constexpr int BATCH_PRODUCTS = BATCH < GROUP_PRODUCTS ? BATCH : GROUP_PRODUCTS;
+constexpr int TILE_SLABS = WARPGROUPS_M * M_TILES, TILE_ROWS = TILE_SLABS * SLAB_ROWS;
 constexpr int SLAB_BYTES = SLAB_BLOCKS * STEP_BYTES;                      // of codes, in a step
 constexpr int META_BYTES = SLAB_BLOCKS * STEP_GROUPS * GROUP_BYTES;       // of scales or zero points
 constexpr int HALF_BYTES = TOKENS * 128;                                  // 64 columns of x
 constexpr int CODES = 2 * HALF_BYTES, SCALES = CODES + TILE_SLABS * SLAB_BYTES, ZEROS = SCALES + TILE_SLABS * META_BYTES;
 constexpr int STAGE_BYTES = (ZEROS + ASYMMETRIC * TILE_SLABS * META_BYTES + 1023) / 1024 * 1024;
 constexpr int SUM_PITCH = TILE_ROWS + 4;                                  // floats; 4 spread the rows over the banks
-static_assert(STAGES % DEEP == 0 && STAGES > DEEP, "a stage belongs to one of the warpgroups that take turns");
+static_assert(STAGES % WARPGROUPS_K == 0 && STAGES > WARPGROUPS_K,
+              "a stage belongs to one of the warpgroups that take turns");
 // Weights in float16 are multiplied by a power of two, and sums divided by it, to keep small ones off the subnormals.
 constexpr float LIFT = ELEMENT_BF16 || SCALE_SUMS ? 1.f : 64.f;
 
@@ -57,7 +59,7 @@ warpgroup(const __grid_constant__ TensorMap x, const unsigned char* __restrict__
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(full + 8 * s, 2);                                // of x and of W
-            barrier_init(empty + 8 * s, BESIDE * 4);
+            barrier_init(empty + 8 * s, WARPGROUPS_M * 4);
         }
         barrier_init_done();
     }
@@ -65,7 +67,7 @@ warpgroup(const __grid_constant__ TensorMap x, const unsigned char* __restrict__
     let_next_kernel_start();
 
     if (warp >= CONSUMERS / WARP) {
-        if (HAND_OVER) registers_shrink<40>();
+        if (REALLOCATE_REGISTERS) registers_shrink<40>();
         const int here = min(TILE_SLABS, slabs - slab);                   // the last tile may be cut off
         Place<STAGES, STAGE_BYTES> at(ring, full, 1);
         if (warp == CONSUMERS / WARP) {                                   // W never changes: no need to wait for other kernels
@@ -97,35 +99,35 @@ warpgroup(const __grid_constant__ TensorMap x, const unsigned char* __restrict__
             cluster_barrier();                                            // and read
         }
     } else {
-        if (HAND_OVER) registers_grow<232>();
+        if (REALLOCATE_REGISTERS) registers_grow<232>();
         const int g = lane / 4, t = lane % 4, group_warp = warp % 4;
-        const int beside = warp / 4 % BESIDE, deep = warp / 4 / BESIDE;
-        float sum[TALL][TOKENS / 2] = {};
-        float part[TALL][TOKENS / 2] = {};                                // of a group
-        float part_scale[TALL][2] = {};                                   // of rows g and g + 8
-        u32 a[2][TALL][TOGETHER][4];
+        const int group_m = warp / 4 % WARPGROUPS_M, group_k = warp / 4 / WARPGROUPS_M;
+        float sum[M_TILES][TOKENS / 2] = {};
+        float part[M_TILES][TOKENS / 2] = {};                                // of a group
+        float part_scale[M_TILES][2] = {};                                   // of rows g and g + 8
+        u32 a[2][M_TILES][BATCH_PRODUCTS][4];
         auto add_part = [&]() {
 #pragma unroll
-            for (int h = 0; h < TALL; h++)
+            for (int h = 0; h < M_TILES; h++)
 #pragma unroll
                 for (int r = 0; r < TOKENS / 2; r++) sum[h][r] += part[h][r] * part_scale[h][r % 4 / 2];
         };
-        for (int i = deep; i < count; i += DEEP) {
+        for (int i = group_k; i < count; i += WARPGROUPS_K) {
             const u32 stage = ring + i % STAGES * STAGE_BYTES;
             wait(full + 8 * (i % STAGES), i / STAGES % 2);
-            uint4 piece[TALL];
-            u32 scale[TALL][2], offset[TALL][2];                          // of rows g and g + 8
-            float next_scale[TALL][2];
+            uint4 piece[M_TILES];
+            u32 scale[M_TILES][2], offset[M_TILES][2];                          // of rows g and g + 8
+            float next_scale[M_TILES][2];
 #pragma unroll
-            for (int batch = 0; batch < STEP / 16 / TOGETHER; batch++) {
-                const bool starts = batch * TOGETHER % GROUP_PRODUCTS == 0;
+            for (int batch = 0; batch < STEP / 16 / BATCH_PRODUCTS; batch++) {
+                const bool starts = batch * BATCH_PRODUCTS % GROUP_PRODUCTS == 0;
 #pragma unroll
-                for (int q = 0; q < TOGETHER; q++) {
-                    const int column = (batch * TOGETHER + q) * 16;
+                for (int q = 0; q < BATCH_PRODUCTS; q++) {
+                    const int column = (batch * BATCH_PRODUCTS + q) * 16;
                     const int piece_number = column / PIECE_COLUMNS, j = column % PIECE_COLUMNS / 16;
 #pragma unroll
-                    for (int h = 0; h < TALL; h++) {
-                        const int own_slab = beside * TALL + h;
+                    for (int h = 0; h < M_TILES; h++) {
+                        const int own_slab = group_m * M_TILES + h;
                         if (j == 0)
                             piece[h] = load_shared_16(stage + CODES + own_slab * SLAB_BYTES + group_warp * STEP_BYTES
                                                       + piece_number * PIECE_BYTES + lane * 16);
@@ -151,15 +153,16 @@ warpgroup(const __grid_constant__ TensorMap x, const unsigned char* __restrict__
                     products_wait<0>();
                     add_part();
 #pragma unroll
-                    for (int h = 0; h < TALL; h++) part_scale[h][0] = next_scale[h][0], part_scale[h][1] = next_scale[h][1];
+                    for (int h = 0; h < M_TILES; h++)
+                        part_scale[h][0] = next_scale[h][0], part_scale[h][1] = next_scale[h][1];
                 }
                 products_begin();
 #pragma unroll
-                for (int q = 0; q < TOGETHER; q++) {
-                    const int column = (batch * TOGETHER + q) * 16;
+                for (int q = 0; q < BATCH_PRODUCTS; q++) {
+                    const int column = (batch * BATCH_PRODUCTS + q) * 16;
                     const u64 columns_of_x = describe(stage + column / 64 * HALF_BYTES + column % 64 * 2);
 #pragma unroll
-                    for (int h = 0; h < TALL; h++) {
+                    for (int h = 0; h < M_TILES; h++) {
                         float(&to)[TOKENS / 2] = SCALE_SUMS ? part[h] : sum[h];
                         warpgroup_multiply_add(to, a[batch % 2][h][q], columns_of_x, !SCALE_SUMS || !starts || q > 0);
                     }
@@ -171,7 +174,7 @@ warpgroup(const __grid_constant__ TensorMap x, const unsigned char* __restrict__
                 // above is an instruction of the whole warp. (compute-sanitizer's racecheck does not see that and reports
                 // write-after-read hazards between `load_shared_16` and `bulk_copy`; a __syncwarp, which it would see,
                 // makes the compiler wait for every product.)
-                if (batch == 0 && i >= DEEP && lane == 0) arrive(empty + 8 * ((i - DEEP) % STAGES));
+                if (batch == 0 && i >= WARPGROUPS_K && lane == 0) arrive(empty + 8 * ((i - WARPGROUPS_K) % STAGES));
             }
         }
         products_wait<0>();
@@ -179,15 +182,15 @@ warpgroup(const __grid_constant__ TensorMap x, const unsigned char* __restrict__
         consumers_barrier(CONSUMERS);                                     // nobody reads the ring any more
         float* sums = reinterpret_cast<float*>(memory);
 #pragma unroll
-        for (int turn = 0; turn < DEEP; turn++) {
+        for (int turn = 0; turn < WARPGROUPS_K; turn++) {
             if (turn > 0) consumers_barrier(CONSUMERS);
-            if (deep == turn)
+            if (group_k == turn)
 #pragma unroll
-                for (int h = 0; h < TALL; h++)
+                for (int h = 0; h < M_TILES; h++)
 #pragma unroll
                     for (int r = 0; r < TOKENS / 2; r++) {
                         const int column = r / 4 * 8 + 2 * t + r % 2, row = group_warp * 16 + g + r / 2 % 2 * 8;
-                        float& at = sums[column * SUM_PITCH + (beside * TALL + h) * SLAB_ROWS + row];
+                        float& at = sums[column * SUM_PITCH + (group_m * M_TILES + h) * SLAB_ROWS + row];
                         at = turn > 0 ? at + sum[h][r] : sum[h][r];
                     }
         }

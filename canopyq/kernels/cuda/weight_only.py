@@ -2,28 +2,31 @@
 
 Few rows go to ``decode.cu``, more to ``warpgroup.cu`` and many to ``stream_k.cu`` (compute capability 9.0 alone has
 their instructions). For very many the arithmetic takes so long that writing the weight out in 16 bits first costs
-little: `LIBRARY` dequantizes it and torch multiplies. `selection` knows for which rows of which shape each is fastest.
+little: `dequantize` does, and torch multiplies. `selection` knows for which rows of which shape each is the fastest.
 """
 
 from __future__ import annotations
 
-from functools import cache
+import ctypes
+import secrets
+from dataclasses import replace
+from functools import cache, lru_cache
+from itertools import count
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from canopyq.errors import CanopyError
-from canopyq.kernels.cuda import products, selection
+from canopyq.kernels.cuda import selection, tiles
 from canopyq.kernels.cuda.costs import Product
-from canopyq.kernels.cuda.fragments import FRAGMENTS, SLAB, STEP, padded
-from canopyq.kernels.cuda.launch import multiprocessors, unavailable
-from canopyq.kernels.cuda.products import describe
+from canopyq.kernels.cuda.fragments import SLAB, STEP, padded
+from canopyq.kernels.cuda.launch import Function, matrix_map, multiprocessors, unavailable
 from canopyq.kernels.cuda.tiles import SHARED, DecodeTile, StreamKTile, WarpgroupTile, Weight
-from canopyq.kernels.kernel import Held, Kernel, Problem, Rows, up_to
+from canopyq.kernels.spec import LinearSpec, PackedWeight, RowRanges, up_to
 from canopyq.tensor.formats import IntFormat
 
-GROUPS = (32, 64, 128, 256)
+GROUP_SIZES = (32, 64, 128, 256)
 NARROW = (torch.bfloat16, torch.float16)
 HOPPER = (9, 0)
 
@@ -31,61 +34,61 @@ HOPPER = (9, 0)
 # --- what they can run -----------------------------------------------------------------------------------------------
 
 
-def refuse(problem: Problem) -> str | None:
-    fmt, granularity = problem.weights.format, problem.weights.granularity
-    if reason := unavailable(problem.device):
+def unsupported(spec: LinearSpec) -> str | None:
+    fmt, granularity = spec.weights.format, spec.weights.granularity
+    if reason := unavailable(spec.device):
         return reason
     if not (isinstance(fmt, IntFormat) and fmt.bits in (4, 8)):
         return f"it takes int4 and int8 weights; these are {fmt.name}"
-    if problem.activations is not None:
+    if spec.activations is not None:
         return "it leaves activations in 16 bits, and this recipe quantizes them"
-    if problem.weights.scale_dtype not in NARROW:
-        return f"it takes bfloat16 and float16 scales; these are {problem.weights.scale_dtype}"
+    if spec.weights.scale_dtype not in NARROW:
+        return f"it takes bfloat16 and float16 scales; these are {spec.weights.scale_dtype}"
     if granularity.kind not in ("group", "channel") or granularity.axis != 0:
         return f"it takes a scale per group or output channel; these have one per {granularity}"
-    if granularity.kind == "group" and (granularity.group_size not in GROUPS or problem.k % granularity.group_size):
-        return f"it takes groups of 32, 64, 128 or 256 that divide in_features; {granularity} and {problem.k} do not"
-    if problem.n * problem.k >= 2**31:
-        return f"it takes fewer than 2^31 weights; this layer has {problem.n * problem.k}"
+    if granularity.kind == "group" and (granularity.group_size not in GROUP_SIZES or spec.k % granularity.group_size):
+        return f"it takes groups of 32, 64, 128 or 256 that divide in_features; {granularity} and {spec.k} do not"
+    if spec.n * spec.k >= 2**31:
+        return f"it takes fewer than 2^31 weights; this layer has {spec.n * spec.k}"
     return None
 
 
-def refuse_warpgroup(problem: Problem) -> str | None:
-    if reason := refuse(problem):
+def unsupported_warpgroup(spec: LinearSpec) -> str | None:
+    if reason := unsupported(spec):
         return reason
-    if (have := _capability(problem.device.index)) != HOPPER:
+    if (have := _capability(spec.device.index)) != HOPPER:
         return f"it uses products that only compute capability 9.0 has; this GPU has {have[0]}.{have[1]}"
     return None
 
 
-def rows_decode(problem: Problem) -> Rows:
-    if _capability(problem.device.index) == HOPPER:
-        return _rows_taken(problem, DecodeTile.KERNEL)
-    weight = _weight_of(problem)
-    return up_to(max((rows for rows in range(1, 17) if _decode_tile(weight, rows, problem.device.index)), default=0))
+def unsupported_stream_k(spec: LinearSpec) -> str | None:
+    if reason := unsupported_warpgroup(spec):
+        return reason
+    return f"it takes out_features in multiples of 8, not {spec.n}" if spec.n % 8 else None
 
 
-def rows_warpgroup(problem: Problem) -> Rows:
-    return _rows_taken(problem, WarpgroupTile.KERNEL)
+def decode_rows(spec: LinearSpec) -> RowRanges:
+    if _capability(spec.device.index) == HOPPER:
+        return _rows_taken(spec, DecodeTile.KERNEL)
+    weight = _weight_of(spec)
+    return up_to(max((rows for rows in range(1, 17) if _decode_tile(weight, rows, spec.device.index)), default=0))
 
 
-def rows_stream_k(problem: Problem) -> Rows:
-    return _rows_taken(problem, StreamKTile.KERNEL)
+def warpgroup_rows(spec: LinearSpec) -> RowRanges:
+    return _rows_taken(spec, WarpgroupTile.KERNEL)
 
 
-def _rows_taken(problem: Problem, kernel: str) -> Rows:
-    return selection.rows_taken(_product(_weight_of(problem), problem.k, 1, problem.device.index), kernel)
+def stream_k_rows(spec: LinearSpec) -> RowRanges:
+    return _rows_taken(spec, StreamKTile.KERNEL)
+
+
+def _rows_taken(spec: LinearSpec, kernel: str) -> RowRanges:
+    return selection.rows_taken(_product(_weight_of(spec), spec.k, 1, spec.device.index), kernel)
 
 
 def _product(weight: Weight, k: int, rows: int, device: int | None) -> Product:
     sms = multiprocessors(device or 0) if torch.cuda.is_available() else 132
     return Product(weight.recipe, weight.n, k, rows, weight, sms, stored_by_copies=weight.n % 8 == 0)
-
-
-def refuse_stream_k(problem: Problem) -> str | None:
-    if reason := refuse_warpgroup(problem):
-        return reason
-    return f"it takes out_features in multiples of 8, not {problem.n}" if problem.n % 8 else None
 
 
 @cache
@@ -102,11 +105,188 @@ def _decode_tile(weight: Weight, rows: int, device: int | None) -> DecodeTile | 
     return DecodeTile(-(-rows // 8), 1, 8, 4, 1, 2).fitted(weight, rows, limit)
 
 
-def _weight_of(problem: Problem) -> Weight:
-    group = problem.weights.granularity.group_size or 0
-    slabs, steps = padded(problem.n, SLAB) // SLAB, padded(problem.k, STEP) // STEP
+def _weight_of(spec: LinearSpec) -> Weight:
+    group = spec.weights.granularity.group_size or 0
+    slabs, steps = padded(spec.n, SLAB) // SLAB, padded(spec.k, STEP) // STEP
     groups = steps * STEP // group if group else 1
-    return Weight(problem.n, slabs, steps, groups, problem.weights.format.bits, group, not problem.weights.symmetric)
+    return Weight(spec.n, slabs, steps, groups, spec.weights.format.bits, group, not spec.weights.symmetric)
+
+
+# --- launches --------------------------------------------------------------------------------------------------------
+
+
+def constants(bits: int, group: int, asymmetric: bool, element: torch.dtype, scale: torch.dtype) -> dict[str, int]:
+    return {
+        "ELEMENT_BF16": int(element == torch.bfloat16),
+        "SCALE_BF16": int(scale == torch.bfloat16),
+        "BITS": bits,
+        "GROUP": group,
+        "ASYMMETRIC": int(asymmetric),
+    }
+
+
+def decode_constants(tile: DecodeTile) -> dict[str, int]:
+    return {
+        "COLUMN_TILES": tile.columns,
+        "TILE_BLOCKS": tile.blocks,
+        "WARPS": tile.warps,
+        "DEPTH": tile.depth,
+        "CLUSTER": tile.cluster,
+    }
+
+
+def warpgroup_constants(tile: WarpgroupTile) -> dict[str, int]:
+    return {
+        "TOKENS": tile.tokens,
+        "M_TILES": tile.m_tiles,
+        "WARPGROUPS_M": tile.warpgroups_m,
+        "WARPGROUPS_K": tile.warpgroups_k,
+        "STAGES": tile.stages,
+        "BATCH": tile.batch,
+        "CLUSTER": tile.cluster,
+        "BLOCKS_PER_SM": tile.per_sm,
+    }
+
+
+def stream_k_constants(tile: StreamKTile) -> dict[str, int]:
+    return {
+        "TOKENS": tile.tokens,
+        "M_TILES": tile.m_tiles,
+        "WARPGROUPS": tile.warpgroups,
+        "STAGES": tile.stages,
+        "BATCH": tile.batch,
+        "CLUSTER": tile.cluster,
+        "BLOCKS_PER_SM": tile.per_sm,
+    }
+
+
+@cache
+def _decode(bits: int, group: int, asymmetric: bool, x: torch.dtype, scale: torch.dtype, tile: DecodeTile, device: int):
+    every = constants(bits, group, asymmetric, x, scale) | decode_constants(tile)
+    return Function("decode.cu", "decode", every, "PPPPPiiiiii", device, tile.warps * 32, cluster=tile.cluster)
+
+
+@cache
+def _warpgroup(
+    bits: int, group: int, asymmetric: bool, x: torch.dtype, scale: torch.dtype, tile: WarpgroupTile, device: int
+):
+    every = constants(bits, group, asymmetric, x, scale) | warpgroup_constants(tile)
+    extra = tiles.product_source(tile.tokens, x == torch.bfloat16)
+    arguments = "128sPPPPiiiii"
+    kind = {"cluster": tile.cluster, "extra": extra}
+    return Function("warpgroup.cu", "warpgroup", every, arguments, device, tile.threads, **kind)
+
+
+@cache
+def _stream_k(
+    bits: int, group: int, asymmetric: bool, x: torch.dtype, scale: torch.dtype, tile: StreamKTile, device: int
+):
+    every = constants(bits, group, asymmetric, x, scale) | stream_k_constants(tile)
+    extra = tiles.product_source(tile.tokens, x == torch.bfloat16)
+    kind = {"cluster": tile.cluster, "extra": extra}
+    return Function("stream_k.cu", "stream_k", every, "128s128sPPPPPqiiiiiiii", device, tile.threads, **kind)
+
+
+@cache
+def _dequantize(bits: int, group: int, asymmetric: bool, out: torch.dtype, scale: torch.dtype, device: int):
+    # For float32 the codes become float16 first: every code and its difference to the zero point is exact there.
+    every = constants(bits, group, asymmetric, out, scale) | {"WIDE": int(out == torch.float32)}
+    return Function("dequantize.cu", "dequantize", every, "PPPPiiiii", device, 256)
+
+
+@lru_cache(maxsize=4096)
+def _tensor_map(pointer: int, rows: int, k: int, dtype: torch.dtype, tokens: int, halves: int = 2) -> bytes:
+    """Tells the copy engine where x (rows, k) lies and that it comes in boxes, ``tokens`` rows by ``halves`` · 64."""
+    from cuda.bindings import driver as d
+
+    kind = d.CUtensorMapDataType
+    result, made = d.cuTensorMapEncodeTiled(
+        kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if dtype == torch.bfloat16 else kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        3,
+        pointer,
+        [d.cuuint64_t(64), d.cuuint64_t(rows), d.cuuint64_t(k // 64)],
+        [d.cuuint64_t(2 * k), d.cuuint64_t(128)],
+        [d.cuuint32_t(64), d.cuuint32_t(tokens), d.cuuint32_t(halves)],
+        [d.cuuint32_t(1)] * 3,
+        d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if result != 0:
+        raise CanopyError(f"the driver does not describe an input of shape ({rows}, {k}): {result.name}")
+    return ctypes.string_at(made.getPtr(), 128)
+
+
+def describe(codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, bits: int, group: int) -> Weight:
+    return Weight(n, codes.shape[0], codes.shape[1], scale.shape[1], bits, group, zero is not None)
+
+
+def _pointers(codes: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[int, int, int]:
+    """Of the weight's tensors; a zero point that does not exist is never read."""
+    return codes.data_ptr(), scale.data_ptr(), codes.data_ptr() if zero is None else zero.data_ptr()
+
+
+def run_decode(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Weight, tile: DecodeTile
+) -> Tensor:
+    device, rows = x.device.index, x.shape[0]
+    function = _decode(weight.bits, weight.group, weight.asymmetric, x.dtype, scale.dtype, tile, device)
+    y = x.new_empty(rows, weight.n)
+    most = max(1, multiprocessors(device) * tile.per_sm // tile.cluster)
+    grid = (min(-(-weight.blocks // tile.blocks), most), 1, tile.cluster)
+    values = (*_pointers(codes, scale, zero), x.data_ptr(), y.data_ptr(), rows, weight.n, x.shape[1])
+    function(grid, *values, weight.blocks, weight.steps, weight.groups, shared=tile.shared(weight, rows))
+    return y
+
+
+def run_warpgroup(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Weight, tile: WarpgroupTile
+) -> Tensor:
+    device, (rows, k) = x.device.index, x.shape
+    function = _warpgroup(weight.bits, weight.group, weight.asymmetric, x.dtype, scale.dtype, tile, device)
+    y = x.new_empty(rows, weight.n)
+    grid = (-(-rows // tile.tokens), -(-weight.slabs // (tile.rows // SLAB)), tile.cluster)
+    sizes = (rows, weight.n, weight.slabs, weight.steps, weight.groups)
+    x_map = _tensor_map(x.data_ptr(), rows, k, x.dtype, tile.tokens)
+    function(grid, x_map, *_pointers(codes, scale, zero), y.data_ptr(), *sizes, shared=tile.shared(weight))
+    return y
+
+
+_marks = count(secrets.randbits(62))  # a number for each launch that no memory holds by chance
+
+
+def run_stream_k(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Weight, tile: StreamKTile
+) -> Tensor:
+    """Takes an n that is a multiple of 8."""
+    device, (rows, k) = x.device.index, x.shape
+    function = _stream_k(
+        weight.bits, weight.group, weight.asymmetric, x.dtype, scale.dtype, replace(tile, parts=1), device
+    )
+    y = x.new_empty(rows, weight.n)
+    grid = tile.grid(rows, weight, multiprocessors(device))
+    blocks = grid.clusters * tile.cluster
+    sums = blocks * tile.rows * tile.tokens * 4 if grid.parts > 1 and grid.shared else 0
+    space = torch.empty(sums + 8 * blocks * tile.warpgroups, dtype=torch.uint8, device=x.device)
+    x_map = _tensor_map(x.data_ptr(), rows, k, x.dtype, tile.tokens // tile.cluster, 1)
+    y_map = matrix_map(y.data_ptr(), rows, weight.n, 2, tile.BOX_TOKENS, 64)
+    places = (*_pointers(codes, scale, zero), space.data_ptr(), space.data_ptr() + sums)
+    sizes = (rows, weight.slabs, weight.steps, weight.groups, grid.across, grid.whole, grid.shared, grid.parts)
+    function((grid.clusters, 1, tile.cluster), x_map, y_map, *places, next(_marks), *sizes, shared=tile.shared(weight))
+    return y
+
+
+def run_dequantize(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Weight, k: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight (n, k) in bfloat16, float16 or float32."""
+    out = torch.empty(weight.n, k, dtype=dtype, device=codes.device)
+    function = _dequantize(weight.bits, weight.group, weight.asymmetric, dtype, scale.dtype, codes.device.index)
+    grid = (-(-weight.blocks * weight.steps // 8), 1, 1)
+    sizes = (weight.n, k, weight.blocks, weight.steps, weight.groups)
+    function(grid, *_pointers(codes, scale, zero), out.data_ptr(), *sizes)
+    return out
 
 
 # --- the operators ---------------------------------------------------------------------------------------------------
@@ -147,7 +327,7 @@ def decode_linear(
     weight = describe(codes, scale, zero, n, bits, group)
     if (tile := _decode_tile(weight, len(x), x.device.index)) is None:
         raise CanopyError(f"the decode kernel does not take {len(x)} rows of {x.shape[1]}; use fewer")
-    return products.run_decode(x, codes, scale, zero, weight, tile)
+    return run_decode(x, codes, scale, zero, weight, tile)
 
 
 @torch.library.custom_op("canopyq::warpgroup_linear", mutates_args=())
@@ -161,7 +341,7 @@ def warpgroup_linear(
         return x.new_empty(0, n)
     weight = describe(codes, scale, zero, n, bits, group)
     tile = selection.choose(_product(weight, x.shape[1], len(x), x.device.index), WarpgroupTile.KERNEL).tile
-    return products.run_warpgroup(x, codes, scale, zero, weight, tile)
+    return run_warpgroup(x, codes, scale, zero, weight, tile)
 
 
 @torch.library.custom_op("canopyq::stream_k_linear", mutates_args=())
@@ -177,7 +357,7 @@ def stream_k_linear(
         return x.new_empty(0, n)
     weight = describe(codes, scale, zero, n, bits, group)
     tile = selection.choose(_product(weight, x.shape[1], len(x), x.device.index), StreamKTile.KERNEL).tile
-    return products.run_stream_k(x, codes, scale, zero, weight, tile)
+    return run_stream_k(x, codes, scale, zero, weight, tile)
 
 
 @torch.library.custom_op("canopyq::dequantize_fragments", mutates_args=())
@@ -187,7 +367,7 @@ def dequantize_fragments(
     """The weight (n, k) in bfloat16, float16 or float32."""
     _check_weight(codes, scale, zero)
     weight = describe(codes, scale, zero, n, bits, group)
-    return products.run_dequantize(codes, scale, zero, weight, k, dtype)
+    return run_dequantize(codes, scale, zero, weight, k, dtype)
 
 
 @decode_linear.register_fake
@@ -204,41 +384,31 @@ def _(
     return codes.new_empty(n, k, dtype=dtype)
 
 
-# --- the kernels that `select` lists ---------------------------------------------------------------------------------
+# --- what `dispatch` lists --------------------------------------------------------------------------------------------
 
 
-def _arguments(held: Held, problem: Problem) -> tuple:
-    group = problem.weights.granularity.group_size or 0
-    parts = held["weight_fragments"], held["weight_scale"], held.get("weight_zero_point")
-    return *parts, problem.n, problem.weights.format.bits, group
+def _arguments(packed: PackedWeight, spec: LinearSpec) -> tuple:
+    group = spec.weights.granularity.group_size or 0
+    parts = packed["weight_fragments"], packed["weight_scale"], packed.get("weight_zero_point")
+    return *parts, spec.n, spec.weights.format.bits, group
 
 
-def decode(x: Tensor, held: Held, problem: Problem) -> Tensor:
-    """x · Wᵀ with sums in float32: (M, K) -> (M, N). float32 input goes to `library`."""
-    return decode_linear(x, *_arguments(held, problem)) if x.dtype in NARROW else library(x, held, problem)
+def decode(x: Tensor, packed: PackedWeight, spec: LinearSpec) -> Tensor:
+    """x · Wᵀ with sums in float32: (M, K) -> (M, N). float32 input goes to `dequantize`."""
+    return decode_linear(x, *_arguments(packed, spec)) if x.dtype in NARROW else dequantize(x, packed, spec)
 
 
-def warpgroup(x: Tensor, held: Held, problem: Problem) -> Tensor:
-    """x · Wᵀ with sums in float32: (M, K) -> (M, N). float32 input goes to `library`."""
-    return warpgroup_linear(x, *_arguments(held, problem)) if x.dtype in NARROW else library(x, held, problem)
+def warpgroup(x: Tensor, packed: PackedWeight, spec: LinearSpec) -> Tensor:
+    """x · Wᵀ with sums in float32: (M, K) -> (M, N). float32 input goes to `dequantize`."""
+    return warpgroup_linear(x, *_arguments(packed, spec)) if x.dtype in NARROW else dequantize(x, packed, spec)
 
 
-def stream_k(x: Tensor, held: Held, problem: Problem) -> Tensor:
-    """x · Wᵀ with sums in float32: (M, K) -> (M, N). float32 input goes to `library`."""
-    return stream_k_linear(x, *_arguments(held, problem)) if x.dtype in NARROW else library(x, held, problem)
+def stream_k(x: Tensor, packed: PackedWeight, spec: LinearSpec) -> Tensor:
+    """x · Wᵀ with sums in float32: (M, K) -> (M, N). float32 input goes to `dequantize`."""
+    return stream_k_linear(x, *_arguments(packed, spec)) if x.dtype in NARROW else dequantize(x, packed, spec)
 
 
-def library(x: Tensor, held: Held, problem: Problem) -> Tensor:
+def dequantize(x: Tensor, packed: PackedWeight, spec: LinearSpec) -> Tensor:
     """x · Wᵀ with W dequantized to x's dtype in memory of its own for as long as the call takes: (M, K) -> (M, N)."""
-    codes, scale, zero, n, bits, group = _arguments(held, problem)
-    return F.linear(x, dequantize_fragments(codes, scale, zero, n, problem.k, bits, group, x.dtype))
-
-
-DECODE = Kernel("int4/int8 decode (CUDA)", FRAGMENTS, refuse, decode, rows_decode, device="cuda")
-WARPGROUP = Kernel(
-    "int4/int8 on warpgroups (CUDA)", FRAGMENTS, refuse_warpgroup, warpgroup, rows_warpgroup, device="cuda"
-)
-STREAM_K = Kernel(
-    "int4/int8 on warpgroups, stream-K (CUDA)", FRAGMENTS, refuse_stream_k, stream_k, rows_stream_k, device="cuda"
-)
-LIBRARY = Kernel("int4/int8 dequantized, then cuBLAS (CUDA)", FRAGMENTS, refuse, library, device="cuda")
+    codes, scale, zero, n, bits, group = _arguments(packed, spec)
+    return F.linear(x, dequantize_fragments(codes, scale, zero, n, spec.k, bits, group, x.dtype))

@@ -4,18 +4,18 @@
 // * A block stays on its multiprocessor and goes from tile to tile, TILE_ROWS rows of W by TOKENS rows of x. One thread
 //   starts the copies of both, a step of 128 columns to a stage of the ring, on into the next tile while the results of
 //   this one are stored.
-// * Two warpgroups multiply TALL · 64 rows of W each, with sums in int32, which are exact.
+// * Two warpgroups multiply M_TILES · 64 rows of W each, with sums in int32, which are exact.
 // * Results are scaled in registers, rounded, turned around on their way through shared memory (they come by rows of W
 //   and go by rows of x), and stored by the copy engine while the next products run. No int32 matrix is ever written.
 //
-// Constants: CODE (8), SCALE, OUTPUT (16 bits) and ELEMENT_BF16 (see scales.cuh), TOKENS, TALL, STAGES. extra.cuh holds
+// Constants: CODE (8), SCALE, OUTPUT (16 bits) and ELEMENT_BF16 (see scales.cuh), TOKENS, M_TILES, STAGES. extra.cuh holds
 // `codes_multiply_add` for TOKENS columns.
 #include "scales.cuh"
 #include "hopper.cuh"
 #include "extra.cuh"
 
 constexpr int WARPGROUPS = 2, GROUP_THREADS = 4 * WARP, CONSUMERS = WARPGROUPS * GROUP_THREADS, THREADS = CONSUMERS + WARP;
-constexpr int GROUP_ROWS = TALL * 64, TILE_ROWS = WARPGROUPS * GROUP_ROWS, STEP = 128;
+constexpr int GROUP_ROWS = M_TILES * 64, TILE_ROWS = WARPGROUPS * GROUP_ROWS, STEP = 128;
 constexpr int X_BYTES = TOKENS * STEP, STAGE_BYTES = X_BYTES + TILE_ROWS * STEP;
 constexpr int BOX_TOKENS = 64, BOX_BYTES = BOX_TOKENS * 128;           // of results: by 64 rows of W, 16 bits each
 constexpr int RESULTS = STAGES * STAGE_BYTES;                          // where they are staged: two boxes a warpgroup
@@ -59,16 +59,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const u32 results = ring + RESULTS + group * 2 * BOX_BYTES;
     const int of_matrix = lane / 8 / 2 * 8 + lane % 8;                 // the row of x whose address this lane gives
     const u32 column_of_matrix = u32((warp % 4 * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;     // swizzled
-    Sum sum[TALL][TOKENS / 2];
+    Sum sum[M_TILES][TOKENS / 2];
     int i = 0;                                                         // steps so far
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const int token = tile % token_tiles * TOKENS, row = tile / token_tiles * TILE_ROWS + group * GROUP_ROWS;
-        float scale_of_token[TOKENS / GROUP_THREADS], scale[TALL][2];  // here before they are needed
+        float scale_of_token[TOKENS / GROUP_THREADS], scale[M_TILES][2];  // here before they are needed
 #pragma unroll
         for (int j = 0; j < TOKENS / GROUP_THREADS; j++)
             scale_of_token[j] = x_scales[min(token + j * GROUP_THREADS + own, rows - 1)];
 #pragma unroll
-        for (int h = 0; h < TALL; h++)
+        for (int h = 0; h < M_TILES; h++)
 #pragma unroll
             for (int j = 0; j < 2; j++) scale[h][j] = load_scale(w_scales, min(row + h * 64 + warp % 4 * 16 + j * 8 + g, n - 1));
         for (int step = 0; step < steps; step++, i++) {
@@ -78,8 +78,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
             for (int column = 0; column < STEP; column += 32)
 #pragma unroll
-                for (int h = 0; h < TALL; h++)
-                    codes_multiply_add(sum[h], describe(stage + X_BYTES + (group * TALL + h) * 64 * STEP + column),
+                for (int h = 0; h < M_TILES; h++)
+                    codes_multiply_add(sum[h], describe(stage + X_BYTES + (group * M_TILES + h) * 64 * STEP + column),
                                        describe(stage + column), step > 0 || column > 0);
             products_commit();
             products_wait<1>();                                        // those of the step before are done
@@ -89,8 +89,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (lane == 0) arrive(empty + 8 * ((i - 1) % STAGES));
 
 #pragma unroll
-        for (int box = 0; box < TOKENS / BOX_TOKENS * TALL; box++) {
-            const int h = box % TALL, start = box / TALL * BOX_TOKENS;
+        for (int box = 0; box < TOKENS / BOX_TOKENS * M_TILES; box++) {
+            const int h = box % M_TILES, start = box / M_TILES * BOX_TOKENS;
             const u32 staged = results + box % 2 * BOX_BYTES;
             if (own == 0) wait_for_stores_to_read<1>();                // the box before the last has left
             if (own / BOX_TOKENS == start / BOX_TOKENS % (GROUP_THREADS / BOX_TOKENS))

@@ -1,4 +1,4 @@
-"""The operations of `step` on NVIDIA GPUs, one kernel each (``cuda/step.cu``)."""
+"""The operations of `kernels.decode_step` on NVIDIA GPUs, one kernel each (``cuda/decode_step.cu``)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from canopyq.kernels import step
+from canopyq.kernels import decode_step as step
 from canopyq.kernels.cuda.launch import Function, unavailable
 
 HEAD_DIMS = (64, 128)
-MOST_GROUP = 8  # query heads that one block serves
+MAX_GROUP = 8  # query heads that one block serves
 
 
-def refuse(device: torch.device, dtype: torch.dtype, hidden: int, head_dim: int) -> str | None:
+def unsupported_reason(device: torch.device, dtype: torch.dtype, hidden: int, head_dim: int) -> str | None:
     """Why the kernels do not run the steps of a model, so that PyTorch does; None if they do."""
     if reason := unavailable(device):
         return reason
@@ -29,7 +29,7 @@ def refuse(device: torch.device, dtype: torch.dtype, hidden: int, head_dim: int)
 @step.add_rms_norm.register_kernel("cuda")
 def _(residual: Tensor, change: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     rows, width = residual.shape
-    if refuse(residual.device, residual.dtype, width, HEAD_DIMS[0]):
+    if unsupported_reason(residual.device, residual.dtype, width, HEAD_DIMS[0]):
         return step.add_rms_norm_reference(residual, change, weight, eps)
     y = torch.empty_like(residual)
     added = 0 if change is None else change.contiguous().data_ptr()
@@ -42,7 +42,7 @@ def _(residual: Tensor, change: Tensor | None, weight: Tensor, eps: float) -> Te
 @step.silu_mul.register_kernel("cuda")
 def _(gate_up: Tensor) -> Tensor:
     rows, width = gate_up.shape
-    if refuse(gate_up.device, gate_up.dtype, width // 2, HEAD_DIMS[0]):
+    if unsupported_reason(gate_up.device, gate_up.dtype, width // 2, HEAD_DIMS[0]):
         return step.silu_mul_reference(gate_up)
     y = gate_up.new_empty(rows, width // 2)
     chunks = width // 16
@@ -55,7 +55,7 @@ def _(gate_up: Tensor) -> Tensor:
 @step.rotate_and_append.register_kernel("cuda")
 def _(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     batch, kv_heads, length, d = keys.shape
-    if refuse(qkv.device, qkv.dtype, d, d):
+    if unsupported_reason(qkv.device, qkv.dtype, d, d):
         return step.rotate_and_append_reference(qkv, cos, sin, position, keys, values)
     heads = qkv.shape[1] // d - 2 * kv_heads
     q = qkv.new_empty(batch, heads, d)
@@ -69,10 +69,10 @@ def _(qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, keys: Tensor, val
 def _(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
     batch, heads, d = q.shape
     kv_heads, length = keys.shape[1:3]
-    if refuse(q.device, q.dtype, d, d):
+    if unsupported_reason(q.device, q.dtype, d, d):
         return step.attend_reference(q, keys, values, position)
     shared = heads // kv_heads
-    group = next(g for g in range(min(shared, MOST_GROUP), 0, -1) if shared % g == 0)
+    group = next(g for g in range(min(shared, MAX_GROUP), 0, -1) if shared % g == 0)
     y = q.new_empty(batch, heads * d)
     pointers = [x.data_ptr() for x in (q, keys, values, position, y)]
     run, cluster = _attend(q.dtype, d, group, q.device.index)
@@ -87,17 +87,17 @@ def _constants(dtype: torch.dtype, **others: int) -> dict[str, int]:
 @cache
 def _norm(dtype: torch.dtype, width: int, device: int) -> Function:
     threads = min(512, -(-width // 8 // 32) * 32) if width >= 256 else 32
-    return Function("step.cu", "add_rms_norm", _constants(dtype, WIDTH=width), "PPPPf", device, threads)
+    return Function("decode_step.cu", "add_rms_norm", _constants(dtype, WIDTH=width), "PPPPf", device, threads)
 
 
 @cache
 def _gate(dtype: torch.dtype, device: int) -> Function:
-    return Function("step.cu", "silu_mul", _constants(dtype), "PPii", device, 256)
+    return Function("decode_step.cu", "silu_mul", _constants(dtype), "PPii", device, 256)
 
 
 @cache
 def _rotate(dtype: torch.dtype, d: int, device: int) -> Function:
-    return Function("step.cu", "rotate_and_append", _constants(dtype, HEAD_DIM=d), "PPPPPPPiiii", device, 128)
+    return Function("decode_step.cu", "rotate_and_append", _constants(dtype, HEAD_DIM=d), "PPPPPPPiiii", device, 128)
 
 
 @cache
@@ -105,4 +105,4 @@ def _attend(dtype: torch.dtype, d: int, group: int, device: int) -> tuple[Functi
     """The kernel, and into how many parts it splits the context."""
     cluster = 8 if torch.cuda.get_device_capability(device) >= (9, 0) else 1
     constants = _constants(dtype, HEAD_DIM=d, GROUP_HEADS=group, CLUSTER=cluster)
-    return Function("step.cu", "attend", constants, "PPPPPiiif", device, 128, cluster=cluster), cluster
+    return Function("decode_step.cu", "attend", constants, "PPPPPiiif", device, 128, cluster=cluster), cluster

@@ -1,4 +1,4 @@
-"""Dequantize a slice that fits in the processor's cache, multiply by it, go on to the next.
+"""Dequantize a tile of rows that fits in the processor's cache, multiply by it, go on to the next.
 
 The weight never lies in memory in full precision, and writing and reading it there is what the reference spends most
 of its time on. Sums are formed in float32 whatever the input's dtype: most processors multiply bfloat16 far slower.
@@ -9,32 +9,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from canopyq.kernels.kernel import Held, Kernel, Problem
-from canopyq.kernels.reference import PLAIN, restore
+from canopyq.kernels.reference import unpack
+from canopyq.kernels.spec import LinearSpec, PackedWeight
 from canopyq.tensor.formats import e4m3_to_float
 from canopyq.tensor.quantized_tensor import QuantizedTensor
 
-SLICE = 2**20  # weights dequantized at a time: 4 MB of float32
+TILE = 2**20  # weights dequantized at a time: 4 MB of float32
 
 
-def refuse(problem: Problem) -> str | None:
-    if problem.device.type != "cpu":
-        return f"it is for processors with a cache to stay in; the layer lies on {problem.device}"
-    granularity = problem.weights.granularity
+def unsupported(spec: LinearSpec) -> str | None:
+    granularity = spec.weights.granularity
     if granularity.kind == "channel" and granularity.axis != 0:
         return "its slices are rows, and this weight's scales belong to columns"
     return None
 
 
-def linear(x: Tensor, held: Held, problem: Problem) -> Tensor:
+def linear(x: Tensor, packed: PackedWeight, spec: LinearSpec) -> Tensor:
     """x · Wᵀ: (M, K) -> (M, N)."""
-    weight = restore(held, problem)
+    weight = unpack(packed, spec)
     wide = x.to(torch.float32)
-    out = torch.empty(len(x), problem.n, dtype=torch.float32)
-    rows = max(1, min(problem.n, SLICE // problem.k))
-    scratch = torch.empty(rows, problem.k) if _is_a_byte_each(weight) else None
-    for start in range(0, problem.n, rows):
-        part = _rows(weight, start, min(start + rows, problem.n))
+    out = torch.empty(len(x), spec.n, dtype=torch.float32)
+    rows = max(1, min(spec.n, TILE // spec.k))
+    scratch = torch.empty(rows, spec.k) if _is_a_byte_each(weight) else None
+    for start in range(0, spec.n, rows):
+        part = _rows(weight, start, min(start + rows, spec.n))
         values = part.dequantize(torch.float32) if scratch is None else _byte_values(part, scratch)
         torch.mm(wide, values.t(), out=out[:, start : start + rows])
     return out.to(x.dtype)
@@ -75,6 +73,3 @@ def _byte_values(part: QuantizedTensor, scratch: Tensor) -> Tensor:
         grouped.sub_(part.zero_point.unsqueeze(-1))
     grouped.mul_(scale.unsqueeze(-1))
     return values
-
-
-SLICED = Kernel("slice by slice: dequantize in cache, multiply in float32", PLAIN, refuse, linear)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from canopyq.errors import CanopyError
-from canopyq.kernels import cublas, skinny
-from canopyq.kernels.cuda import eight_bits, nvrtc
-from canopyq.kernels.kernel import Problem
+from canopyq.kernels.cuda import launch, nvrtc, quantize_rows, w8a8
+from canopyq.kernels.dispatch import KERNELS, Kernel
+from canopyq.kernels.spec import LinearSpec
 from canopyq.nn.linear import QuantizedLinear
 from canopyq.tensor.quantized_tensor import quantize
 from canopyq.tensor.scheme import Recipe, Scheme
@@ -33,7 +33,7 @@ def relative_error(y: Tensor, exact: Tensor) -> float:
     return float((y.cpu().double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("format", eight_bits.CODES)
+@pytest.mark.parametrize("format", quantize_rows.CODE_CONSTANTS)
 class TestOnAGpu:
     pytestmark = on_gpu
 
@@ -47,7 +47,7 @@ class TestOnAGpu:
         if m > 2 and dtype == BF16:
             x[1] *= 1e-33
         for each in (x.cuda(), x.cuda().t().contiguous().t(), F.pad(x, (3, 5)).cuda()[:, 3:-5]):
-            codes, scales = eight_bits.quantize_rows(each, format)
+            codes, scales = quantize_rows.quantize_rows(each, format)
             expected = quantize(x.float(), format, "token")
             assert torch.equal(scales.cpu(), expected.scale)
             assert torch.equal(codes.cpu().view(torch.uint8), expected.data.view(torch.uint8))
@@ -55,7 +55,7 @@ class TestOnAGpu:
     def test_zeros_and_bad_rows(self, format: str) -> None:
         x = normal(4, 64, dtype=BF16)
         x[0], x[1, 3], x[2, 5] = 0, float("nan"), float("-inf")
-        codes, scales = eight_bits.quantize_rows(x.cuda(), format)
+        codes, scales = quantize_rows.quantize_rows(x.cuda(), format)
         assert scales[0] == 1 and not codes[0].float().any()
         assert scales[1].isnan() and scales[2].isnan() and scales[3].isfinite()
 
@@ -69,9 +69,9 @@ class TestOnAGpu:
         wide = x.float()
         normed = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(BF16)
         for (codes, scales), plain in (
-            (eight_bits.quantize_normed(x.clone(), None, weight, 1e-5, format), normed),
-            (eight_bits.quantize_normed(base, change, weight, 1e-5, format), normed),
-            (eight_bits.quantize_gated(x, up, format), F.silu(x) * up),
+            (quantize_rows.quantize_normed(x.clone(), None, weight, 1e-5, format), normed),
+            (quantize_rows.quantize_normed(base, change, weight, 1e-5, format), normed),
+            (quantize_rows.quantize_gated(x, up, format), F.silu(x) * up),
         ):
             expected = quantize(plain.float(), format, "token")
             found = codes.float() * scales
@@ -96,10 +96,10 @@ class TestOnAGpu:
         x, w = quantize(normal(m, k), format, "token"), quantize(normal(n, k), format, "channel", scale_dtype=BF16)
         exact = x.dequantize(torch.float64) @ w.dequantize(torch.float64).t()
         parts = [t.cuda() for t in (x.data, x.scale, w.data, w.scale)]
-        y = eight_bits.multiply_codes(*parts, output)
+        y = w8a8.skinny_linear(*parts, output)
         assert y.dtype == output and y.shape == (m, n)
         assert relative_error(y, exact) < {FP16: 6e-4, BF16: 4e-3, torch.float32: 1e-5}[output]
-        assert torch.equal(y, eight_bits.multiply_codes(*parts, output))
+        assert torch.equal(y, w8a8.skinny_linear(*parts, output))
 
     @pytest.mark.parametrize("rows", [1, 7, 16, 33, 64, 65, 300])
     @pytest.mark.parametrize("dtype", [FP16, BF16, torch.float32], ids=str)
@@ -124,11 +124,11 @@ class TestOnAGpu:
             y = layer(x)
         graph.replay()
         assert torch.equal(y, expected)
-        weight, scale = layer.held["weight"], layer.held["weight_scale"]
+        weight, scale = layer.packed["weight"], layer.packed["weight_scale"]
 
         def step(x: Tensor) -> Tensor:
-            codes, scales = eight_bits.quantize_rows(x, format)
-            return eight_bits.multiply_codes(codes, scales, weight, scale, x.dtype) + 1
+            codes, scales = quantize_rows.quantize_rows(x, format)
+            return w8a8.skinny_linear(codes, scales, weight, scale, x.dtype) + 1
 
         assert torch.equal(torch.compile(step, fullgraph=True)(x), step(x))
 
@@ -144,18 +144,18 @@ class TestOnAGpu:
             ((x, sx, w.cpu(), sw, BF16), "move them together"),
         ):
             with pytest.raises(CanopyError, match=words):
-                eight_bits.multiply_codes(*arguments)
+                w8a8.skinny_linear(*arguments)
         for arguments, words in (
             ((sx[None].half()[:, :1], format), "multiple of 8"),
             ((sx[None], format), "16-bit floats"),
         ):
             with pytest.raises(CanopyError, match=words):
-                eight_bits.quantize_rows(*arguments)
+                quantize_rows.quantize_rows(*arguments)
 
 
 VARIANTS = (
     [
-        ("skinny.cu", eight_bits.constants(format, tiles, BF16, BF16), arch)
+        ("skinny.cu", w8a8.skinny_constants(format, tiles, BF16, BF16), arch)
         for format, tiles, arch in (
             *(("int8", t, "sm_90a") for t in (1, 2)),
             *(("fp8_e4m3", t, "sm_90a") for t in (1, 2)),
@@ -164,7 +164,7 @@ VARIANTS = (
         )
     ]
     + [
-        ("quantize_rows.cu", eight_bits.row_constants(format, BF16, source, threads, kept), arch)
+        ("quantize_rows.cu", quantize_rows.constants(format, BF16, source, threads, kept), arch)
         for format, source, threads, kept, arch in (
             ("int8", 0, 256, 1, "sm_80"),
             ("int8", 0, 256, 4, "sm_90a"),
@@ -194,38 +194,38 @@ def test_it_compiles_without_spilling(file: str, constants: dict, arch: str) -> 
 @pytest.mark.parametrize("m", [1, 132, 133, 4096])
 @given(k=st.integers(1, 200_000))
 def test_threads_keep_as_much_of_a_row_as_they_can(m: int, source: int, k: int) -> None:
-    threads, kept = eight_bits.row_threads(m, 8 * k, source, 132)
-    assert threads in (256, 512, 1024) and 1 <= kept <= eight_bits.MOST_KEPT
-    assert threads * kept >= min(k, 1024 * eight_bits.MOST_KEPT) and threads * (kept - 1) < k
+    threads, kept = quantize_rows.row_threads(m, 8 * k, source, 132)
+    assert threads in (256, 512, 1024) and 1 <= kept <= quantize_rows.MAX_KEPT
+    assert threads * kept >= min(k, 1024 * quantize_rows.MAX_KEPT) and threads * (kept - 1) < k
 
 
-def problem(recipe: str, k: int = 256, **change: object) -> Problem:
+def spec(recipe: str, k: int = 256, **change: object) -> LinearSpec:
     found = Recipe.parse(recipe)
     schemes = {"weights": found.weights, "activations": found.activations} | change
-    return Problem(**schemes, n=64, k=k, weight_dtype=BF16, device=torch.device("cuda"))
+    return LinearSpec(**schemes, n=64, k=k, weight_dtype=BF16, device=torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
     ("kernel", "given", "words"),
     [
-        (skinny.INT8, problem("w8a8", activations=Scheme("int8", "token", symmetric=False)), "a zero point"),
-        (skinny.INT8, problem("w8a8", k=72), "multiples of 16"),
-        (skinny.INT8, problem("w8a16"), "leaves activations as they are"),
-        (skinny.INT8, problem("fp8"), "int8 activations"),
-        (skinny.FP8, problem("w8a8"), "FP8 weights"),
+        (KERNELS["skinny_int8"], spec("w8a8", activations=Scheme("int8", "token", symmetric=False)), "a zero point"),
+        (KERNELS["skinny_int8"], spec("w8a8", k=72), "multiples of 16"),
+        (KERNELS["skinny_int8"], spec("w8a16"), "leaves activations as they are"),
+        (KERNELS["skinny_int8"], spec("fp8"), "int8 activations"),
+        (KERNELS["skinny_fp8"], spec("w8a8"), "FP8 weights"),
     ],
 )
 def test_a_refusal_names_what_is_in_the_way(
-    kernel, given: Problem, words: str, monkeypatch: pytest.MonkeyPatch
+    kernel: Kernel, given: LinearSpec, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(skinny.launch, "unavailable", lambda device: None)
-    monkeypatch.setattr(cublas.torch.cuda, "is_available", lambda: True)
-    assert words in kernel.refuse(given)
+    monkeypatch.setattr(launch, "unavailable", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert words in kernel.unsupported_reason(given)
 
 
 def test_scales_in_float32_are_undone_bit_for_bit() -> None:
     weight = quantize(normal(24, 64), "int8", "channel", scale_dtype=BF16)
-    held = cublas.arrange(weight)
-    back = cublas.restore(held, Problem.of(weight, Scheme("int8", "token")))
-    assert held["weight_scale"].dtype == torch.float32
+    packed = w8a8.prepack(weight)
+    back = w8a8.unpack(packed, LinearSpec.of(weight, Scheme("int8", "token")))
+    assert packed["weight_scale"].dtype == torch.float32
     assert torch.equal(back.scale, weight.scale) and back.scale.dtype == BF16 and torch.equal(back.data, weight.data)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from canopyq.kernels import step, step_cuda
+from canopyq.kernels import decode_step
+from canopyq.kernels.cuda import decode_step as decode_step_cuda
 from canopyq.kernels.cuda import nvrtc
 
 gpu = [
@@ -29,12 +30,12 @@ def heads(batch: int, q: int, kv: int, length: int, d: int, device: str, dtype: 
 
 
 def test_they_are_torch_ops_that_compile() -> None:
-    torch.library.opcheck(step.add_rms_norm, (normal(2, 64), normal(2, 64), normal(64), 1e-5))
-    torch.library.opcheck(step.add_rms_norm, (normal(2, 64), None, normal(64), 1e-5))
-    torch.library.opcheck(step.silu_mul, (normal(2, 64),))
+    torch.library.opcheck(decode_step.add_rms_norm, (normal(2, 64), normal(2, 64), normal(64), 1e-5))
+    torch.library.opcheck(decode_step.add_rms_norm, (normal(2, 64), None, normal(64), 1e-5))
+    torch.library.opcheck(decode_step.silu_mul, (normal(2, 64),))
     arguments = heads(2, 4, 2, 9, 64, "cpu", torch.float32)
-    torch.library.opcheck(step.rotate_and_append, arguments)
-    torch.library.opcheck(step.attend, (normal(2, 4, 64), *arguments[4:], arguments[3]))
+    torch.library.opcheck(decode_step.rotate_and_append, arguments)
+    torch.library.opcheck(decode_step.attend, (normal(2, 4, 64), *arguments[4:], arguments[3]))
 
 
 def test_attention_is_that_of_torch_over_the_tokens_so_far() -> None:
@@ -42,7 +43,7 @@ def test_attention_is_that_of_torch_over_the_tokens_so_far() -> None:
     keys[:, :, 6:] = float("nan")  # not written yet
     values[:, :, 6:] = 1e30
     expected = F.scaled_dot_product_attention(q, keys[:, :, :6], values[:, :, :6], enable_gqa=True)
-    found = step.attend(q.squeeze(2), keys, values, position)
+    found = decode_step.attend(q.squeeze(2), keys, values, position)
     torch.testing.assert_close(found, expected.reshape(2, 256))
 
 
@@ -55,7 +56,7 @@ VARIANTS = [{"WIDTH": 256}, {"WIDTH": 4096}, {"WIDTH": 8192}, *ATTEND]
 def test_every_kernel_compiles_without_spilling(arch: str) -> None:
     for constants in VARIANTS:
         cluster = {"CLUSTER": 1 if arch == "sm_80" else 8} if "HEAD_DIM" in constants else {}
-        found = nvrtc.compile("step.cu", {"ELEMENT_BF16": 1} | constants | cluster, arch)
+        found = nvrtc.compile("decode_step.cu", {"ELEMENT_BF16": 1} | constants | cluster, arch)
         assert found.spilled == 0 and not found.warnings, constants
 
 
@@ -64,7 +65,7 @@ def test_every_kernel_compiles_without_spilling(arch: str) -> None:
     [("cpu", torch.bfloat16, 128, "NVIDIA GPUs")],
 )
 def test_where_the_kernels_do_not_run_is_said(device: str, dtype: torch.dtype, head_dim: int, reason: str) -> None:
-    assert reason in step_cuda.refuse(torch.device(device), dtype, 4096, head_dim)
+    assert reason in decode_step_cuda.unsupported_reason(torch.device(device), dtype, 4096, head_dim)
 
 
 class TestOnTheGpu:
@@ -79,7 +80,7 @@ class TestOnTheGpu:
         x = normal(rows, width, device="cuda", dtype=dtype)
         change = normal(rows, width, device="cuda", dtype=dtype).flip(0) if with_change else None
         weight, mine = normal(width, device="cuda", dtype=dtype), x.clone()
-        found = step.add_rms_norm(mine, change, weight, 1e-5)
+        found = decode_step.add_rms_norm(mine, change, weight, 1e-5)
         assert torch.equal(mine, x if change is None else x + change)
         wide = mine.double()
         expected = weight.double() * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
@@ -89,7 +90,7 @@ class TestOnTheGpu:
     def test_gate(self, dtype: torch.dtype) -> None:
         x = normal(3, 2 * 11008, device="cuda", dtype=dtype)
         gate, up = x.double().chunk(2, dim=-1)
-        close(step.silu_mul(x), F.silu(gate) * up, dtype)
+        close(decode_step.silu_mul(x), F.silu(gate) * up, dtype)
 
     @both
     @pytest.mark.parametrize(("q", "kv"), [(4, 4), (8, 2), (32, 2), (14, 2)])
@@ -98,10 +99,10 @@ class TestOnTheGpu:
     def test_rotation_and_attention(self, dtype: torch.dtype, q: int, kv: int, d: int, length: int) -> None:
         qkv, cos, sin, position, keys, values = heads(3, q, kv, length, d, "cuda", dtype)
         wide_keys, wide_values = keys.double(), values.double()
-        wide = step.rotate_and_append_reference(
+        wide = decode_step.rotate_and_append_reference(
             qkv.double(), cos.double(), sin.double(), position, wide_keys, wide_values
         )
-        turned = step.rotate_and_append(qkv, cos, sin, position, keys, values)
+        turned = decode_step.rotate_and_append(qkv, cos, sin, position, keys, values)
         close(turned, wide, dtype)
         close(keys, wide_keys, dtype)
         assert torch.equal(values.double(), wide_values)
@@ -110,7 +111,7 @@ class TestOnTheGpu:
         expected = F.scaled_dot_product_attention(
             turned.double().unsqueeze(2), keys[:, :, :seen].double(), values[:, :, :seen].double(), enable_gqa=True
         )
-        close(step.attend(turned, keys, values, position), expected.reshape(3, q * d), dtype)
+        close(decode_step.attend(turned, keys, values, position), expected.reshape(3, q * d), dtype)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:

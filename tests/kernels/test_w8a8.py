@@ -11,15 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from canopyq.errors import CanopyError
-from canopyq.kernels import cublas, many_codes, select, skinny
-from canopyq.kernels.cuda import eight_bits, launch, nvrtc, tiles, warpgroup_codes, wide_int8
+from canopyq.kernels import dispatch
+from canopyq.kernels.cuda import launch, nvrtc, tiles, w8a8
+from canopyq.kernels.cuda.quantize_rows import quantize_rows
 from canopyq.kernels.cuda.tiles import CodesTile, WideTile
-from canopyq.kernels.kernel import Problem
+from canopyq.kernels.dispatch import KERNELS
+from canopyq.kernels.spec import LinearSpec
 from canopyq.tensor.quantized_tensor import quantize
 from canopyq.tensor.scheme import Recipe
 
 BF16, FP16 = torch.bfloat16, torch.float16
-# tokens, tall, warpgroups, stages, cluster, per_sm: every constant takes each of its values
+# tokens, m_tiles, warpgroups, stages, cluster, per_sm: every constant takes each of its values
 TILES = [
     CodesTile(*tile).fitted(4096)
     for tile in (
@@ -47,7 +49,7 @@ def codes(rows: int, k: int, format: str, seed: int) -> tuple[Tensor, Tensor, Te
 class TestOnAGpu:
     @pytest.fixture(autouse=True)
     def hopper(self) -> None:
-        if torch.cuda.get_device_capability() != warpgroup_codes.HOPPER:
+        if torch.cuda.get_device_capability() != w8a8.HOPPER:
             pytest.skip("needs compute capability 9.0")
 
     @pytest.mark.parametrize(("format", "tile"), EVERY, ids=str)
@@ -56,11 +58,11 @@ class TestOnAGpu:
             x, x_scale, exact_x = codes(m, k, format, 1)
             w, w_scale, exact_w = codes(n, k, format, 2)
             fitted = tile.fitted(k)
-            y = warpgroup_codes.run(x, x_scale, w, w_scale, torch.float32, fitted)
+            y = w8a8.run_wgmma(x, x_scale, w, w_scale, torch.float32, fitted)
             exact = exact_x @ exact_w.t()
             error = float((y.double() - exact).norm() / exact.norm())
             assert error < (1e-6 if format == "int8" else 2e-3), (m, n, k, error)
-            assert torch.equal(y, warpgroup_codes.run(x, x_scale, w, w_scale, torch.float32, fitted))
+            assert torch.equal(y, w8a8.run_wgmma(x, x_scale, w, w_scale, torch.float32, fitted))
 
     @pytest.mark.parametrize("tile", WIDE, ids=str)
     @pytest.mark.parametrize("output", [FP16, BF16], ids=str)
@@ -69,11 +71,11 @@ class TestOnAGpu:
         for m, n, k in ((1, 64, 128), (67, 328, 528), (300, 1000, 2064), (3000, 4096, 1024), (1500, 7000, 16)):
             x, x_scale, exact_x = codes(m, k, "int8", 1)
             w, w_scale, exact_w = codes(n, k, "int8", 2)
-            y = wide_int8.run(x, x_scale, w, w_scale, output, tile)
+            y = w8a8.run_wide(x, x_scale, w, w_scale, output, tile)
             exact = exact_x @ exact_w.t()
             assert float((y.double() - exact).norm() / exact.norm()) < {FP16: 6e-4, BF16: 4e-3}[output], (m, n, k)
-            assert torch.equal(y, wide_int8.run(x, x_scale, w, w_scale, output, tile))
-            plain = warpgroup_codes.run(x, x_scale, w, w_scale, output, LARGE[0].fitted(k))
+            assert torch.equal(y, w8a8.run_wide(x, x_scale, w, w_scale, output, tile))
+            plain = w8a8.run_wgmma(x, x_scale, w, w_scale, output, LARGE[0].fitted(k))
             assert torch.equal(y, plain)
 
     @pytest.mark.parametrize("output", [FP16, BF16, torch.float32], ids=str)
@@ -83,7 +85,7 @@ class TestOnAGpu:
         w, w_scale, _ = codes(200, 512, "int8", 4)
         w_scale = w_scale.to(scale)
         exact = exact_x @ (w.double() * w_scale.double()).t()
-        y = warpgroup_codes.multiply_many_codes(x, x_scale, w, w_scale, output)
+        y = w8a8.wgmma_linear(x, x_scale, w, w_scale, output)
         assert y.dtype == output
         assert float((y.double() - exact).norm() / exact.norm()) < {FP16: 6e-4, BF16: 4e-3, torch.float32: 1e-6}[output]
 
@@ -94,8 +96,8 @@ class TestOnAGpu:
             for m in (1, 16, 64, 300):
                 for seed in range(20):
                     x = torch.randn(m, 512, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)).to(BF16)
-                    found = eight_bits.quantize_rows(x, "int8")
-                    y = warpgroup_codes.multiply_many_codes(*found, w, w_scale, BF16)
+                    found = quantize_rows(x, "int8")
+                    y = w8a8.wgmma_linear(*found, w, w_scale, BF16)
                     exact = (found[0].double() * found[1].double()) @ exact_w.t()
                     assert float((y.double() - exact).norm() / exact.norm()) < 4e-3
 
@@ -103,13 +105,13 @@ class TestOnAGpu:
         x, x_scale, _ = codes(20, 256, "int8", 6)
         w, w_scale, _ = codes(64, 256, "int8", 7)
         arguments = (x, x_scale, w, w_scale, BF16)
-        expected = warpgroup_codes.multiply_many_codes(*arguments)
+        expected = w8a8.wgmma_linear(*arguments)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = warpgroup_codes.multiply_many_codes(*arguments)
+            y = w8a8.wgmma_linear(*arguments)
         graph.replay()
         assert torch.equal(y, expected)
-        torch.library.opcheck(warpgroup_codes.multiply_many_codes, arguments)
+        torch.library.opcheck(w8a8.wgmma_linear, arguments)
 
     def test_bad_input_is_refused(self) -> None:
         x, x_scale, _ = codes(20, 256, "int8", 6)
@@ -119,23 +121,23 @@ class TestOnAGpu:
             ((x, x_scale[:3], x, x_scale, BF16), "as many scales"),
         ):
             with pytest.raises(CanopyError, match=words):
-                warpgroup_codes.multiply_many_codes(*arguments)
-        assert warpgroup_codes.multiply_many_codes(x[:0], x_scale[:0], x, x_scale, BF16).shape == (0, 20)
+                w8a8.wgmma_linear(*arguments)
+        assert w8a8.wgmma_linear(x[:0], x_scale[:0], x, x_scale, BF16).shape == (0, 20)
 
 
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 @pytest.mark.parametrize(("format", "tile"), EVERY[::2], ids=str)
 def test_it_compiles_without_spilling(format: str, tile: CodesTile) -> None:
-    constants = warpgroup_codes.constants(format, torch.float32, BF16, tile)
+    constants = w8a8.wgmma_constants(format, torch.float32, BF16, tile)
     extra = tiles.codes_product_source(format == "int8", tile.tokens)
-    found = nvrtc.compile("warpgroup_codes.cu", constants, "sm_90a", extra=extra)
+    found = nvrtc.compile("w8a8_wgmma.cu", constants, "sm_90a", extra=extra)
     assert found.spilled == 0 and not found.warnings
 
 
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 @pytest.mark.parametrize("tile", WIDE, ids=str)
 def test_the_kernel_for_many_rows_compiles_without_spilling(tile: WideTile) -> None:
-    constants, extra = wide_int8.constants(torch.float32, BF16, tile), tiles.codes_product_source(True, tile.tokens)
+    constants, extra = w8a8.wide_constants(torch.float32, BF16, tile), tiles.codes_product_source(True, tile.tokens)
     found = nvrtc.compile("wide_int8.cu", constants, "sm_90a", extra=extra)
     assert found.spilled == 0 and not found.warnings
     assert tile.shared + 640 <= tiles.SHARED  # barriers and scales beside it
@@ -144,48 +146,50 @@ def test_the_kernel_for_many_rows_compiles_without_spilling(tile: WideTile) -> N
 @given(st.sampled_from(["int8", "fp8_e4m3"]), st.integers(1, 5000), st.integers(1, 40_000), st.integers(1, 2500))
 def test_every_shape_gets_a_tile_that_fits(format: str, m: int, n: int, sixteens: int) -> None:
     k = 16 * sixteens
-    tile = warpgroup_codes.choose(format, m, n, k, torch.float32)
+    tile = w8a8.choose(format, m, n, k, torch.float32)
     assert (
         isinstance(tile, CodesTile)
         and tile.stages >= 2
         and (tile.shared + tiles.RESERVED) * tile.per_sm <= tiles.SHARED
     )
     assert tile.threads * tile.per_sm <= 2048 and tile.cluster <= -(-k // 128)
-    across, down, deep = tile.blocks(m, n)
+    across, down, cluster = tile.blocks(m, n)
     assert across * tile.tokens >= m and down * tile.rows >= n
-    assert deep == tile.cluster
+    assert cluster == tile.cluster
 
 
 def test_results_that_the_copy_engine_cannot_store_go_to_the_other_kernel() -> None:
-    assert wide_int8.refuse(4096, BF16) is None
-    assert "float32" in wide_int8.refuse(4096, torch.float32) and "multiples of 8" in wide_int8.refuse(4100, BF16)
+    assert w8a8.wide_unsupported_reason(4096, BF16) is None
+    assert "float32" in w8a8.wide_unsupported_reason(
+        4096, torch.float32
+    ) and "multiples of 8" in w8a8.wide_unsupported_reason(4100, BF16)
     for n, dtype in ((4096, torch.float32), (4100, BF16)):
-        assert isinstance(warpgroup_codes.choose("int8", 5000, n, 4096, dtype), CodesTile)
+        assert isinstance(w8a8.choose("int8", 5000, n, 4096, dtype), CodesTile)
 
 
 def test_a_stage_never_holds_less_than_two_tiles() -> None:
     assert replace(TILES[0], stages=100).fitted(4096).stages > 10
 
 
-def problem(recipe: str, n: int = 4096, k: int = 4096) -> Problem:
+def spec(recipe: str, n: int = 4096, k: int = 4096) -> LinearSpec:
     found = Recipe.parse(recipe)
-    return Problem(found.weights, found.activations, n, k, BF16, torch.device("cuda"))
+    return LinearSpec(found.weights, found.activations, n, k, BF16, torch.device("cuda"))
 
 
-@pytest.mark.parametrize(("capability", "many"), [((9, 0), many_codes.INT8), ((8, 0), cublas.INT8)])
+@pytest.mark.parametrize(("capability", "many"), [((9, 0), KERNELS["wgmma_int8"]), ((8, 0), KERNELS["cublas_int8"])])
 def test_int8_takes_our_kernels_and_cublas_elsewhere(capability, many, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "unavailable", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    kernels = select.usable(problem("w8a8"))
-    assert select.pick(kernels, 1) is kernels[0] and kernels[0].name == skinny.INT8.name
-    assert select.pick(kernels, 5000).name == many.name
+    kernels = dispatch.candidates(spec("w8a8"))
+    assert dispatch.select(kernels, 1) is kernels[0] and kernels[0].name == KERNELS["skinny_int8"].name
+    assert dispatch.select(kernels, 5000).name == many.name
 
 
 def test_fp8_goes_to_cublas_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "unavailable", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    kernels = select.usable(problem("fp8"))
-    assert select.pick(kernels, 5000).name == cublas.FP8.name
-    assert many_codes.FP8.name in [select.pick(kernels, rows).name for rows in (16, 32, 64)]
+    kernels = dispatch.candidates(spec("fp8"))
+    assert dispatch.select(kernels, 5000).name == KERNELS["cublas_fp8"].name
+    assert KERNELS["wgmma_fp8"].name in [dispatch.select(kernels, rows).name for rows in (16, 32, 64)]

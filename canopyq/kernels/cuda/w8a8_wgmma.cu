@@ -2,21 +2,21 @@
 // checkpoint has it, (n, k) with rows one after the other. Compute capability 9.0a.
 //
 // * A block computes TILE_ROWS rows of W by TOKENS rows of x. One thread starts the copies of both into a ring of STAGES
-//   stages, a step of 128 columns to a stage. Each of WARPGROUPS warpgroups multiplies TALL · 64 rows of W from there.
+//   stages, a step of 128 columns to a stage. Each of WARPGROUPS warpgroups multiplies M_TILES · 64 rows of W from there.
 // * The blocks of a cluster split the columns and add their sums up through shared memory, so that narrow layers fill the
 //   GPU too.
 // * INT8 sums are int32 and exact. The tensor cores keep only some 14 bits of an FP8 sum, so those of a step are added to
 //   the others in float32.
 // * Scales multiply the sums at the end, so that no int32 matrix is ever written.
 //
-// Constants: CODE, SCALE, OUTPUT (see scales.cuh), ELEMENT_BF16, TOKENS, TALL, WARPGROUPS, STAGES, CLUSTER,
+// Constants: CODE, SCALE, OUTPUT (see scales.cuh), ELEMENT_BF16, TOKENS, M_TILES, WARPGROUPS, STAGES, CLUSTER,
 // BLOCKS_PER_SM. extra.cuh holds `codes_multiply_add` for TOKENS columns.
 #include "scales.cuh"
 #include "hopper.cuh"
 #include "extra.cuh"
 
 constexpr int CONSUMERS = WARPGROUPS * 4 * WARP, THREADS = CONSUMERS + WARP;
-constexpr int TILE_ROWS = WARPGROUPS * TALL * 64, STEP = 128;
+constexpr int TILE_ROWS = WARPGROUPS * M_TILES * 64, STEP = 128;
 constexpr int X_BYTES = TOKENS * STEP, STAGE_BYTES = X_BYTES + TILE_ROWS * STEP;
 constexpr int SUM_PITCH = TILE_ROWS + 4;  // 4 spread the rows over the banks
 constexpr int CHUNKS = TILE_ROWS / 4;     // of results of one row of x
@@ -24,7 +24,7 @@ static_assert(X_BYTES % 1024 == 0, "the swizzle repeats after 8 rows of 128 byte
 static_assert(CONSUMERS % CHUNKS == 0, "a thread keeps its four rows of W");
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
-    warpgroup_codes(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const float* x_scales,
+    w8a8_wgmma(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const float* x_scales,
                     const void* w_scales, void* y, int rows, int n, int steps) {
     extern __shared__ unsigned char unaligned[];
     __shared__ __align__(8) u64 barriers[2 * STAGES];
@@ -68,20 +68,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         if (CLUSTER > 1) cluster_barrier();  // the sums are there
     } else {
         const int g = lane / 4, t = lane % 4, group = warp / 4;
-        Sum sum[TALL][TOKENS / 2] = {};
+        Sum sum[M_TILES][TOKENS / 2] = {};
         auto release = [&](int i) {
             if (lane == 0) arrive(empty + 8 * (i % STAGES));
         };
         for (int i = 0; i < count; i++) {
             const u32 stage = ring + i % STAGES * STAGE_BYTES;
             wait(full + 8 * (i % STAGES), i / STAGES % 2);
-            Sum part[FP8 ? TALL : 1][TOKENS / 2];
+            Sum part[FP8 ? M_TILES : 1][TOKENS / 2];
             products_begin();
 #pragma unroll
             for (int column = 0; column < STEP; column += 32)
 #pragma unroll
-                for (int h = 0; h < TALL; h++) {
-                    const u64 of_w = describe(stage + X_BYTES + (group * TALL + h) * 64 * STEP + column);
+                for (int h = 0; h < M_TILES; h++) {
+                    const u64 of_w = describe(stage + X_BYTES + (group * M_TILES + h) * 64 * STEP + column);
                     const u64 of_x = describe(stage + column);
                     if constexpr (FP8) codes_multiply_add(part[h], of_w, of_x, column > 0);
                     else codes_multiply_add(sum[h], of_w, of_x, true);
@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
                 products_wait<0>();
                 release(i);
 #pragma unroll
-                for (int h = 0; h < TALL; h++)
+                for (int h = 0; h < M_TILES; h++)
 #pragma unroll
                     for (int r = 0; r < TOKENS / 2; r++) sum[h][r] += part[h][r];
             } else {
@@ -103,10 +103,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         consumers_barrier(CONSUMERS);  // nobody reads the ring any more
         Sum* sums = reinterpret_cast<Sum*>(memory);
 #pragma unroll
-        for (int h = 0; h < TALL; h++)
+        for (int h = 0; h < M_TILES; h++)
 #pragma unroll
             for (int r = 0; r < TOKENS / 2; r++)
-                sums[(r / 4 * 8 + 2 * t + r % 2) * SUM_PITCH + (group * TALL + h) * 64 + warp % 4 * 16 + g +
+                sums[(r / 4 * 8 + 2 * t + r % 2) * SUM_PITCH + (group * M_TILES + h) * 64 + warp % 4 * 16 + g +
                      r / 2 % 2 * 8] = sum[h][r];
         if (CLUSTER > 1) cluster_barrier();
         else consumers_barrier(CONSUMERS);
