@@ -6,7 +6,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,26 @@ _NAMES = {
     "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, kind) for name, kind in _NAMES.items() if hasattr(torch, kind)}
+_SPELLED = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor that is made of others of a checkpoint when it is read.
+
+    Attributes:
+        read: gives it, or the part at an index of its first dimension.
+        of: the names of what it is made of.
+        room: bytes that making all of it takes beside it.
+        in_parts: whether making a part of it takes that part of the room.
+    """
+
+    read: Callable[[int | None], Tensor]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    of: tuple[str, ...]
+    room: int
+    in_parts: bool = True
 
 
 @dataclass
@@ -48,6 +68,8 @@ class Checkpoint:
         config: the content of config.json.
         tensors: name -> (file, `TensorInfo`), file by file in the files' order.
         in_files: name -> what the file calls the tensor, if that is another name; see `renamed`.
+        derived: name -> how a tensor is made that no file holds; see `deriving`.
+        nbytes: of all tensors in the files.
 
     Raises:
         CanopyError: for a folder that holds no such checkpoint, pickled weights, damaged files, an index that names
@@ -58,6 +80,8 @@ class Checkpoint:
     config: dict[str, Any] = field(init=False)
     tensors: dict[str, tuple[Path, TensorInfo]] = field(init=False, default_factory=dict)
     in_files: dict[str, str] = field(init=False, default_factory=dict)
+    derived: dict[str, Derived] = field(init=False, default_factory=dict)
+    nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.folder = as_path(self.folder)
@@ -74,6 +98,12 @@ class Checkpoint:
         for name, file in weight_map.items():
             if name not in self.tensors or self.tensors[name][0].name != file:
                 raise CanopyError(f"{INDEX} says that {file} holds {shown(name)}, and it does not; download both again")
+        self.nbytes = sum(info.nbytes for _, info in self.tensors.values())
+
+    @property
+    def quantization(self) -> object:
+        """What config.json says of quantized weights; None if it says nothing."""
+        return self.config.get("quantization_config", self.config.get("compression_config"))
 
     @property
     def files(self) -> list[Path]:
@@ -85,27 +115,48 @@ class Checkpoint:
         """The bytes that a JSON file of it may have."""
         return _json_room(self.folder)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(info.nbytes for _, info in self.tensors.values())
-
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
         """The same checkpoint with other names for tensors. ``names``: name in the files -> another, held by none."""
         other = copy(self)
         other.tensors = {names.get(name, name): held for name, held in self.tensors.items()}
         other.in_files = {new: name for name, new in names.items()}
+        other.derived = {names.get(name, name): how for name, how in self.derived.items()}
         return other
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, mapped from the file: its pages are read when they are used, and given back with the tensor."""
+    def deriving(self, derived: Mapping[str, Derived], without: Iterable[str]) -> Checkpoint:
+        """The same checkpoint with tensors that are made of those that it has, and without some of them."""
+        other, gone = copy(self), set(without)
+        other.derived = self.derived | derived
+        other.tensors = {name: held for name, held in self.tensors.items() if name not in gone}
+        for name, how in derived.items():
+            file, first = self.tensors[how.of[0]]
+            nbytes = math.prod(how.shape) * how.dtype.itemsize
+            info = TensorInfo(_SPELLED[how.dtype], tuple(how.shape), first.start, first.start + nbytes)
+            other.tensors[name] = (file, info)
+        return other
+
+    def room(self, name: str, parts: int = 1) -> int:
+        """Bytes that reading a tensor takes beside it, or one of ``parts`` equal ones along its first dimension."""
+        if (how := self.derived.get(name)) is None:
+            return 0
+        return how.room // parts if how.in_parts else how.room + self.tensors[name][1].nbytes * (parts > 1)
+
+    def read(self, name: str, at: int | None = None) -> Tensor:
+        """One tensor, mapped from the file: its pages are read when they are used, and given back with the tensor.
+
+        Args:
+            at: only this part of it, along its first dimension.
+        """
         if name not in self.tensors:
             raise unknown("tensor", name, list(self.tensors)[:10], more=", …")
+        if (how := self.derived.get(name)) is not None:
+            return how.read(at)
         file, _ = self.tensors[name]
         try:
             # Opened anew each time: as long as a mapping lives, all that was read through it counts as memory in use.
             with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(self.in_files.get(name, name))
+                own = self.in_files.get(name, name)
+                return opened.get_tensor(own) if at is None else opened.get_slice(own)[at]
         except CanopyError:
             raise
         except Exception as error:  # safetensors has its own exception, the system others

@@ -133,6 +133,8 @@ def ignored(model: nn.Module, layers: Iterable[Layer], files: Names) -> list[str
     for holder in weight_holders(model):
         weight = holder.tensors.get("weight")
         for name in holder.names:
+            if any(site.part and files.of_layer(site.name) in quantized for site in holder.sites):
+                continue  # of experts, all or none are quantized
             if any(site.part for site in holder.sites):
                 tensors = dict.fromkeys(f"{name}.{leaf}" for leaf in holder.tensors)
                 found += [file.removesuffix(".weight") for tensor in tensors for file in files.of(tensor)]

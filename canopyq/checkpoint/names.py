@@ -56,15 +56,19 @@ def names_of(model: nn.Module) -> Names:
     from transformers.core_model_loading import revert_weight_conversion
 
     fused = [holder for holder in weight_holders(model) if any(site.part for site in holder.sites)]
-    shapes = {  # of the numbers that stand for a tensor: one for each part
+    parted = {
         f"{holder.name}.{leaf}": shape
         for holder in fused
         for leaf, shape in holder.kind.parted(holder.module, holder.tensors).items()
     }
+    # Numbers that stand for a tensor: two rows for each half of an expert's, which shows whether they alternate.
+    shapes = {name: (shape[0], *(2 * n if n > 1 else n for n in shape[1:])) for name, shape in parted.items()}
+    state = model.state_dict()
     probes: dict[str, Tensor] = {}
     first = 0
-    for name, tensor in model.state_dict().items():
-        shape = shapes.get(name, (1,) * tensor.dim())
+    computed_on = _computed_on(model, state.keys() - shapes.keys())
+    for name in (name for name in state if name not in computed_on):
+        shape = shapes.get(name, (1,) * state[name].dim())
         probes[name] = torch.arange(first, first + math.prod(shape)).reshape(shape)
         first += probes[name].numel()
     try:
@@ -80,14 +84,30 @@ def names_of(model: nn.Module) -> Names:
     tensors, layers = {}, {}
     for name, numbers in probes.items():
         every = numbers.flatten().tolist()
-        parts = tuple(held.get((number,), "") for number in every)
-        tensors[name] = parts if all(parts) else (held.get(tuple(every), name),)
+        if (whole := held.get(tuple(every))) is not None:
+            tensors[name] = (whole,)
+            continue
+        size = math.prod(shapes.get(name, (1,))) // math.prod(parted.get(name, (1,)))
+        parts = tuple(held.get(tuple(every[i : i + size]), "") for i in range(0, len(every), size))
+        tensors[name] = parts if all(parts) else (name,)
     for holder in fused:
         own = {leaf: probes[f"{holder.name}.{leaf}"] for leaf in holder.tensors}
-        names = {part: held.get((int(at),), "") for part, (_, at) in holder.kind.split(holder.module, own).items()}
+        split = holder.kind.split(holder.module, own)
+        names = {part: held.get(tuple(at.flatten().tolist()), "") for part, (_, at) in split.items()}
         if all(names.values()):  # else files hold them fused too
             layers |= {f"{holder.name}.{part}": file.removesuffix(".weight") for part, file in names.items()}
     return Names(tensors, layers)
+
+
+def _computed_on(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those of the names whose tensors transformers cuts, joins or permutes before it writes them: of one number each
+    it could not be seen how. Under the model's own name it finds them, too."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    conversions = get_model_conversion_mapping(model)
+    back = [each.reverse_transform() for each in reversed(conversions) if isinstance(each, WeightConverter)]
+    return {name for name in names if any(each.rename_source_key(name)[1] is not None for each in back)}
 
 
 def foreign_names(model: nn.Module, files: Names, held: Iterable[str]) -> dict[str, str]:

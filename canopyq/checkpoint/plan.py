@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from canopyq.checkpoint.config import read_config, write_config
+from canopyq.checkpoint.derived import converted, dequantized, experts_apart
 from canopyq.checkpoint.files import Checkpoint, TensorInfo
 from canopyq.checkpoint.groups import Layer, cache_note, grouped, ignored
 from canopyq.checkpoint.layout import disk_format, expected
@@ -105,7 +106,8 @@ class Plan:
 
         def needed(step: Step) -> int:
             turned = step.info.nbytes if step.layer.kind.transposed else 0
-            return step.info.nbytes + turned + 2 * step.nbytes + whole * torch.Size(step.info.shape).numel()
+            making = self.source.room(step.name)
+            return step.info.nbytes + making + turned + 2 * step.nbytes + whole * torch.Size(step.info.shape).numel()
 
         return WORK + max(map(needed, self.quantized))
 
@@ -139,10 +141,9 @@ def make_plan(source: Checkpoint, recipe: Recipe, shard_bytes: int = SHARD_BYTES
 
     Raises:
         CanopyError: for a recipe that the format cannot hold or that does not fit a layer, a model that transformers
-            does not know or that is quantized already, and tensors that are not those of the model.
+            does not know or that is quantized otherwise than in FP8 or MXFP4, and tensors that are not those of the
+            model.
     """
-    if "quantization_config" in source.config:
-        raise CanopyError(f"{source.folder} is quantized already; start from the original checkpoint")
     if shard_bytes < 1:
         raise CanopyError(f"files of {shard_bytes} bytes hold nothing; use {SHARD_BYTES:,}")
     if recipe.exceptions:
@@ -153,27 +154,22 @@ def make_plan(source: Checkpoint, recipe: Recipe, shard_bytes: int = SHARD_BYTES
             "quantize_(model, recipe, calibration=…) and save"
         )
     disk_format(recipe.weights, recipe.activations)  # says at once what the format cannot hold
+    source = dequantized(source)
     model = meta_model(source)
     files = names_of(model)
     targets, kept, share = find_targets(model, recipe)
     source = source.renamed(foreign_names(model, files, source.tensors))
+    source = converted(source, model, files)
     dropped = _match(source, model, files)
-    fused_experts = {
-        target.owner: "the files hold its experts in one tensor; load the model, quantize_ and save it instead"
-        for target in targets
-        if target.part and f"{files.of_layer(target.name)}.weight" not in source.tensors
-    }
-    kept |= fused_experts
-    every, targets = targets, [target for target in targets if target.owner not in fused_experts]
-    if not targets:
-        raise CanopyError(f"{source.folder} holds nothing else than fused experts; load the model and use quantize_")
-    share *= sum(target.weight.numel() for target in targets) / sum(target.weight.numel() for target in every)
+    source = experts_apart(source, targets, files)
     layers: dict[str, Layer] = {}
+    tensors: dict[str, str] = {}
     for target in targets:
         name = files.of_layer(target.name)
-        if f"{name}.weight" not in source.tensors:
+        tensor = f"{name}.weight" if target.part else files.of(target.tensor)[0]
+        if tensor not in source.tensors:
             raise CanopyError(
-                f"{target.name} is a {type(target.module).__name__} that the files do not hold as {name}.weight of its "
+                f"{target.name} is a {type(target.module).__name__} that the files do not hold as {tensor} of its "
                 "own; add it to the recipe's ignore list, or load the model and use quantize_"
             )
         if not target.kind.multiplies and _shared(target.module, model):
@@ -182,13 +178,13 @@ def make_plan(source: Checkpoint, recipe: Recipe, shard_bytes: int = SHARD_BYTES
                 "model and use quantize_, or leave +embed out"
             )
         inputs = recipe.activations if target.kind.multiplies else None
-        layers[f"{name}.weight"] = Layer(name, target.kind, recipe.weights, inputs, static=False)
+        tensors[target.name] = tensor
+        layers[tensor] = Layer(name, target.kind, recipe.weights, inputs, static=False)
     config = write_config(grouped(layers.values()), ignored(model, layers.values(), files))
     order = sorted(source.tensors.items(), key=lambda item: (str(item[1][0]), item[1][1].start, item[0]))
     together = {}
     if recipe.weights.format.has_global_scale:
-        tensor = {target.name: f"{files.of_layer(target.name)}.weight" for target in targets}
-        together = {tensor[name]: tuple(map(tensor.get, names)) for name, names in fused(tensor).items()}
+        together = {tensors[name]: tuple(map(tensors.get, names)) for name, names in fused(tensors).items()}
     steps = [
         Step(name, file, info, layers.get(name), _outputs(name, info, layers.get(name)), together.get(name, ()))
         for name, (file, info) in order
@@ -204,7 +200,8 @@ def meta_model(source: Checkpoint) -> nn.Module:
         CanopyError: if transformers cannot build it without running code from the folder.
     """
     config = read_model_config(source.folder, source.config, len(source.tensors))
-    return build(config, torch.float32, most=source.nbytes, tensors=len(source.tensors))
+    most = source.nbytes * (1 if source.quantization is None else 2)  # of four bits at least
+    return build(config, torch.float32, most=most, tensors=len(source.tensors))
 
 
 def _shared(embedding: nn.Module, model: nn.Module) -> bool:

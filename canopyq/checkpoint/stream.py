@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from canopyq import checks
-from canopyq.checkpoint.files import CONFIG, GENERATION, INDEX, Checkpoint, read_json
+from canopyq.checkpoint.files import CONFIG, GENERATION, INDEX, Checkpoint, raise_not_finite, read_json
 from canopyq.checkpoint.layout import disk_format, to_disk
 from canopyq.checkpoint.output import Work, Writer, fingerprint, refuse_not_empty
 from canopyq.checkpoint.plan import SHARD_BYTES, Plan, Step, make_plan
@@ -124,8 +124,13 @@ def prepare(
 def _do(step: Step, plan: Plan, writer: Writer) -> None:
     """Write what becomes of one tensor."""
     layer = step.layer
-    if layer is None:
+    if layer is None and step.name not in plan.source.derived:
         writer.copy(step.name, step.file, step.info)
+        return
+    if layer is None:
+        tensor = plan.source.read(step.name)
+        raise_not_finite(tensor, step.name)
+        writer.write(step.name, tensor)
         return
     with prefixed(f"{layer.name}: "):
         weight = plan.source.read(step.name)
@@ -145,7 +150,8 @@ def _do(step: Step, plan: Plan, writer: Writer) -> None:
 def _write_rest(plan: Plan, folder: Path) -> None:
     """Everything beside the weights: config, index, tokenizer."""
     cache = {} if plan.recipe.cache is None else {"canopyq_cache": plan.recipe.cache}
-    _write_json(folder / CONFIG, plan.source.config | cache | {"quantization_config": plan.config})
+    own = {name: value for name, value in plan.source.config.items() if name != "compression_config"}
+    _write_json(folder / CONFIG, own | cache | {"quantization_config": plan.config})
     if len(plan.shards) > 1:
         weight_map = {name: file for file, own in plan.shards.items() for step in own for name in step.outputs}
         index = {"metadata": {"total_size": plan.bytes_after}, "weight_map": dict(sorted(weight_map.items()))}

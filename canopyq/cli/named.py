@@ -46,7 +46,7 @@ def load_named(name: str, revision: str | None = None) -> tuple[PreTrainedModel,
         return cq.load_gguf(name)
     folder = folder_of(name, revision)
     checkpoint = Checkpoint(folder)
-    if is_quantized(checkpoint):
+    if is_quantized(checkpoint) and not is_source(checkpoint):
         tokenizer = load_tokenizer(folder)  # before the weights: what is missing is said at once
         return cq.load(folder), tokenizer
     meta_model(checkpoint)  # it is a model, no larger than its files, and runs no foreign code
@@ -56,6 +56,14 @@ def load_named(name: str, revision: str | None = None) -> tuple[PreTrainedModel,
 def is_gguf(name: str) -> bool:
     """Whether a name is that of a GGUF file."""
     return name.lower().endswith(".gguf")
+
+
+def is_source(checkpoint: Checkpoint) -> bool:
+    """Whether a quantized checkpoint is in a format that models are published in, and that only `dequantized` reads."""
+    from canopyq.checkpoint.derived import READABLE
+
+    config = checkpoint.quantization
+    return isinstance(config, dict) and config.get("quant_method") in READABLE
 
 
 def is_quantized(checkpoint: Checkpoint) -> bool:

@@ -40,7 +40,7 @@ def quantize(
 
     Started again after an interruption, it continues. A recipe with static activations, and any method but rounding to
     nearest, takes the whole model in memory instead: it is calibrated on text of yours, and 'tutor' on chats of its
-    own. A model of the hub is fetched to the hub's cache first.
+    own. A model of the hub is fetched to the hub's cache first. One that was published in FP8 or MXFP4 is dequantized.
     """
     from canopyq.checkpoint.files import as_path
     from canopyq.checkpoint.stream import prepare, quantize_checkpoint
@@ -92,6 +92,7 @@ def _in_memory(
     import torch
 
     import canopyq as cq
+    from canopyq.checkpoint.derived import dequantized
     from canopyq.checkpoint.files import Checkpoint
     from canopyq.checkpoint.groups import check_recipe
     from canopyq.checkpoint.plan import meta_model
@@ -105,8 +106,7 @@ def _in_memory(
         planned, read, dtype = loaded[0], lambda: loaded, torch.float16  # which the blocks of GGUF are made of
     else:
         source = Checkpoint(folder)
-        if "quantization_config" in source.config:
-            raise CanopyError(f"{folder} is quantized already; start from the original checkpoint")
+        dequantized(source)  # or it says why it cannot be a source
         planned, dtype = meta_model(source), dtype_on_disk(source)
         read = cq.tutor.load if model == TUTOR else partial(load_other, folder)
     plan = cq.plan(planned, recipe)

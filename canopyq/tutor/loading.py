@@ -172,6 +172,8 @@ def _read(
             raise CanopyError(
                 f"{folder} asks for {shown(config._attn_implementation)}, code on the hub; do not trust it"
             )
+        if isinstance(quantization := getattr(config, "quantization_config", None), dict):
+            config.quantization_config = quantization | {"dequantize": True}  # models published in FP8 or MXFP4
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
@@ -183,6 +185,8 @@ def _read(
             )
     for name, parameter in model.named_parameters():
         raise_not_finite(parameter, name)
+    if model.dtype != dtype:  # dequantized in another one
+        model.to(dtype)
     return model.to(place).eval(), tokenizer
 
 
