@@ -302,6 +302,7 @@ def test_killed_at_random_moments(quantized: nn.Module, tmp_path: Path, logits: 
 
 
 def _save_slowly(model: nn.Module, out: Path, started) -> None:
+    torch.set_num_threads(1)  # OpenMP's other threads do not live on in a forked process, which would wait for them
     real = contents.to_disk
 
     def slowly(*arguments: object) -> dict:

@@ -332,6 +332,7 @@ def test_killed_at_random_moments(model: Path, whole: dict[str, bytes], tmp_path
 
 
 def _quantize_slowly(model: Path, out: Path, started) -> None:
+    torch.set_num_threads(1)  # OpenMP's other threads do not live on in a forked process, which would wait for them
     real = stream._do
 
     def slowly(*arguments) -> None:
