@@ -165,6 +165,28 @@ class Checkpoint:
             ) from None
 
 
+class Reader:
+    """`Checkpoint.read`, without opening the file for each tensor; now and then, so that what was read is let go."""
+
+    MOST = 2**26
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.file: Path | None = None
+        self.opened, self.bytes = None, 0
+
+    def __call__(self, name: str) -> Tensor:
+        file, info = self.checkpoint.tensors[name]
+        try:
+            if file != self.file or self.bytes + info.nbytes > self.MOST:
+                self.opened = None  # the old mapping goes before the new one comes
+                self.opened, self.file, self.bytes = safe_open(file, framework="pt"), file, 0
+            self.bytes += info.nbytes
+            return self.opened.get_tensor(self.checkpoint.in_files.get(name, name))
+        except Exception as error:  # safetensors has its own exception, the system others
+            raise CanopyError(f"{file}: tensor {shown(name)} cannot be read ({one_line(error)})") from None
+
+
 def raise_not_finite(tensor: Tensor, name: str) -> None:
     """Raise `CanopyError` for NaN or infinity in a tensor of a checkpoint: the model would answer nothing else.
 

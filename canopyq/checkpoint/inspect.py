@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from canopyq.checkpoint.config import Group, read_config
-from canopyq.checkpoint.files import Checkpoint, TensorInfo, read_json
-from canopyq.checkpoint.layout import check
+import torch
+
+from canopyq.checkpoint.config import Group, Quantization, read_config
+from canopyq.checkpoint.files import Checkpoint, Reader, TensorInfo, read_json
+from canopyq.checkpoint.load import compare, expected, raise_without_place
 from canopyq.checkpoint.readers import groups_of, notes, readers
 from canopyq.errors import CanopyError, cut, printable
 from canopyq.memory import human
@@ -78,7 +81,8 @@ class Inspection(Preformatted):
 
 
 def inspect(folder: str | Path) -> Inspection:
-    """What a checkpoint holds, and who can load it. Only headers are read, and no model is built.
+    """What a checkpoint holds, and who can load it. Only headers are read, and compared with the model of the config,
+    which takes no memory, as `load` does: what that would refuse for more than a value in a tensor is no "yes" here.
 
     A checkpoint that canopyq cannot load is described too, with the reason.
 
@@ -90,11 +94,11 @@ def inspect(folder: str | Path) -> Inspection:
     quantization, problem = None, "no: it is not quantized; use transformers"
     if given is not None:
         try:
-            quantization, problem = read_config(given), None
+            quantization = read_config(given)
         except CanopyError as error:
             problem = f"no: {error}"
     sizes = dict.fromkeys(["codes", "scales", "zero points", "shapes", "unquantized"], 0)
-    quantized, shapeless = _quantized(checkpoint)
+    quantized = _quantized(checkpoint)
     held: dict[str, dict[str, TensorInfo]] = {module: {} for module in quantized}
     for name, (_, info) in checkpoint.tensors.items():
         module, _, leaf = name.rpartition(".")
@@ -104,12 +108,9 @@ def inspect(folder: str | Path) -> Inspection:
             held[module][leaf] = info
     owners: dict[str, list[str]] = {group.name: [] for group in quantization.groups} if quantization else {}
     groups = groups_of(quantized, quantization) if quantization else {}
-    for module, shape in quantized.items() if quantization else ():
+    for module in quantized if quantization else ():
         if group := groups[module]:
             owners[group.name].append(module)
-        problem = problem or _problem(module, group, shape, held[module])
-    if shapeless:
-        problem = problem or f"no: nothing says what shape {cut(shapeless[0])} has"
     found = tuple(
         _group(group, [quantized[module] for module in owners[group.name]],
                sum(info.nbytes for module in owners[group.name] for info in held[module].values()))
@@ -124,15 +125,15 @@ def inspect(folder: str | Path) -> Inspection:
         sizes,
         found,
         quantization.ignore if quantization else (),
-        {"canopyq": problem or "yes", **(readers(quantization, quantized, model_type) if quantization else {})},
+        _tools(checkpoint, quantization, quantized) if quantization else {"canopyq": problem},
         notes(quantization) if quantization else (),
         read_json(note, finite=True) if note.exists() else None,
     )
 
 
-def _quantized(checkpoint: Checkpoint) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """Module -> (N, K) of every weight that has scales, and the modules whose weight has scales and no shape."""
-    found, shapeless = {}, []
+def _quantized(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """Module -> (N, K) of every weight that has scales and a shape."""
+    found, read = {}, Reader(checkpoint)
     for name in checkpoint.tensors:
         if not name.endswith(".weight_scale"):
             continue
@@ -141,7 +142,7 @@ def _quantized(checkpoint: Checkpoint) -> tuple[dict[str, tuple[int, int]], list
         if f"{module}.weight_shape" in checkpoint.tensors:
             info = checkpoint.tensors[f"{module}.weight_shape"][1]
             if (info.dtype, info.shape) == ("I64", (2,)):
-                shape = tuple(checkpoint.read(f"{module}.weight_shape").tolist())
+                shape = tuple(read(f"{module}.weight_shape").tolist())
         elif f"{module}.weight_packed" in checkpoint.tensors:
             info = checkpoint.tensors[f"{module}.weight_packed"][1]
             if info.dtype == "U8" and len(info.shape) == 2:  # two FP4 codes in a byte
@@ -150,21 +151,27 @@ def _quantized(checkpoint: Checkpoint) -> tuple[dict[str, tuple[int, int]], list
             shape = checkpoint.tensors[f"{module}.weight"][1].shape
         if len(shape) == 2 and min(shape) > 0:
             found[module] = shape
-        else:
-            shapeless.append(module)
-    return found, shapeless
+    return found
 
 
-def _problem(module: str, group: Group | None, shape: tuple[int, int], held: dict[str, TensorInfo]) -> str | None:
-    """Why canopyq would refuse a weight, by its headers."""
-    if group is None:
-        return f"no: {cut(module)} is quantized, and no group of the config names it"
-    headers = {leaf: (info.torch_dtype, info.shape) for leaf, info in held.items()}
+def _tools(
+    checkpoint: Checkpoint, quantization: Quantization, quantized: Mapping[str, tuple[int, int]]
+) -> dict[str, str]:
+    """Tool -> whether it loads the checkpoint. Of files that do not fit their config.json nobody makes the model."""
+    others = readers(quantization, quantized, str(checkpoint.config.get("model_type")))
     try:
-        check(headers, group.weights, shape, group.format, group.activations if group.static else None)
+        wanted = expected(checkpoint, quantization, torch.device("cpu"))
     except CanopyError as error:
-        return f"no: {cut(module)}.{error}"
-    return None
+        return {"canopyq": f"no: {error}", **others}
+    try:
+        compare(wanted, checkpoint)
+    except CanopyError as error:
+        return dict.fromkeys(["canopyq", *others], f"no: {error}")
+    try:
+        raise_without_place(wanted, checkpoint)
+    except CanopyError as error:
+        return {"canopyq": f"no: {error}", **others}
+    return {"canopyq": "yes", **others}
 
 
 def _group(group: Group, shapes: list[tuple[int, int]], nbytes: int) -> GroupFound:

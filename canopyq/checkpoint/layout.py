@@ -209,8 +209,6 @@ def from_disk(
         return _blocks_from_disk(tensors, scheme, shape, dtype)
     _raise_bad_scale(scale, "weight_scale")
     _raise_too_large(scale, "weight_scale", scheme, dtype)
-    if format == PACKED and tensors["weight_shape"].tolist() != list(shape):
-        raise CanopyError(f"weight_shape says {tensors['weight_shape'].tolist()}, the model's config {list(shape)}")
     data = tensors["weight_packed" if format == PACKED else "weight"]
     if format == PACKED and bits == 8:
         data = packing.unpack(data, 8, shape[1]).contiguous()

@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from canopyq import checks
 from canopyq.checkpoint.config import Group, Quantization, read_config
-from canopyq.checkpoint.files import GENERATION, Checkpoint, raise_not_finite, read_json
+from canopyq.checkpoint.files import GENERATION, Checkpoint, Reader, raise_not_finite, read_json
 from canopyq.checkpoint.layout import check, from_disk, input_from_disk
 from canopyq.checkpoint.names import Names, names_of, part_shape, tied, without_place
 from canopyq.checkpoint.pretrained import teach_transformers
 from canopyq.checkpoint.skeleton import build, compute_buffers, quiet, read_model_config
-from canopyq.errors import CanopyError, and_more, one_line, prefixed, shown
+from canopyq.errors import CanopyError, and_more, one_line, prefixed
 from canopyq.nn.linear import QuantizedLinear
 from canopyq.nn.sites import Site, put_layers, weight_holders
 
@@ -70,17 +69,11 @@ def load_as(
     given = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
     if given is None:
         raise CanopyError(f"{folder} holds no quantized model (no quantization_config); use transformers to load it")
-    quantization = read_config(given)
-    tensors = len(checkpoint.tensors)
-    config = read_model_config(checkpoint.folder, checkpoint.config, tensors)
-    most = 4 * checkpoint.nbytes  # 2-bit codes at least
-    model = build(config, _dtype(dtype, place, config), attention, most=most, tensors=tensors)
-    compute_buffers(model)
-    files = names_of(model)
-    layers = quantized(model, files, quantization)
-    rest = plain(model, files, layers, checkpoint)
-    parts = _check(model, files, layers, rest, checkpoint, strict)
-    return _fill(model, files, layers, parts, rest, checkpoint, place)
+    wanted = expected(checkpoint, read_config(given), place, dtype, attention)
+    parts = compare(wanted, checkpoint)
+    if strict:
+        raise_without_place(wanted, checkpoint)
+    return _fill(wanted, parts, checkpoint, place)
 
 
 def _dtype(dtype: torch.dtype | None, place: torch.device, config) -> torch.dtype:
@@ -100,6 +93,46 @@ class Wanted(Site):
     """
 
     group: Group
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """A model without its weights, and what the files have to hold of it.
+
+    Attributes:
+        model: on the meta device, its computed buffers aside.
+        files: what the files call its tensors.
+        layers: name in the files -> quantized weight.
+        rest: name in the model -> any other parameter or buffer that the files hold.
+    """
+
+    model: PreTrainedModel
+    files: Names
+    layers: Mapping[str, Wanted]
+    rest: Mapping[str, Tensor]
+
+
+def expected(
+    checkpoint: Checkpoint,
+    quantization: Quantization,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    attention: str | None = None,
+) -> Expected:
+    """What a checkpoint has to hold by its config.json. No tensor is read, and none of the model takes memory.
+
+    Raises:
+        CanopyError: for a config of which transformers makes no model, or none that the files have room for.
+    """
+    tensors = len(checkpoint.tensors)
+    config = read_model_config(checkpoint.folder, checkpoint.config, tensors)
+    most = 4 * checkpoint.nbytes  # 2-bit codes at least
+    model = build(config, _dtype(dtype, device, config), attention, most=most, tensors=tensors)
+    compute_buffers(model)
+    _generation(model, checkpoint.folder)
+    files = names_of(model)
+    layers = quantized(model, files, quantization)
+    return Expected(model, files, layers, plain(model, files, layers, checkpoint))
 
 
 def quantized(model: nn.Module, files: Names, quantization: Quantization) -> dict[str, Wanted]:
@@ -159,59 +192,62 @@ def plain(model: nn.Module, files: Names, found: Mapping[str, Wanted], checkpoin
     return left
 
 
-def _check(
-    model: nn.Module,
-    files: Names,
-    layers: Mapping[str, Wanted],
-    rest: Mapping[str, Tensor],
-    checkpoint: Checkpoint,
-    strict: bool,
-) -> dict[str, list[str]]:
-    """Compare the headers with what the config makes: after this, reading takes the memory that it should.
+def compare(wanted: Expected, checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Compare the headers with what is expected: after this, reading takes the memory that it should.
 
     Returns:
         Quantized weight, as the files name it -> the tensors that they hold of it.
+
+    Raises:
+        CanopyError: for tensors that are missing, or of another shape or dtype.
     """
     headers = {name: (info.torch_dtype, info.shape) for name, (_, info) in checkpoint.tensors.items()}
-    wanted = {file: (tensor, len(files.of(name))) for name, tensor in rest.items() for file in files.of(name)}
-    if missing := sorted(wanted.keys() - headers.keys()):
+    rest = _files_of(wanted)
+    if missing := sorted(rest.keys() - headers.keys()):
+        module = missing[0].rpartition(".")[0]
+        if f"{module}.weight_scale" in headers:
+            raise CanopyError(f"{module} is quantized, and no group of the config names it; mend the config")
         raise CanopyError(f"{checkpoint.folder} lacks {and_more(missing)}; download or write it again")
-    for file, (tensor, count) in wanted.items():
+    for file, (tensor, count) in rest.items():
         dtype, shape = headers[file]
         kind = "floats" if tensor.is_floating_point() else str(tensor.dtype)
         due = part_shape(tensor, count)
         if shape != due or (dtype not in FLOATS if kind == "floats" else dtype != tensor.dtype):
             raise CanopyError(f"{file} is {dtype} {shape}; by config.json it has to be {kind} {due}")
-    parts: dict[str, dict[str, tuple]] = {name: {} for name in layers}
-    extra = []
+    parts: dict[str, dict[str, tuple]] = {name: {} for name in wanted.layers}
     for name, header in headers.items():
         module, _, leaf = name.rpartition(".")
-        if name in wanted:
-            continue
-        if module in layers:
+        if name not in rest and module in parts:
             parts[module][leaf] = header
-        else:
-            extra.append(name)
-    for name, layer in layers.items():
+    read = Reader(checkpoint)
+    for name, layer in wanted.layers.items():
         group = layer.group
         with prefixed(f"{name}."):
             check(parts[name], group.weights, layer.shape, group.format, group.activations if group.static else None)
-    extra = without_place(model, extra)
-    if strict and extra:
-        raise CanopyError(f"the model has no place for {and_more(extra)}; mend config.json, or use strict=False")
+        if "weight_shape" in parts[name] and (says := read(f"{name}.weight_shape").tolist()) != list(layer.shape):
+            raise CanopyError(f"{name}: weight_shape says {says}, the model's config {list(layer.shape)}")
     return {name: list(found) for name, found in parts.items()}
 
 
+def raise_without_place(wanted: Expected, checkpoint: Checkpoint) -> None:
+    """Raise `CanopyError` for tensors that the model has no place for."""
+    rest = _files_of(wanted)
+    extra = [name for name in checkpoint.tensors if name not in rest and name.rpartition(".")[0] not in wanted.layers]
+    if extra := without_place(wanted.model, extra):
+        raise CanopyError(f"the model has no place for {and_more(extra)}; mend config.json, or use strict=False")
+
+
+def _files_of(wanted: Expected) -> dict[str, tuple[Tensor, int]]:
+    """Name in the files of all that is not quantized -> the model's tensor, and in how many parts the files hold it."""
+    names = {name: wanted.files.of(name) for name in wanted.rest}
+    return {file: (wanted.rest[name], len(own)) for name, own in names.items() for file in own}
+
+
 def _fill(
-    model: PreTrainedModel,
-    files: Names,
-    layers: Mapping[str, Wanted],
-    parts: Mapping[str, list[str]],
-    rest: Mapping[str, Tensor],
-    checkpoint: Checkpoint,
-    place: torch.device,
+    expected: Expected, parts: Mapping[str, list[str]], checkpoint: Checkpoint, place: torch.device
 ) -> PreTrainedModel:
-    read = _Reader(checkpoint)
+    model, files, layers, rest = expected.model, expected.files, expected.layers, expected.rest
+    read = Reader(checkpoint)
     biases: dict[str, Tensor | None] = {f"{layer.name}.bias": None for layer in layers.values() if layer.part}
     for name, wanted in rest.items():
         own = [_own(read(file), place, wanted.dtype) for file in files.of(name)]
@@ -241,7 +277,6 @@ def _fill(
             raise CanopyError(f"with config.json {name} becomes NaN or infinity; mend its numbers")
         if buffer.device != place:
             _set(model, name, buffer.to(place))
-    _generation(model, checkpoint.folder)
     teach_transformers(model)
     return model.eval()
 
@@ -254,28 +289,6 @@ def _layer(layer: Wanted, file: str, tensors: Mapping[str, Tensor], bias: Tensor
         own = {leaf: tensor for leaf, tensor in tensors.items() if leaf.startswith("weight")}
         weight = from_disk(own, group.weights, layer.shape, dtype)
     return layer.kind.layer(layer.module, weight, bias, group.activations, *fixed).eval()
-
-
-class _Reader:
-    """`Checkpoint.read`, without opening the file for each tensor; now and then, so that what was read is let go."""
-
-    MOST = 2**26
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self.file: Path | None = None
-        self.opened, self.bytes = None, 0
-
-    def __call__(self, name: str) -> Tensor:
-        file, info = self.checkpoint.tensors[name]
-        try:
-            if file != self.file or self.bytes + info.nbytes > self.MOST:
-                self.opened = None  # the old mapping goes before the new one comes
-                self.opened, self.file, self.bytes = safe_open(file, framework="pt"), file, 0
-            self.bytes += info.nbytes
-            return self.opened.get_tensor(name)
-        except Exception as error:  # safetensors has its own exception, the system others
-            raise CanopyError(f"{file}: tensor {shown(name)} cannot be read ({one_line(error)})") from None
 
 
 def _tie(model: nn.Module, plain: Mapping[str, Tensor]) -> None:

@@ -247,7 +247,6 @@ def scales(value: float) -> Tensor:
         ({"weight_packed": torch.zeros(24, 8, dtype=torch.int64)}, "weight_packed is int64"),
         ({"weight_shape": None}, "weight_shape is missing"),
         ({"weight_scale": None}, "weight_scale is missing"),
-        ({"weight_shape": torch.tensor([24, 63])}, r"weight_shape says \[24, 63\]"),
         ({"weight_scale": torch.ones(24, 4)}, r"has to be .* \(24, 2\)"),
         ({"weight_scale": torch.ones(24, 2, dtype=torch.float64)}, "weight_scale is float64"),
         ({"weight_scale": scales(math.nan)}, "not finite and positive"),

@@ -21,10 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import canopyq as cq
-import canopyq.checkpoint.load as loading_module
 from benchmarks.load import measure
 from canopyq import cli
-from canopyq.checkpoint.files import INDEX, SINGLE
+from canopyq.checkpoint.files import INDEX, SINGLE, Reader
 from canopyq.errors import CanopyError
 from canopyq.nn.linear import QuantizedLinear, quantized_layers
 
@@ -88,9 +87,9 @@ def test_storages_hold_the_bits_that_were_promised(
     cq.quantize_(model, recipe)
     cq.save(model, tmp_path / "model", check=False)
     read: list[weakref.ref] = []
-    real = loading_module._Reader.__call__
+    real = Reader.__call__
     monkeypatch.setattr(
-        loading_module._Reader, "__call__",
+        Reader, "__call__",
         lambda self, name: (tensor := real(self, name), read.append(weakref.ref(tensor)))[0],
     )  # fmt: skip
     loaded = cq.load(tmp_path / "model")
@@ -228,6 +227,7 @@ BAD = {
     "zero scale": (lambda f: poke(f, f"{Q}.weight_scale", 0.0), "weight_scale holds values that are not"),
     "negative scale": (lambda f: poke(f, f"{Q}.weight_scale", -0.1), "weight_scale holds values that are not"),
     "wrong weight_shape": (lambda f: poke(f, f"{Q}.weight_shape", 65), r"weight_shape says \[64, 65\]"),
+    "no scales": (lambda f: rewrite(f, lambda x: x.pop(f"{Q}.weight_scale")), "weight_scale is missing"),
     "no zero points": (lambda f: rewrite(f, lambda x: x.pop(f"{Q}.weight_zero_point")), "weight_zero_point is missing"),
     "no norm": (lambda f: rewrite(f, lambda x: x.pop(NORM)), "lacks model.norm.weight; download or write it again"),
     "whole codes": (lambda f: rewrite(f, lambda x: x.update({NORM: torch.ones(64, dtype=torch.int32)})), "be floats"),
@@ -237,13 +237,19 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("damage", "part"), BAD.values(), ids=[name.replace(" ", "_") for name in BAD])
-def test_bad_checkpoints(damage: Callable[[Path], object], part: str, folder: Path) -> None:
+@pytest.mark.parametrize("name", BAD)
+def test_bad_checkpoints(name: str, folder: Path) -> None:
+    damage, part = BAD[name]
     damage(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(CanopyError, match=part) as refused:
         cq.load(folder)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+    try:
+        promised = cq.inspect(folder).tools["canopyq"] == "yes"
+    except CanopyError:
+        promised = False
+    assert promised == name.endswith("e scale"), "headers do not tell that a scale is no scale, and all else"
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
