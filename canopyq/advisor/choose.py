@@ -70,8 +70,13 @@ class Option:
         return cls(measured, model_bytes(needs.shape, recipe), held, refused, here)
 
     def right_enough(self, needs: Needs) -> bool:
-        """Whether it has the accuracy that is asked for. A text has no answers, so it asks for none."""
-        return self.measured.accuracy is None or self.measured.accuracy.value >= needs.accuracy
+        """Whether it has the accuracy that is asked for. A text has no answers, and another model's do not count."""
+        return not self.here or self.measured.accuracy is None or self.measured.accuracy.value >= needs.accuracy
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether all that is known of it is that another model lost answers: taken where nothing else fits."""
+        return not self.here and self.measured.accuracy is not None and self.measured.accuracy.value < FLOOR
 
     def meets(self, needs: Needs) -> bool:
         """Whether it has the accuracy, a kernel, and room."""
@@ -178,25 +183,20 @@ def advise(
 
     Args:
         model, memory, context, batch, gpu: see `Needs.parse`; or `Needs` alone.
-        accuracy: the least share of right answers, as measured; None asks for 0.98 where there are answers.
+        accuracy: the least share of right answers, as measured on this model; None asks for 0.98 where there are such.
         priority: ``"accuracy"``, ``"balanced"``, ``"compression"``, or ``"throughput"`` (8-bit activations only).
         measurements: of this model, to choose from: `measure` makes them from a text. None takes those that ship with
             canopyq, of the tutor. They order the recipes of another model as they order the tutor's, and no quality is
-            given for it.
+            given for it; those with which the tutor lost answers come last.
 
     Raises:
         CanopyError: for needs that cannot be read, and for needs that nothing meets: the message says which of them has
             to give, and by how much.
     """
     known = list(recorded() if measurements is None else _measurements(measurements))
-    without = next((measured.recipe for measured in known if measured.accuracy is None), None)
-    if accuracy is None:
-        accuracy = FLOOR if without is None else 0.0
-    elif without is not None:
-        raise CanopyError(f"accuracy={shown(accuracy)} is a share of right answers, and {without} was measured on "
-                          "none; leave it out")  # fmt: skip
     words = {"memory": memory, "context": context, "batch": batch, "accuracy": accuracy, "gpu": gpu}
     needs = model if isinstance(model, Needs) else Needs.parse(model, **words, priority=priority)
+    needs = replace(needs, accuracy=_floor(needs, known))
     if not needs.context:  # no chat was named: whatever cache there will be is not part of the question
         known = [measured for measured in known if measured.parts[1] is None] or known
     options = _options(known, needs)
@@ -204,7 +204,7 @@ def advise(
     if not meeting:
         raise CanopyError(f"nothing meets these needs ({needs}). {_what_must_give(known, options, needs)}")
     cost = costs(known, needs.priority)
-    best, *others = sorted(meeting, key=cost)
+    best, *others = sorted(meeting, key=lambda option: (option.doubtful, *cost(option)))
     recipe, cache = best.measured.parts
     remarks = [*speed_remarks(recipe, cache, needs.capability, needs.batch), *_not_counted(best, needs)]
     return Advice(needs, best, tuple(others), tuple(against_the_table(best, options, needs)), tuple(remarks))
@@ -214,6 +214,18 @@ def _measurements(given: object) -> list[Measurement]:
     cure = "give a list of Measurement, such as cq.advisor.read(file)"
     found = checks.sequence("measurements", given, 1)
     return [checks.instance("measurements", each, Measurement, cure) for each in found]
+
+
+def _floor(needs: Needs, known: list[Measurement]) -> float:
+    """The least share of right answers: of this model, and 0 where none of its answers were counted."""
+    here = [measured for measured in known if measured.model in (None, needs.model)]
+    without = next((measured.recipe for measured in here if measured.accuracy is None), None)
+    if needs.accuracy is None:
+        return FLOOR if here and without is None else 0.0
+    if here and without is None:
+        return needs.accuracy
+    of = "of this model's none were counted" if without is None else f"{without} was measured on none"
+    raise CanopyError(f"accuracy={shown(needs.accuracy)} is a share of right answers, and {of}; leave it out")
 
 
 def _options(known: list[Measurement], needs: Needs) -> list[Option]:
@@ -248,7 +260,7 @@ def _what_must_give(known: list[Measurement], options: list[Option], needs: Need
         best = max(fitting, key=lambda option: option.measured.accuracy.value)
         value = best.measured.accuracy.value
         gives.append(f"an accuracy floor of {100 * value:.4g} % ({100 * (needs.accuracy - value):.2g} points less) "
-                     f"for {best.name}{_whose(best)}")  # fmt: skip
+                     f"for {best.name}")  # fmt: skip
     if needs.capability is not None:
         for capability in sorted(set(GPUS.values())):
             other = replace(needs, capability=capability)
@@ -293,6 +305,9 @@ def _not_counted(best: Option, needs: Needs) -> list[str]:
     said = []
     if not best.here:
         said.append(f"the order of recipes is that of {best.measured.source}; others lose more or less with each")
+    if best.doubtful:
+        said.append(f"with {best.name} the {best.measured.model} lost answers, and nothing milder meets the needs; "
+                    "measure it on this model before you rely on it")  # fmt: skip
     if not needs.context:
         said.append("no context was named, so the cache is not counted; add context= (--context) to plan for chats")
     if needs.memory is not None and best.total > 0.9 * needs.memory:
@@ -336,8 +351,7 @@ def _why_not(row: Option, best: Option, options: list[Option], needs: Needs) -> 
     if row.refused is not None:
         return row.refused
     if not row.right_enough(needs):
-        floor = f"{100 * needs.accuracy:.4g} %"
-        return f"it got {row.measured.accuracy} right, and the floor is {floor}{_whose(row)}"
+        return f"it got {row.measured.accuracy} right, and the floor is {100 * needs.accuracy:.4g} %"
     if needs.memory is not None and row.total > needs.memory:
         return f"with the same cache it takes {human(row.total)}, {human(row.total - needs.memory)} too many"
     noise = noise_of([option.measured for option in options])

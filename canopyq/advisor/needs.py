@@ -39,7 +39,7 @@ class Needs:
         memory: bytes for weights and cache together, or None for no limit.
         context: tokens that each sequence's cache holds; 0 leaves the cache out.
         batch: sequences at a time.
-        accuracy: the least share of right answers, between 0 and 1.
+        accuracy: the least share of right answers, between 0 and 1; None: what `advise` asks for by itself.
         capability: of the GPU, such as 8.9; 0 for a CPU; None if it is not known.
         priority: one of `PRIORITIES`.
     """
@@ -50,7 +50,7 @@ class Needs:
     memory: int | None = None
     context: int = 0
     batch: int = 1
-    accuracy: float = FLOOR
+    accuracy: float | None = None
     capability: float | None = None
     priority: str = "balanced"
 
@@ -62,7 +62,7 @@ class Needs:
         memory: str | int | float | None = None,
         context: str | int = 0,
         batch: int = 1,
-        accuracy: float = FLOOR,
+        accuracy: float | None = None,
         gpu: str | float | None = None,
         priority: str = "balanced",
     ) -> Needs:
@@ -79,12 +79,12 @@ class Needs:
             CanopyError: for anything that cannot be read, with what can.
         """
         checks.choice("priority", priority, PRIORITIES), checks.count("batch", batch, 1, 10**6)
-        checks.number("accuracy", accuracy, 0, 1)
+        accuracy = None if accuracy is None else float(checks.number("accuracy", accuracy, 0, 1))
         name, shape = find_shape(model)
         limit = None if memory is None else byte_count(memory)
         capability = None if gpu is None else find_capability(gpu)
         return cls(
-            name, _words(model), shape, limit, token_count(context), batch, float(accuracy), capability, priority
+            name, _words(model), shape, limit, token_count(context), batch, accuracy, capability, priority
         )
 
     def __str__(self) -> str:

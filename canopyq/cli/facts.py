@@ -93,7 +93,7 @@ def advise(
     context: Annotated[str, typer.Option(help="Tokens of each chat's cache, e.g. 32k.")] = "0",
     batch: Annotated[int, typer.Option(help="Chats at a time.")] = 1,
     accuracy: Annotated[
-        float | None, typer.Option(help="The least share of right answers; 0.98 where there are answers.")
+        float | None, typer.Option(help="The least share of right answers; 0.98 where this model's were counted.")
     ] = None,
     gpu: Annotated[str | None, typer.Option(help="A GPU (h100), a compute capability (8.9), or cpu.")] = None,
     priority: Annotated[str, typer.Option(help="accuracy, balanced, compression or throughput.")] = "balanced",

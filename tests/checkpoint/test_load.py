@@ -249,7 +249,7 @@ def test_bad_checkpoints(name: str, folder: Path) -> None:
         promised = cq.inspect(folder).tools["canopyq"] == "yes"
     except CanopyError:
         promised = False
-    assert promised == name.endswith("e scale"), "headers do not tell that a scale is no scale, and all else"
+    assert promised == name.endswith(" scale"), "headers do not tell what a scale is, and all else they do"
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
