@@ -13,7 +13,7 @@ from canopyq.lessons.checkpoints import ANSWER, FAULTS, LAYER, TenCheckpointsCar
 
 NAMED = {  # what `cq.inspect` has to name of each fault
     "a": "weight_packed", "b": "weight_scale", "c": "weight_zero_point is missing", "d": "not quantized",
-    "e": f"{LAYER}.weight_scale", "f": f"{LAYER}.weight_packed", "g": "model.safetensors cannot be read", "h": "'gptq'",
+    "e": f"{LAYER}.weight_scale", "f": f"{LAYER}: weight_shape", "g": "model.safetensors cannot be read", "h": "'gptq'",
     "i": f"{LAYER}.weight_packed is uint8", "j": f"{LAYER} is quantized",
 }  # fmt: skip
 
