@@ -86,6 +86,23 @@ class ActivationStats:
         return whole / half - 1 if half else 0.0 if not whole else float("inf")
 
 
+def pooled(stats: list[ActivationStats]) -> ActivationStats:
+    """The statistics of several layers' inputs together, without ranges and histogram: of experts, whose inputs are
+    parts of one stream. Layers that saw the same count once."""
+    whole = stats[0]
+    for other in stats[1:]:
+        if other.tokens == stats[0].tokens and torch.equal(other.mean_abs, stats[0].mean_abs):
+            continue
+        share = other.tokens / (whole.tokens + other.tokens)
+        whole = ActivationStats(
+            whole.tokens + other.tokens, torch.minimum(whole.lo, other.lo), torch.maximum(whole.hi, other.hi),
+            whole.mean_abs.lerp(other.mean_abs, share), torch.empty(0, 2), Histogram(whole.lo.device),
+            torch.cat([whole.examples, other.examples]),
+            None if whole.hessian is None else whole.hessian.lerp(other.hessian, share),
+        )  # fmt: skip
+    return whole
+
+
 class Seen:
     """The inputs of one batch, reduced. Layers that share an input share this too.
 

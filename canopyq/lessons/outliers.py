@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from canopyq import checks
 from canopyq.errors import CanopyError
-from canopyq.methods.equivalence import KNOWN, ScalePair, scale_pairs
+from canopyq.methods.equivalence import ScalePair
+from canopyq.methods.structure import scale_pairs
 from canopyq.nn.linear import QuantizedLinear
 
 
@@ -45,7 +46,7 @@ def exaggerate_(model: nn.Module, channels: Sequence[int], factor: float = 64.0)
     experiments: no model was trained to have these outliers.
 
     Args:
-        model: of an architecture in `methods.equivalence.KNOWN`, not quantized.
+        model: whose norms are read by linear layers alone and multiply by their gain as it is; not quantized.
         channels: indices of hidden features.
         factor: a power of two.
 
@@ -56,28 +57,29 @@ def exaggerate_(model: nn.Module, channels: Sequence[int], factor: float = 64.0)
     if math.frexp(checks.number("factor", factor, 2.0**-100, 2.0**100))[0] != 0.5:
         raise CanopyError(f"a factor of {factor} would be rounded; use a power of two, such as 64")
     found = norm_pairs(model)
-    size = found[0].producer.weight.numel()
+    size = len(found[0].gain)
     channels = checks.sequence("channels", channels, 1)
     index = torch.tensor([checks.count("channels", channel, 0, size - 1) for channel in channels])
     for pair in found:
-        pair.producer.weight[index] *= factor
-        for consumer in pair.consumers.values():
-            consumer.weight[:, index] /= factor
+        pair.gain[index] *= factor
+        if pair.bias is not None:
+            pair.bias[index] *= factor
+        for weight in pair.consumers.values():
+            weight[:, index] /= factor
     return model
 
 
 def norm_pairs(model: nn.Module) -> list[ScalePair]:
-    """Every norm inside the blocks, with the linear layers that read its output.
+    """Every norm inside the blocks, with the weights of the linear layers that read its output.
 
     Raises:
-        CanopyError: for an architecture whose norms and layers are not known, and for a quantized model.
+        CanopyError: for a model without such norms, one whose norms add to their gain, and a quantized model.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in KNOWN:
-        raise CanopyError(
-            f"what reads the norms of a {kind or type(model).__name__} model is not known, only of {', '.join(KNOWN)}"
-        )
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise CanopyError("the model is quantized already; exaggerate its outliers first, and quantize then")
-    blocks = (f"model.layers.{i}" for i in range(model.config.num_hidden_layers))
-    return [pair for block in blocks for pair in scale_pairs(model, block) if pair.is_norm]
+    found = [pair for own in scale_pairs(model, "exaggerating channels").values() for pair in own if pair.is_norm]
+    if not found or any(pair.offset for pair in found):
+        raise CanopyError(
+            f"the norms of a {type(model).__name__} model are read by more than linear layers, or add to their gain"
+        )
+    return found

@@ -1,8 +1,8 @@
-"""What of a decoder block may be rescaled or rotated without changing the model, for the architectures where it is
-known.
+"""Changes to neighbouring weights that leave what a model computes as it is.
 
-Between a norm's gain and the linear layers that read the norm, between v_proj and o_proj, and between up_proj and
-down_proj, a channel may be divided by any number on one side and multiplied by it on the other.
+Between a norm's gain and the linear layers that read the norm, and between two linear layers with nothing but products
+between them, as v_proj and o_proj or up_proj and down_proj, a channel may be divided by any number on one side and
+multiplied by it on the other. `structure` finds such places.
 """
 
 from __future__ import annotations
@@ -10,30 +10,39 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from canopyq.errors import CanopyError
 from canopyq.methods.transaction import Transaction
-
-KNOWN = ("llama", "mistral", "qwen2", "qwen3")  # RMS norms with a plain gain, separate q, k, v, and a gated MLP
 
 
 @dataclass(frozen=True)
 class ScalePair:
     """Two sides of a place where channels can be rescaled for free: what is divided there is multiplied here.
 
+    All tensors are views of what the model holds.
+
     Attributes:
         name: of what makes the channels: a norm or a linear layer.
-        producer: that module.
-        consumers: layer name -> linear layer that reads the channels.
+        gain: of the norm (channels,), or the rows of the linear layer's weight that make the channels (channels, K).
+        bias: likewise (channels,), or None.
+        consumers: layer name -> its weight (N, K): all that reads the channels.
         groups: consumers' input channels by the producer's channel, (channels of the producer, consumers of each): with
             grouped query attention one value channel is read by several heads.
+        offset: what the norm adds to its gain before it multiplies; 1 for Gemma's.
+        head: channels in each run that may also be rotated among themselves, as the values of a head; 0 if none.
     """
 
     name: str
-    producer: nn.Module
-    consumers: dict[str, nn.Linear]
+    gain: Tensor
+    bias: Tensor | None
+    consumers: dict[str, Tensor]
     groups: Tensor
+    offset: float = 0.0
+    head: int = 0
+
+    @property
+    def is_norm(self) -> bool:
+        return self.gain.dim() == 1
 
     def by_producer(self, x: Tensor) -> Tensor:
         """The largest of what the consumers' channels have (K,), for each channel of the producer."""
@@ -49,61 +58,23 @@ class ScalePair:
         """Give consumers' channels (K,) that one channel of the producer feeds the largest of their values."""
         return self.by_consumer(self.by_producer(x))
 
-    @property
-    def is_norm(self) -> bool:
-        return not isinstance(self.producer, nn.Linear)
-
-
-def require_known(model: nn.Module, what: str) -> None:
-    """Raise `CanopyError` unless the model's architecture is one of `KNOWN`."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in KNOWN:
-        raise CanopyError(
-            f"{what} folds into neighbouring weights, which is not known for {kind or type(model).__name__} models, "
-            f"only for {', '.join(KNOWN)}; use gptq, clip or hqq"
-        )
-
-
-def scale_pairs(model: nn.Module, block: str) -> list[ScalePair]:
-    """The pairs of one decoder block, in the order in which data passes them."""
-    layer = model.get_submodule(block)
-    attention, mlp, config = layer.self_attn, layer.mlp, model.config
-    size = attention.head_dim
-    kv_heads = config.num_key_value_heads or config.num_attention_heads
-    repeats = config.num_attention_heads // kv_heads
-    heads = torch.arange(kv_heads * repeats * size).reshape(kv_heads, repeats, size)
-
-    def linear(parent: str, *names: str) -> dict[str, nn.Linear]:
-        module = getattr(layer, parent)
-        return {f"{block}.{parent}.{name}": getattr(module, name) for name in names}
-
-    def plain(producer: nn.Module) -> Tensor:
-        return torch.arange(producer.weight.shape[0])[:, None]
-
-    return [
-        ScalePair(f"{block}.input_layernorm", layer.input_layernorm, linear("self_attn", "q_proj", "k_proj", "v_proj"),
-                  plain(layer.input_layernorm)),
-        ScalePair(f"{block}.self_attn.v_proj", attention.v_proj, linear("self_attn", "o_proj"),
-                  heads.transpose(1, 2).reshape(kv_heads * size, repeats)),
-        ScalePair(f"{block}.post_attention_layernorm", layer.post_attention_layernorm,
-                  linear("mlp", "gate_proj", "up_proj"), plain(layer.post_attention_layernorm)),
-        ScalePair(f"{block}.mlp.up_proj", mlp.up_proj, linear("mlp", "down_proj"), plain(mlp.up_proj)),
-    ]  # fmt: skip
-
 
 def rescale(pair: ScalePair, scales: Tensor, transaction: Transaction) -> None:
     """Divide the producer's channels by ``scales`` (channels of the producer,), and multiply the consumers' columns by
     them."""
-    producer, scales = pair.producer, scales.double()
-    if pair.is_norm:
-        transaction.change(producer.weight, producer.weight / scales)
-    else:
-        transaction.change(producer.weight, producer.weight / scales[:, None])
-        if producer.bias is not None:
-            transaction.change(producer.bias, producer.bias / scales)
+    scales = scales.double()
+    divide(pair, scales, transaction)
     columns = pair.by_consumer(scales)
-    for consumer in pair.consumers.values():
-        transaction.change(consumer.weight, consumer.weight * columns)
+    for weight in pair.consumers.values():
+        transaction.change(weight, weight * columns)
+
+
+def divide(pair: ScalePair, scales: Tensor, transaction: Transaction) -> None:
+    """One side of `rescale`: the producer's channels divided by ``scales``, float64 (channels of the producer,)."""
+    by = scales if pair.is_norm else scales[:, None]
+    transaction.change(pair.gain, (pair.gain + pair.offset) / by - pair.offset)
+    if pair.bias is not None:
+        transaction.change(pair.bias, pair.bias / scales)
 
 
 def foldable(pair: ScalePair, scales: Tensor) -> Tensor:
@@ -112,6 +83,20 @@ def foldable(pair: ScalePair, scales: Tensor) -> Tensor:
     keep 1."""
     if not pair.is_norm:
         return scales
-    gain = pair.producer.weight.double()
-    stored = (gain / scales).to(torch.bfloat16).double()
+    gain = pair.gain.double() + pair.offset
+    stored = (gain / scales - pair.offset).to(torch.bfloat16).double() + pair.offset
     return torch.where((stored != 0) & stored.isfinite(), gain / stored, torch.ones_like(gain))
+
+
+def turn_inputs(weight: Tensor, rotation: Tensor, transaction: Transaction) -> None:
+    """weight (N, K) -> weight · R, in runs of R's size along K."""
+    turned = weight.double().reshape(-1, len(rotation)) @ rotation
+    transaction.change(weight, turned.reshape(weight.shape))
+
+
+def turn_outputs(weight: Tensor, bias: Tensor | None, rotation: Tensor, transaction: Transaction) -> None:
+    """weight (N, K) -> Rᵀ · weight, in runs of R's size along N; the bias (N,) likewise."""
+    turned = rotation.t() @ weight.double().reshape(-1, len(rotation), weight.shape[1])
+    transaction.change(weight, turned.reshape(weight.shape))
+    if bias is not None:
+        transaction.change(bias, (bias.double().reshape(-1, len(rotation)) @ rotation).flatten())

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 from canopyq.calibration.calibrate import calibration_blocks
 from canopyq.calibration.data import Batch
-from canopyq.calibration.statistics import ActivationStats
+from canopyq.calibration.statistics import ActivationStats, pooled
 from canopyq.errors import CanopyError, prefixed
 from canopyq.methods.awq import awq_scales
 from canopyq.methods.clip import clip
-from canopyq.methods.equivalence import ScalePair, foldable, require_known, rescale, scale_pairs
+from canopyq.methods.equivalence import ScalePair, foldable, rescale
 from canopyq.methods.gptq import gptq
 from canopyq.methods.hqq import hqq
 from canopyq.methods.registry import Method
 from canopyq.methods.smoothquant import smooth_scales
+from canopyq.methods.structure import scale_pairs
 from canopyq.methods.transaction import Transaction
 from canopyq.nn.fused import fused
 from canopyq.nn.targets import Target
@@ -71,8 +72,9 @@ def round_weights(
             f"method {method.name} looks at the inputs of every layer; give calibration=texts or batches of token ids, "
             "e.g. cq.tutor.calibration(tokenizer)"
         )
+    pairs: dict[str, list[ScalePair]] = {}
     if method.smoothing:
-        require_known(model, {"awq": "AWQ", "smoothquant": "SmoothQuant"}[method.smoothing])
+        pairs = scale_pairs(model, {"awq": "AWQ", "smoothquant": "SmoothQuant"}[method.smoothing])
     by_name, global_scale = {target.name: target for target in targets}, _GlobalScales(targets)
     results: dict[str, RoundingResult] = {}
     if batches is not None and (method.needs_data or method.transforms):
@@ -84,10 +86,12 @@ def round_weights(
             examples=examples,
         ):  # fmt: skip
             notes: dict[str, list[str]] = {name: [] for name in statistics}
-            if method.smoothing and block:
-                for pair in scale_pairs(model, block):
-                    schemes = {name: by_name[name].scheme for name in pair.consumers if name in statistics}
-                    _smooth(pair, schemes, recipe, method, statistics, notes, transaction)
+            for pair in pairs.get(block, []):
+                schemes = {name: by_name[name].scheme for name in pair.consumers if name in statistics}
+                _smooth(pair, schemes, recipe, method, statistics, notes, transaction)
+            if method.smoothing:
+                for name in (name for name in statistics if not notes[name]):
+                    notes[name].append("not scaled: what makes its inputs, or else reads them, cannot follow")
             for name, stats in statistics.items():
                 result, values = _round(by_name[name], method, stats, notes[name], global_scale(name))
                 results[name] = result
@@ -115,8 +119,7 @@ def _smooth(
     and notes follow."""
     if not schemes:
         return
-    weights = {name: consumer.weight for name, consumer in pair.consumers.items()}
-    inputs = statistics[next(iter(schemes))]
+    weights, inputs = pair.consumers, pooled([statistics[name] for name in schemes])
     if method.smoothing == "awq":
         scales, left = awq_scales(weights, pair.share(inputs.mean_abs), inputs.hessian, schemes)
         note = "AWQ scales help nothing" if left >= 1 else f"AWQ scales: {left:.0%} of the error left"

@@ -1,11 +1,11 @@
 """Rotation: turn the residual stream so that no channel is louder than the others.
 
 Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs". An RMS norm without gain commutes with a
-rotation R, so the stream may be turned where it is written (embedding, o_proj, down_proj) and turned back where it is
-read (q, k, v, gate, up, head), all in the weights and before the model is used. The gains are folded into the readers
-first. The values of each head are turned in v_proj and back in o_proj the same way. What goes into down_proj is a
-product of two outputs and cannot be turned in a weight: there the Hadamard transform runs with the model, and only if
-asked for.
+rotation R, and one that takes the mean away with an R that leaves the mean of all channels alone. So the stream may be
+turned where it is written (embedding, o_proj, down_proj) and turned back where it is read (q, k, v, gate, up, head),
+all in the weights and before the model is used. The gains are folded into the readers first. The values of each head
+are turned in v_proj and back in o_proj the same way. What goes into down_proj is a product of two outputs and cannot be
+turned in a weight: there the Hadamard transform runs with the model, and only if asked for.
 
 Integers that share a scale with a whole token are the better for values that are all alike. A block of FP4 has a scale
 for 32 or 16 neighbours, so that a loud channel harms no other block, until a rotation of all channels takes it to
@@ -15,25 +15,41 @@ and Performance for Microscaling FP4 Quantization").
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
-from canopyq.methods.equivalence import require_known
+from canopyq.calibration.mode import eval_mode
+from canopyq.errors import CanopyError
+from canopyq.methods.equivalence import ScalePair, turn_inputs, turn_outputs
+from canopyq.methods.structure import probe_ids, scale_pairs
 from canopyq.methods.transaction import Transaction
+from canopyq.methods.trial import Trial
 from canopyq.nn.hadamard import OnlineHadamard, hadamard, largest_power_of_two
+from canopyq.nn.sites import Site, output_heads, weight_sites
 from canopyq.tensor.formats import BlockFormat
 from canopyq.tensor.scheme import Recipe
 
 
-def random_rotation(size: int, generator: torch.Generator, block: int | None = None) -> Tensor:
+def random_rotation(
+    size: int, generator: torch.Generator, block: int | None = None, *, keep_mean: bool = False
+) -> Tensor:
     """An orthogonal matrix (size, size), float64, that spreads every channel over all others, or over those of its
-    ``block`` of neighbours where blocks divide the size.
+    ``block`` of neighbours where blocks divide the size. With ``keep_mean`` it leaves the channels' mean as it is.
 
     A Hadamard matrix with random signs for a power of two; otherwise one of the odd factor's size, drawn at random, in
     Kronecker product with the Hadamard matrix of the rest.
     """
     if block and size % block == 0:
-        return torch.block_diag(*(random_rotation(block, generator) for _ in range(size // block)))
+        parts = (random_rotation(block, generator, keep_mean=keep_mean) for _ in range(size // block))
+        return torch.block_diag(*parts)
+    if keep_mean:  # turn the mean to the first axis by a reflection, rotate all others, and turn it back
+        axis = -torch.full((size,), size**-0.5, dtype=torch.float64)
+        axis[0] += 1
+        reflection = torch.eye(size, dtype=torch.float64) - 2 * torch.outer(axis, axis) / axis.square().sum()
+        inner = torch.block_diag(torch.ones(1, 1, dtype=torch.float64), random_rotation(size - 1, generator))
+        return reflection @ inner @ reflection
     power = largest_power_of_two(size)
     odd = size // power
     mixed = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64)).Q.contiguous()
@@ -53,13 +69,14 @@ def block_of(recipe: Recipe) -> int | None:
     return fmt.block_size if isinstance(fmt, BlockFormat) else None
 
 
+@torch.no_grad()
 def rotate_(
     model: nn.Module, transaction: Transaction, *, seed: int = 0, online: bool = False, block: int | None = None
 ) -> list[str]:
     """Rotate a model in place; its outputs stay the same, to rounding.
 
     Args:
-        model: of an architecture that `equivalence` knows.
+        model: whose blocks read the residual stream through norms alone.
         transaction: takes the changes back if something later fails.
         seed: of the random signs.
         online: also transform what goes into down_proj while the model runs. `OnlineHadamard` hooks do it until the
@@ -70,54 +87,140 @@ def rotate_(
         What was done, in lines for the report.
 
     Raises:
-        CanopyError: for another architecture.
+        CanopyError: for a model of which that is not so, which is tried on a few tokens; what was changed until then
+            is for the transaction to take back.
     """
-    require_known(model, "rotation")
     generator = torch.Generator().manual_seed(seed)
-    config, body, head = model.config, model.model, model.lm_head
+    pairs = scale_pairs(model, "rotation")
+    before, last = _logits(model), _last_norm(model)
     notes = _untie(model, transaction)
-    for layer in body.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        _fold(layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj), transaction)
-        _fold(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), transaction)
-    _fold(body.norm, (head,), transaction)
+    (head,) = output_heads(model)
+    hidden, final = head.weight.shape[1], model.get_submodule(last)
+    norms = [pair for own in pairs.values() for pair in own if pair.is_norm and len(pair.gain) == hidden]
+    offset = next((pair.offset for pair in norms), 0.0)
+    norms.append(ScalePair(last, final.weight, getattr(final, "bias", None), {"": head.weight}, torch.empty(0), offset))
+    for pair in norms:
+        _fold(pair, transaction)
 
-    device = body.embed_tokens.weight.device
-    stream = random_rotation(config.hidden_size, generator, block).to(device)
-    _turn_inputs(body.embed_tokens, stream, transaction)
-    _turn_inputs(head, stream, transaction)
-    for layer in body.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for reader in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
-            _turn_inputs(reader, stream, transaction)
-        for writer in (attention.o_proj, mlp.down_proj):
-            _turn_outputs(writer, stream, transaction)
-        values = random_rotation(attention.head_dim, generator, block).to(device)
-        _turn_outputs(attention.v_proj, values, transaction)
-        _turn_inputs(attention.o_proj, values, transaction)
+    device = head.weight.device
+    keep_mean = any(_takes_mean(model.get_submodule(pair.name), hidden) for pair in norms)
+    stream = random_rotation(hidden, generator, block, keep_mean=keep_mean).to(device)
+    _turn_embeddings(model, pairs, stream, transaction)
+    for pair in norms:
+        if pair.bias is not None:
+            transaction.change(pair.bias, pair.bias.double() @ stream)
+    readers = {name: weight for pair in norms for name, weight in pair.consumers.items()}
+    for weight in readers.values():
+        turn_inputs(weight, stream, transaction)
+    writers = _writers(model, pairs, readers, hidden)
+    for site in writers.values():
+        turn_outputs(site.weight, site.bias(), stream, transaction)
+    heads = [pair for own in pairs.values() for pair in own if pair.head]
+    for pair in heads:
+        values = random_rotation(pair.head, generator, block).to(device)
+        turn_outputs(pair.gain, pair.bias, values, transaction)
+        for weight in pair.consumers.values():
+            turn_inputs(weight, values, transaction)
+    sizes = ", ".join(str(size) for size in sorted({pair.head for pair in heads}))
     notes.append(
-        f"rotated the residual stream ({config.hidden_size}) and the values of each head ({attention.head_dim})"
+        f"rotated the residual stream ({hidden})"
+        + (f" and the values of each head ({sizes})" if heads else "")
         + (f" in blocks of {block}" if block else "")
     )
+    _require_same(model, before, norms, pairs)
     if online:
-        size = min(largest_power_of_two(config.intermediate_size), block or config.intermediate_size)
-        for layer in body.layers:
-            down = layer.mlp.down_proj
-            transaction.change(down.weight, hadamard(down.weight.double(), size))
-            hook = OnlineHadamard(size)
-            transaction.on_failure(down.register_forward_pre_hook(hook).remove)
-        notes.append(
-            f"down_proj's inputs pass a Hadamard transform of {size} at run time: plain transformers cannot do it"
-        )
+        values = {name for pair in heads for name in pair.consumers}
+        notes += _turn_online([site for name, site in writers.items() if name not in values], transaction, block)
     return notes
+
+
+def _logits(model: nn.Module) -> Tensor:
+    with eval_mode(model):
+        return next(iter(model(input_ids=probe_ids(model), use_cache=False).values())).double()
+
+
+def _last_norm(model: nn.Module) -> str:
+    """The name of the norm that the output head reads."""
+    names = {module: name for name, module in model.named_modules()}
+    heads = [names[module] for module in output_heads(model)]
+    with eval_mode(model):
+        found = Trial(model, (), {"input_ids": probe_ids(model), "use_cache": False}).norms_read_by(heads)
+    if len(heads) != 1 or not found:
+        raise CanopyError(
+            f"rotation turns the stream that the output head reads through a norm, and {type(model).__name__} has no "
+            "such norm; use awq, gptq, clip or hqq"
+        )
+    return found[0]
+
+
+def _require_same(model: nn.Module, before: Tensor, norms: list[ScalePair], pairs: dict[str, list[ScalePair]]) -> None:
+    """Raise `CanopyError` if the logits have moved by more than rounding."""
+    dtype = next(model.parameters()).dtype
+    moved = float((_logits(model) - before).abs().max() / before.abs().max())
+    if moved <= (1e-3 if dtype in (torch.float32, torch.float64) else 0.1):
+        return
+    size, folded = len(norms[0].gain), {pair.name for pair in norms}
+    others = (
+        f"{name}.{part}".lstrip(".")
+        for name in ("", *pairs)
+        for part, module in model.get_submodule(name).named_modules()
+        if (weight := getattr(module, "weight", None)) is not None and weight.shape == (size,)
+    )
+    scaling = (f"{name} scales channels, and not for linear layers alone" for name in others if name not in folded)
+    culprit = next(scaling, "something beside norms and linear layers reads or writes it")
+    raise CanopyError(
+        f"rotation turns the residual stream, and that of {type(model).__name__} cannot be turned in the weights: "
+        f"{culprit}; use awq, gptq, clip or hqq"
+    )
+
+
+def _takes_mean(norm: nn.Module, size: int) -> bool:
+    """Whether a norm of ``size`` channels takes the mean away."""
+    x = torch.linspace(-1, 1, size, device=norm.weight.device, dtype=norm.weight.dtype)[None]
+    return torch.allclose(norm(x + 1), norm(x), atol=0.05)
+
+
+def _writers(
+    model: nn.Module, pairs: dict[str, list[ScalePair]], readers: Collection[str], size: int
+) -> dict[str, Site]:
+    """The layers in blocks that put out channels of the stream."""
+    return {
+        f"{block}.{site.name}": site
+        for block in pairs
+        for site in weight_sites(model.get_submodule(block))
+        if site.kind.multiplies and site.shape[0] == size and f"{block}.{site.name}" not in readers
+    }
+
+
+def _turn_embeddings(
+    model: nn.Module, pairs: dict[str, list[ScalePair]], stream: Tensor, transaction: Transaction
+) -> None:
+    """Those of tokens and of positions that are not in a block."""
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{block}.") for block in pairs)
+        if isinstance(module, nn.Embedding) and not inside and module.weight.shape[1] == len(stream):
+            turn_inputs(module.weight, stream, transaction)
+
+
+def _turn_online(sites: list[Site], transaction: Transaction, block: int | None) -> list[str]:
+    """Have what goes into layers such as down_proj transformed at run time."""
+    alone = [site for site in sites if site.kind.is_linear]
+    sizes = set()
+    for site in alone:
+        sizes.add(size := min(largest_power_of_two(site.shape[1]), block or site.shape[1]))
+        transaction.change(site.weight, hadamard(site.weight.double(), size))
+        transaction.on_failure(site.module.register_forward_pre_hook(OnlineHadamard(size)).remove)
+    at, left = ", ".join(map(str, sorted(sizes))), len(sites) - len(alone)
+    said = [f"down_proj's inputs pass a Hadamard transform of {at} at run time: plain transformers cannot do it"]
+    return (said if sizes else []) + ([f"inputs of {left} experts' down_proj stay as they are"] if left else [])
 
 
 def _untie(model: nn.Module, transaction: Transaction) -> list[str]:
     """Give the head a weight of its own: the final gain is folded into it, and not into the embedding."""
-    head, embedding = model.lm_head, model.model.embed_tokens
+    (head,), embedding = output_heads(model), model.get_input_embeddings()
     if head.weight is not embedding.weight:
         return []
-    config, shared, tied = model.config, head.weight, model.config.tie_word_embeddings
+    config, shared, tied = model.config, head.weight, getattr(model.config, "tie_word_embeddings", True)
 
     def tie() -> None:
         head.weight, config.tie_word_embeddings = shared, tied
@@ -128,23 +231,13 @@ def _untie(model: nn.Module, transaction: Transaction) -> list[str]:
     return [f"the head no longer shares the embedding's weight: {shared.nbytes:,} bytes more"]
 
 
-def _fold(norm: nn.Module, readers: tuple[nn.Linear, ...], transaction: Transaction) -> None:
-    for reader in readers:
-        transaction.change(reader.weight, reader.weight.double() * norm.weight.double())
-    transaction.change(norm.weight, torch.ones_like(norm.weight))
-
-
-def _turn_inputs(module: nn.Module, rotation: Tensor, transaction: Transaction) -> None:
-    """weight (N, K) -> weight · R, in runs of R's size along K."""
-    weight = module.weight
-    turned = weight.double().reshape(-1, len(rotation)) @ rotation
-    transaction.change(weight, turned.reshape(weight.shape))
-
-
-def _turn_outputs(module: nn.Linear, rotation: Tensor, transaction: Transaction) -> None:
-    """weight (N, K) -> Rᵀ · weight, in runs of R's size along N; the bias likewise."""
-    weight, size = module.weight, len(rotation)
-    turned = rotation.t() @ weight.double().reshape(-1, size, weight.shape[1])
-    transaction.change(weight, turned.reshape(weight.shape))
-    if module.bias is not None:
-        transaction.change(module.bias, (module.bias.double().reshape(-1, size) @ rotation).flatten())
+def _fold(norm: ScalePair, transaction: Transaction) -> None:
+    """Move a norm's gain into the layers that read it."""
+    gain = norm.gain.double() + norm.offset
+    for weight in norm.consumers.values():
+        transaction.change(weight, weight.double() * gain)
+    if norm.bias is not None:
+        if bool((norm.bias[gain == 0] != 0).any()):
+            raise CanopyError(f"rotation folds gains, and {norm.name} has channels of gain 0 with a bias")
+        transaction.change(norm.bias, torch.where(gain == 0, 0, norm.bias / gain))
+    transaction.change(norm.gain, torch.full_like(norm.gain, 1 - norm.offset))

@@ -15,9 +15,13 @@ class Transaction:
     """A context in which a model is changed: if it is left by an error, every change is taken back, the last one first.
 
     Values that are changed are kept twice until the end.
+
+    Args:
+        keep: the changes in the end; False takes them back in any case.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep: bool = True) -> None:
+        self._keep = keep
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         self._steps: list[Callable[[], None]] = []
 
@@ -46,7 +50,7 @@ class Transaction:
 
     @torch.no_grad()
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
+        if error is None and self._keep:
             return
         for tensor, values in reversed(self._values.values()):
             tensor.copy_(values)

@@ -17,6 +17,22 @@ MODELS = {
     "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**(COMMON | {"hidden_size": 128}))),
     "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**COMMON)),
     "gemma": lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**COMMON)),
+    "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**COMMON)),
+    "granite": lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**COMMON, attention_multiplier=0.2)),
+    "cohere": lambda: tf.CohereForCausalLM(tf.CohereConfig(**COMMON)),
+    "olmo2": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**COMMON)),
+    "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**COMMON)),
+    "opt": lambda: tf.OPTForCausalLM(
+        tf.OPTConfig(vocab_size=96, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
+                     max_position_embeddings=64, word_embed_proj_dim=64)
+    ),
+    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**COMMON)),
+    "falcon": lambda: tf.FalconForCausalLM(tf.FalconConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2,
+                                                           num_attention_heads=4)),
+    "bert": lambda: tf.BertLMHeadModel(tf.BertConfig(**COMMON, is_decoder=True)),
+    "gpt_oss": lambda: tf.GptOssForCausalLM(
+        tf.GptOssConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2)
+    ),
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=96, n_positions=64, n_embd=64, n_layer=2, n_head=2)),
     "mixtral": lambda: tf.MixtralForCausalLM(
         tf.MixtralConfig(**COMMON, num_local_experts=3, num_experts_per_tok=2)
@@ -35,11 +51,12 @@ def make() -> Callable[[str], nn.Module]:
             for module in model.modules():
                 if "Norm" in type(module).__name__:
                     module.weight.copy_((0.5 + torch.rand_like(module.weight)).to(torch.bfloat16))
-                if getattr(module, "bias", None) is not None:
-                    module.bias.normal_(std=0.1)
+                for name, parameter in module.named_parameters(recurse=False):
+                    if name.endswith("bias"):
+                        parameter.normal_(std=0.1)
             model.get_input_embeddings().weight[:, 5] *= 20  # a loud channel of the residual stream
             for layer in getattr(model.model if hasattr(model, "model") else model, "layers", []):
-                if hasattr(layer.mlp, "up_proj"):
+                if hasattr(getattr(layer, "mlp", None), "up_proj"):
                     layer.mlp.up_proj.weight[3] *= 15  # and one of what goes into down_proj
         return model
 

@@ -25,18 +25,34 @@ def distance(one: torch.nn.Module, other: torch.nn.Module, ids: torch.Tensor) ->
     return float((a - b).norm() / a.norm())
 
 
-@pytest.mark.parametrize("method", SAVED)
-def test_methods_round_trip_through_plain_transformers(method: str, make, ids, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [*(("llama tied", method) for method in SAVED), ("gemma", "awq"), ("granite", "smoothquant"), ("gpt2", "rotation"),
+     ("cohere", "rotation")],
+)  # fmt: skip
+def test_methods_round_trip_through_plain_transformers(name: str, method: str, make, ids, tmp_path: Path) -> None:
     recipe = "w8a8" if method == "smoothquant" else "w4a16-g32"
-    original, model = make("llama tied"), make("llama tied")
+    original, model = make(name), make(name)
     report = cq.quantize_(model, recipe, method=method, calibration=ids)
-    assert report.method == method and len(report.layers) == 14
+    assert report.method == method and len(report.layers) == (8 if name == "gpt2" else 14)
     assert all(layer.output_error is not None for layer in report.layers)
     assert distance(original, model, ids[0]) < (0.05 if recipe == "w8a8" else 0.6)
     cq.save(model, tmp_path / "out")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    assert distance(model, loaded, ids[0]) < 0.02
-    assert distance(model, cq.load(tmp_path / "out", dtype=torch.float32), ids[0]) < 1e-3
+    assert distance(model, cq.load(tmp_path / "out", dtype=torch.float32), ids[0]) < (2e-3 if name == "gpt2" else 1e-3)
+    if name != "gpt2":  # its Conv1D is no layer that plain transformers has codes for
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+        assert distance(model, loaded, ids[0]) < 0.02
+
+
+@pytest.mark.parametrize(("name", "scaled"), [("mixtral", 26), ("phi3", 8), ("gpt_neox", 4), ("gemma2", 14)])
+@pytest.mark.parametrize("method", ["awq", "smoothquant"])
+def test_scaling_by_structure(name: str, scaled: int, method: str, make, ids) -> None:
+    recipe = "w8a8" if method == "smoothquant" else "w3a16-g32"
+    original, plain, model = make(name), make(name), make(name)
+    cq.quantize_(plain, recipe)
+    report = cq.quantize_(model, recipe, method=method, calibration=ids)
+    assert sum("not scaled" not in " ".join(layer.notes) for layer in report.layers) >= scaled
+    assert distance(original, model, ids[0]) < 1.05 * distance(original, plain, ids[0])
 
 
 def test_gptq_and_rotation_help(make, ids) -> None:
@@ -133,10 +149,12 @@ def test_what_makes_no_sense_is_refused_with_the_reason(method: str, recipe: str
     assert not list(quantized_layers(model))
 
 
-@pytest.mark.parametrize("method", ["rotation", "awq"])
-def test_transforms_refuse_architectures_that_they_do_not_know(method: str, make, ids) -> None:
-    with pytest.raises(CanopyError, match="not known for gpt2 models"):
-        cq.quantize_(make("gpt2"), "w4a16-g32", method=method, calibration=ids)
+def test_rotation_leaves_a_model_that_it_refuses(make, ids) -> None:
+    model = make("bert")
+    before = model(ids[0]).logits
+    with pytest.raises(CanopyError, match="LayerNorm"):
+        cq.quantize_(model, "w4a16-g32", method="rotation", calibration=ids)
+    assert torch.equal(model(ids[0]).logits, before)
 
 
 def test_layers_of_zeros_and_constants_go_through(make, ids) -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from canopyq.errors import CanopyError
-from canopyq.methods.equivalence import foldable, require_known, rescale, scale_pairs
+from canopyq.methods.equivalence import foldable, rescale
 from canopyq.methods.rotation import random_rotation, rotate_
+from canopyq.methods.structure import scale_pairs
 from canopyq.methods.transaction import Transaction
 from canopyq.nn.hadamard import hadamard, largest_power_of_two
 
@@ -28,10 +29,13 @@ def test_hadamard_refuses_other_sizes(size: int) -> None:
         hadamard(torch.zeros(2, 128), size)
 
 
+@pytest.mark.parametrize("keep_mean", [False, True])
 @pytest.mark.parametrize("size", [8, 12, 7, 96])
-def test_random_rotation_is_orthogonal_for_any_size(size: int) -> None:
-    rotation = random_rotation(size, torch.Generator().manual_seed(0))
+def test_random_rotation_is_orthogonal_for_any_size(size: int, keep_mean: bool) -> None:
+    rotation = random_rotation(size, torch.Generator().manual_seed(0), keep_mean=keep_mean)
     torch.testing.assert_close(rotation @ rotation.t(), torch.eye(size, dtype=torch.float64), atol=1e-12, rtol=0)
+    x = torch.randn(3, size, dtype=torch.float64)
+    assert torch.allclose((x @ rotation).mean(1), x.mean(1)) == keep_mean
     assert largest_power_of_two(size) in (8, 4, 1, 32)
 
 
@@ -55,49 +59,75 @@ def test_a_rotation_in_blocks_leaves_the_logits(make, ids) -> None:
     assert any("in blocks of 16" in note for note in notes) and any("transform of 16" in note for note in notes)
 
 
+TURNED = ["llama", "llama tied", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "gpt2", "opt", "phi3", "cohere",
+          "falcon", "gpt_neox", "granite", "gpt_oss"]  # fmt: skip
+
+
 @pytest.mark.parametrize("online", [False, True])
-@pytest.mark.parametrize("name", ["llama", "llama tied", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", TURNED)
 @torch.no_grad()
 def test_rotation_leaves_the_logits(name: str, online: bool, make, ids) -> None:
     model = make(name)
     before = model(ids[0]).logits
-    loud = _loudness(model, ids[0])
+    loud, tied = _loudness(model, ids[0]), model.lm_head.weight is model.get_input_embeddings().weight
     with Transaction() as transaction:
         notes = rotate_(model, transaction, online=online)
     after = model(ids[0]).logits
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     assert _loudness(model, ids[0]) < 0.7 * loud  # the loud channel is gone
-    assert (model.lm_head.weight is not model.model.embed_tokens.weight) and not model.config.tie_word_embeddings
-    assert any("at run time" in note for note in notes) == online
-    assert any("no longer shares" in note for note in notes) == (name == "llama tied")
+    assert model.lm_head.weight is not model.get_input_embeddings().weight and not model.config.tie_word_embeddings
+    assert any("at run time" in note for note in notes) == (online and name != "gpt_oss" and name != "mixtral")
+    assert any("no longer shares" in note for note in notes) == tied
 
 
 def _loudness(model: torch.nn.Module, ids: torch.Tensor) -> float:
     """The largest value of the embedded tokens over their root mean square."""
-    x = model.model.embed_tokens(ids)
+    x = model.get_input_embeddings()(ids)
     return float(x.abs().max() / x.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("name", ["llama tied", "qwen2", "qwen3", "mistral"])
+PAIRS = {  # of each block: norms with what reads them, and linear layers with nothing but products between
+    **dict.fromkeys(["llama tied", "qwen2", "qwen3", "mistral", "gemma", "granite", "cohere", "phi3"], (2, 2)),
+    "cohere": (1, 2), "gemma2": (2, 2), "olmo2": (0, 2), "bert": (0, 1), "gpt2": (2, 1), "gpt_neox": (2, 0),
+    "falcon": (1, 1), "opt": (2, 2), "mixtral": (2, 4), "gpt_oss": (2, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRS)
 @torch.no_grad()
 def test_rescaling_every_pair_leaves_the_logits(name: str, make, ids) -> None:
     model = make(name)
-    before = model(ids[0]).logits
-    gains = [layer.input_layernorm.weight.clone() for layer in model.model.layers]
+    before, weights = model(ids[0]).logits, {name: value.clone() for name, value in model.state_dict().items()}
+    found = scale_pairs(model, "AWQ")
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, weights[key]) and value.dtype == weights[key].dtype
     with Transaction() as transaction:
-        for i in range(2):
-            for pair in scale_pairs(model, f"model.layers.{i}"):
+        for pairs in found.values():
+            assert (sum(pair.is_norm for pair in pairs), sum(not pair.is_norm for pair in pairs)) == PAIRS[name]
+            for pair in pairs:
                 wished = torch.rand(len(pair.groups)) * 4 + 0.1
-                scales = foldable(pair, wished)
+                scales, gain = foldable(pair, wished), pair.gain.clone()
                 rescale(pair, scales, transaction)
-                torch.testing.assert_close(scales.float(), wished, rtol=0.01, atol=0)
+                if pair.is_norm:
+                    torch.testing.assert_close(scales.float(), wished, rtol=0.02, atol=0)
+                    assert not torch.equal(pair.gain, gain)
+                    assert torch.equal(pair.gain.to(torch.bfloat16).float(), pair.gain)
     torch.testing.assert_close(model(ids[0]).logits, before, rtol=1e-4, atol=1e-4)
-    for layer, gain in zip(model.model.layers, gains, strict=True):
-        new = layer.input_layernorm.weight
-        assert not torch.equal(new, gain) and torch.equal(new.to(torch.bfloat16).float(), new)
 
 
-@pytest.mark.parametrize(("name", "word"), [("gpt2", "gpt2"), ("gemma", "gemma"), ("mixtral", "mixtral")])
-def test_other_architectures_are_refused_by_name(name: str, word: str, make) -> None:
-    with pytest.raises(CanopyError, match=f"not known for {word} models"):
-        require_known(make(name), "rotation")
+@pytest.mark.parametrize(
+    ("name", "culprit"), [("gemma2", "post_attention_layernorm"), ("olmo2", "post_attention_layernorm"),
+                          ("bert", "LayerNorm")])  # fmt: skip
+@torch.no_grad()
+def test_rotation_refuses_a_stream_that_cannot_be_turned(name: str, culprit: str, make, ids) -> None:
+    model = make(name)
+    before = model(ids[0]).logits
+    with pytest.raises(CanopyError, match=culprit), Transaction() as transaction:
+        rotate_(model, transaction)
+    assert torch.equal(model(ids[0]).logits, before)
+
+
+def test_models_without_blocks_or_pairs_are_refused() -> None:
+    plain = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 4))
+    with pytest.raises(CanopyError, match="Sequential"):
+        scale_pairs(plain, "AWQ")
