@@ -30,6 +30,7 @@ from canopyq.utils import track
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKER = ROOT / "docs" / "book"
+PAGES = ("when-it-goes-wrong.md", "design.md")
 MEASURED = re.compile(r"Measured: <b>(.*?)</b>")
 EXPLORER = re.compile(r"Explore ([\w-]+):")
 
@@ -129,7 +130,7 @@ def page_of(notebook: Path, recordings: dict[str, Any]) -> nbformat.NotebookNode
     lesson = nbformat.read(notebook, as_version=4)
     guesses: dict[str, str] = {}
     for cell in lesson.cells:
-        cell.source = cell.source.replace("](../README.md#the-map)", "](../index.md)")
+        cell.source = cell.source.replace("](../README.md#the-map)", "](../index.md)").replace("](../docs/", "](../")
         for output in cell.get("outputs", []):
             if "data" in output and (form := interactive(output, cell.source, guesses, recordings)):
                 output.data["text/html"] = form
@@ -161,7 +162,8 @@ def stage(sources: Path, lessons: list[str] | None) -> None:
         recordings = record(notebook) if lessons is None or notebook.name[:2] in lessons else {}
         nbformat.write(page_of(notebook, recordings), sources / "lessons" / notebook.name)
     (sources / "reference.md").write_text(reference(), encoding="utf-8")
-    shutil.copy(ROOT / "docs" / "design.md", sources / "design.md")
+    for page in PAGES:
+        shutil.copy(ROOT / "docs" / page, sources / page)
 
 
 def build(out: Path, lessons: list[str] | None = None) -> None:

@@ -21,6 +21,7 @@ from canopyq.errors import CanopyError, one_line, shown, unknown
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 LONGEST_NAME = 255  # characters of a tensor's
+LFS_POINTER = b"version https://git-lfs"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 ROOM = 1_000_000  # bytes of JSON beside however few tensors
@@ -291,7 +292,10 @@ def read_header(path: Path | str) -> dict[str, TensorInfo]:
     try:
         with open_ordinary(path) as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if start == LFS_POINTER[:8] and size < 1024:
+            raise CanopyError(f"{path} is a Git LFS pointer, which stands for the weights; fetch them by git lfs pull")
         if length > json_room(size):
             raise CanopyError(f"{path} announces a header of {length:,} bytes in a file of {size:,}; do not trust it")
         header: dict[str, TensorInfo] = {}

@@ -24,6 +24,7 @@ LESSONS = {
     "09": "Better rounding",
     "10": "Speed",
     "11": "Choose",
+    "12": "Your own model",
 }
 HEAD = ("Lesson", "Quizzes right", "Quizzes answered", "Exercises passed", "Solutions seen", "Guesses made")
 

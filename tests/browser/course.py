@@ -1,5 +1,5 @@
-"""The widgets of the twelve lessons, and what they need, in two notebooks: to open a page and to import torch twelve
-times would take longer than all the clicks."""
+"""The widgets of all lessons, and what they need, in two notebooks: to open a page and to import torch for
+each would take longer than all the clicks."""
 
 from __future__ import annotations
 
