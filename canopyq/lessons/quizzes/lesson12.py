@@ -26,11 +26,9 @@ QUIZ = Question(
         ),
         Choice(
             "b",
-            "The predictions have moved; whether that matters, answers to your own questions have to say",
-            f"KL and the {moved} of 100 say that this is another model now, though perplexity hides it. Whether "
-            "the moves are harmless (another word for the same thing) or not (another number) shows in answers alone: "
-            "ask, before and after, what your users ask.",
-            correct=True,
+            "The measurement is broken: a quantized model cannot have the lower perplexity",
+            "It can: rounding moves probabilities up and down, and on one text the ups may win. The interval over "
+            "windows usually holds the other's value too.",
         ),
         Choice(
             "c",
@@ -40,9 +38,11 @@ QUIZ = Question(
         ),
         Choice(
             "d",
-            "The measurement is broken: a quantized model cannot have the lower perplexity",
-            "It can: rounding moves probabilities up and down, and on one text the ups may win. The interval over "
-            "windows usually holds the other's value too.",
+            "The predictions have moved; whether that matters, answers to your own questions have to say",
+            f"KL and the {moved} of 100 say that this is another model now, though perplexity hides it. Whether "
+            "the moves are harmless (another word for the same thing) or not (another number) shows in answers alone: "
+            "ask, before and after, what your users ask.",
+            correct=True,
         ),
         Choice(
             "e",
