@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -42,9 +42,11 @@ def read_model_config(folder: Path, content: Mapping[str, Any], tensors: int) ->
     Raises:
         CanopyError: for a config that transformers does not understand, or foreign code.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     _check_numbers(content, max(tensors, MANY))
+    if content.get("auto_map") and content.get("model_type") not in CONFIG_MAPPING:
+        raise _code_beside(content.get("model_type"))
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -102,14 +104,9 @@ def build(
     Raises:
         CanopyError: if transformers has no such model, or the config's numbers make no model.
     """
-    import transformers
-    from transformers import AutoModelForCausalLM, PreTrainedModel
     from transformers.initialization import meta_device_safe_creation_ops
 
-    names = config.architectures if isinstance(config.architectures, list) else []
-    named = getattr(transformers, str(next(iter(names), "")), None)
-    is_class = isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is type(config)
-    make = named._from_config if is_class else partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
+    make = _maker(config)
     options = {} if dtype is None else {"dtype": dtype}
     if attention is not None:
         options["attn_implementation"] = attention
@@ -124,6 +121,38 @@ def build(
     if most is not None:
         _refuse_larger(model, most)
     return model
+
+
+def _maker(config: PretrainedConfig) -> Callable[..., PreTrainedModel]:
+    """What makes the model of a config.
+
+    Raises:
+        CanopyError: if the config names a class of another kind of model, or one whose code lies beside the weights.
+    """
+    import transformers
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+    names = config.architectures if isinstance(config.architectures, list) else []
+    name = str(next(iter(names), ""))
+    named = getattr(transformers, name, None)
+    is_class = isinstance(named, type) and issubclass(named, PreTrainedModel)
+    if is_class and named.config_class is type(config):
+        return named._from_config
+    if is_class and MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not named:
+        raise CanopyError(
+            f"config.json says that the model is a {name}, and that its model_type is {shown(config.model_type)}, of "
+            "which there is no such class; mend it"
+        )
+    if name and not is_class and getattr(config, "auto_map", None):
+        raise _code_beside(name)
+    return partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
+
+
+def _code_beside(name: object) -> CanopyError:
+    return CanopyError(
+        f"config.json says that the model is {shown(name)}, whose code lies with the files (auto_map), and is never "
+        "run; use a model that transformers has"
+    )
 
 
 def compute_buffers(model: PreTrainedModel) -> None:

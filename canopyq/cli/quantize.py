@@ -108,7 +108,7 @@ def _in_memory(
         source = Checkpoint(folder)
         dequantized(source)  # or it says why it cannot be a source
         planned, dtype = meta_model(source), dtype_on_disk(source)
-        read = cq.tutor.load if model == TUTOR else partial(load_other, folder)
+        read = cq.tutor.load if model == TUTOR else partial(load_other, folder, type(planned))
     plan = cq.plan(planned, recipe)
     if dry_run:
         done, notes = plan, ()

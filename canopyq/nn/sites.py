@@ -157,6 +157,16 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
     return [] if largest is None else [module for module in linear if module.weight.shape == largest.shape][-1:]
 
 
+def beside_language_model(model: nn.Module) -> set[nn.Module]:
+    """Of a model that is made of a ``language_model`` and others, as those that see or hear are in transformers, all
+    modules outside it, such as a vision tower and the projector behind it. Its output heads are not among them."""
+    names = dict(model.named_modules())
+    parts = [module for name, module in names.items() if name.rpartition(".")[2] == "language_model"]
+    if not parts:
+        return set()
+    return set(names.values()) - {module for part in parts for module in part.modules()} - set(output_heads(model))
+
+
 def put_layers(sites: list[Site], layers: Mapping[str, nn.Module]) -> dict[nn.Module, nn.Module]:
     """Module -> what takes its place.
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from canopyq.errors import CanopyError, did_you_mean, shown
 from canopyq.nn.linear import quantized_layers
-from canopyq.nn.sites import Holder, Site, output_heads, weight_holders
+from canopyq.nn.sites import Holder, Site, beside_language_model, output_heads, weight_holders
 from canopyq.tensor.quantized_tensor import check_fit
 from canopyq.tensor.scheme import Recipe, Scheme, is_part
 
@@ -36,7 +36,8 @@ def find_targets(
     model: nn.Module, recipe: Recipe, *, strict: bool = False
 ) -> tuple[list[Target], dict[str, str], float]:
     """What to quantize, in the model's order; for every other module that holds a weight, why it is kept; and the share
-    of the linear parameters that is quantized. Embeddings do not count for it, and what the recipe keeps.
+    of the linear parameters that is quantized. Embeddings do not count for it, what the recipe keeps, and what lies
+    beside a language model.
 
     Args:
         strict: refuse a matrix that would be kept though the recipe does not say so.
@@ -49,13 +50,13 @@ def find_targets(
     targets: list[Target] = []
     kept: dict[str, str] = {}
     left: dict[str, int] = {}  # matrices that the recipe does not keep, and their sizes
-    holders, heads = weight_holders(model), output_heads(model)
+    holders, heads, beside = weight_holders(model), output_heads(model), beside_language_model(model)
     _check_ignored(model, recipe, holders)
     if already := next(quantized_layers(model), None):
         raise CanopyError(f"{already[0] or 'the model'} is quantized already; start from a freshly loaded model")
     for holder in holders:
         label = holder.name or "the model"
-        if wish := _wish(holder, recipe, heads):
+        if wish := _wish(holder, recipe, heads, beside):
             kept[label] = wish
         elif reason := holder.reason or _misfit(holder, recipe):
             kept[label] = reason
@@ -78,12 +79,14 @@ def find_targets(
     return targets, kept, quantized / max(quantized + sum(left.values()), 1)
 
 
-def _wish(holder: Holder, recipe: Recipe, heads: list[nn.Module]) -> str:
+def _wish(holder: Holder, recipe: Recipe, heads: list[nn.Module], beside: set[nn.Module]) -> str:
     """Why the recipe keeps a module's weights as they are; "" if it does not."""
     if recipe.ignores(*holder.names):
         return "named in the recipe's ignore list"
     if holder.module in heads and "lm_head" in recipe.ignore:
         return "an output head, as lm_head in the recipe's ignore list"
+    if holder.module in beside:
+        return "beside the language model, as a vision tower or a projector, which servers compute in 16 bits"
     if isinstance(holder.module, nn.Embedding) and not recipe.embeddings:
         return "an embedding: rows are looked up, not multiplied"
     return ""

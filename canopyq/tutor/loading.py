@@ -137,14 +137,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise CanopyError(f"the tokenizer in {folder} cannot be loaded ({one_line(error)}); write it again") from error
 
 
-def load_other(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Any causal language model in a folder, in float32 on the CPU, and its tokenizer.
+def load_other(
+    folder: Path, model_class: type[PreTrainedModel] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Any model in a folder, in float32 on the CPU, and its tokenizer.
+
+    Args:
+        model_class: None: a causal language model.
 
     Raises:
         CanopyError: if transformers cannot read it without running code from the folder.
     """
     try:
-        return _read(folder, None, None)
+        return _read(folder, None, None, model_class)
     except CanopyError:
         raise
     except Exception as error:
@@ -152,7 +157,10 @@ def load_other(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _read(
-    folder: Path, dtype: torch.dtype | str | None, device: torch.device | str | None
+    folder: Path,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    model_class: type[PreTrainedModel] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -174,7 +182,7 @@ def _read(
             )
         if isinstance(quantization := getattr(config, "quantization_config", None), dict):
             config.quantization_config = quantization | {"dequantize": True}  # models published in FP8 or MXFP4
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = (model_class or AutoModelForCausalLM).from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     for problem in ("missing_keys", "mismatched_keys"):

@@ -32,6 +32,27 @@ WHISPER = tf.WhisperConfig(
     encoder_ffn_dim=128, decoder_ffn_dim=128, max_source_positions=32, max_target_positions=64, num_mel_bins=16,
     decoder_start_token_id=1, **ENDS)  # fmt: skip
 VIT = tf.ViTConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=32)
+TEXT = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, **ENDS}
+SEEN = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14}  # fmt: skip
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 4]}
+TOKENS = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+GEMMA3 = tf.Gemma3Config(text_config=TEXT, vision_config=SEEN, mm_tokens_per_image=4, image_token_index=90,
+                         boi_token_index=91, eoi_token_index=92)  # fmt: skip
+LLAVA = tf.LlavaConfig(text_config=tf.LlamaConfig(**TEXT), vision_config=tf.CLIPVisionConfig(**SEEN),
+                       image_token_index=90)  # fmt: skip
+QWEN = tf.Qwen2_5_VLConfig(
+    text_config={**{name: size for name, size in TEXT.items() if name != "head_dim"}, "rope_parameters": ROPE},
+    vision_config={"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 64,
+                   "fullatt_block_indexes": [1], "window_size": 28}, **TOKENS)  # fmt: skip
+SEEING = {
+    "gemma 3": lambda: tf.Gemma3ForConditionalGeneration(GEMMA3),
+    "llava": lambda: tf.LlavaForConditionalGeneration(LLAVA),
+    "mistral 3": lambda: tf.Mistral3ForConditionalGeneration(tf.Mistral3Config(
+        text_config=tf.MistralConfig(**TEXT), vision_config=tf.PixtralVisionConfig(**SEEN, head_dim=16),
+        image_token_index=90)),
+    "qwen 2.5 vl": lambda: tf.Qwen2_5_VLForConditionalGeneration(QWEN),
+}  # fmt: skip
 CLASSES = {
     "encoder": lambda: tf.BertModel(BERT),
     "classifier": lambda: tf.BertForSequenceClassification(BERT),
@@ -72,6 +93,36 @@ def test_a_model_of_any_class_is_saved_and_loaded(name: str, tmp_path: Path) -> 
     assert state(cq.load(tmp_path / "streamed")) == state(model)
 
 
+@pytest.mark.parametrize("name", SEEING)
+def test_of_a_model_that_sees_the_language_part_is_quantized(name: str, tmp_path: Path) -> None:
+    model = make(SEEING[name])
+    model.save_pretrained(tmp_path / "source")
+    report = cq.quantize_(model, "w4a16-g32")
+    assert report.share == 1 and all("language_model.layers" in layer.name for layer in report.layers)
+    assert len(report.layers) == 14
+    apart = {name: why for name, why in report.kept.items() if re.search("vision_tower|visual|projector", name)}
+    assert len(apart) > 5 and all("language model" in why for why in apart.values())
+    cq.save(model, tmp_path / "saved")
+    done = quantize_checkpoint(tmp_path / "source", "w4a16-g32", tmp_path / "streamed")
+    assert done.plan.kept == report.kept and not done.plan.dropped
+    for folder in ("saved", "streamed"):
+        loaded = cq.load(tmp_path / folder)
+        assert type(loaded) is type(model) and state(loaded) == state(model)
+    text = loaded.generate(torch.arange(3, 35)[None], past_key_values=cq.QuantizedCache(loaded.config, "kv8"),
+                           max_new_tokens=4, min_new_tokens=4, do_sample=False)  # fmt: skip
+    assert text.shape == (1, 36)
+
+
+def test_an_image_is_seen_as_before(tmp_path: Path) -> None:
+    model = make(SEEING["llava"])
+    cq.quantize_(model, "w8a16")
+    cq.save(model, tmp_path / "saved")
+    loaded = cq.load(tmp_path / "saved")
+    given = {"input_ids": torch.tensor([[1, 90, 90, 90, 90, 5, 6]]), "pixel_values": torch.randn(1, 3, 28, 28)}
+    assert torch.equal(loaded(**given).logits, model(**given).logits)
+    assert not torch.equal(model(**given).logits, model(given["input_ids"]).logits)
+
+
 def test_a_model_that_wants_two_inputs_is_saved_unjudged_or_not(tmp_path: Path) -> None:
     text = {**SIZES, "max_position_embeddings": 64}
     model = make(lambda: tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=VIT.to_dict())))
@@ -104,6 +155,10 @@ NAMES = {
     "opt": (lambda: tf.OPTForCausalLM(tf.OPTConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, ffn_dim=128,
             num_attention_heads=2, word_embed_proj_dim=64, max_position_embeddings=64, **ENDS)),
             lambda name: name.removeprefix("model."), {}),
+    "gemma 3": (SEEING["gemma 3"], lambda name: name.replace("vision_tower.", "vision_tower.vision_model."), {}),
+    "llava": (SEEING["llava"], lambda name: name.replace("vision_tower.", "vision_tower.vision_model."), {}),
+    "qwen 2.5 vl": (SEEING["qwen 2.5 vl"], lambda name: re.sub(r"^(visual\.)", r"model.\1",
+                    re.sub(r"^model\.", "model.language_model.", name)), {}),
     "base": (lambda: tf.LlamaModel(LLAMA), lambda name: f"model.{name}", {"lm_head.weight": 96}),
     "llama": (lambda: tf.LlamaForCausalLM(LLAMA), lambda name: name,
               {"model.layers.0.self_attn.rotary_emb.inv_freq": 16, "model.layers.2.mtp.weight": 64}),

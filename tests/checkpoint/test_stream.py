@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -221,6 +222,49 @@ def test_sources_that_are_refused(damage: Callable[[Path], None], part: str, own
     with pytest.raises(CanopyError, match=part) as refused:
         quantize_checkpoint(own, "w4a16-g64", tmp_path / "out")
     assert "\n" not in str(refused.value) and os.listdir(tmp_path) == ["model"]
+
+
+def foreign(folder: Path, **config: object) -> None:
+    """A model with code of its own, which leaves a file behind if it is ever run."""
+    code = f"open({str(folder.parent / 'ran')!r}, 'w')"
+    for file in ("configuration_own.py", "modeling_own.py"):
+        (folder / file).write_text(code)
+    auto = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    reconfigure(folder, architectures=["OwnForCausalLM"], auto_map=auto, **config)
+
+
+def first_only(folder: Path) -> None:
+    """The first of several files, under the name of the only one."""
+    (folder / INDEX).unlink()
+    first, *others = sorted(folder.glob("*.safetensors"))
+    for file in others:
+        file.unlink()
+    first.rename(folder / SINGLE)
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (lambda f: foreign(f, model_type="own"), "'own'.*never run"),
+        (lambda f: foreign(f), "'OwnForCausalLM'.*never run"),
+        (lambda f: reconfigure(f, architectures=["BertForMaskedLM"]), "BertForMaskedLM.*'llama'"),
+        (lambda f: reconfigure(f, architectures=["LlamaForSequenceClassification"]), "score.weight"),
+        (lambda f: reconfigure(f, model_type="gpt2", architectures=["GPT2LMHeadModel"]), "GPT2LMHead|missing_keys"),
+        (lambda f: sorted(f.glob("*.safetensors"))[-1].unlink(), r"model-\d+-of-\d+.safetensors.*missing"),
+        (lambda f: (f / INDEX).unlink(), "index"),
+        (first_only, "lacks|missing_keys"),
+    ],
+    ids=["foreign type", "foreign class", "class of another type", "another class", "another type", "half", "no index",
+         "first file"],
+)  # fmt: skip
+@pytest.mark.parametrize("method", [[], ["--method", "hqq"]], ids=["streamed", "in memory"])
+def test_sources_of_which_something_is_not_there(
+    damage: Callable[[Path], None], part: str, method: list[str], own: Path, tmp_path: Path, canopyq
+) -> None:
+    damage(own)
+    done = canopyq("quantize", str(own), "--recipe", "w4a16-g64", "--out", str(tmp_path / "out"), *method)
+    assert done.code == 2 and re.search(part, done.err) and done.err.count("\n") == 1 and not done.out
+    assert os.listdir(tmp_path) == ["model"]
 
 
 @pytest.mark.parametrize(
