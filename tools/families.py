@@ -1,16 +1,19 @@
 """A tiny random model of every causal LM class that the installed transformers has, put through canopyq.
 
     python tools/families.py                    all of them, into docs/families.md
+    python tools/families.py --resume           the same, without those that a run that was stopped has done already
     python tools/families.py llama gpt_oss      these, printed
 
-Each check says "yes", or in a few words what came instead. Models are a few hundred kilobytes and their weights random:
-this shows that shapes, names and code go together, and nothing of quality.
+Rows are kept in build/families.jsonl as they are made. Each check says "yes", or in a few words what came instead.
+Models are a few hundred kilobytes and their weights random: this shows that shapes, names and code go together, and
+nothing of quality.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 import sys
 import tempfile
@@ -28,8 +31,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import canopyq as cq
 from canopyq.checkpoint.stream import quantize_checkpoint
 from canopyq.errors import CanopyError, one_line
+from canopyq.methods.equivalence import foldable, rescale
+from canopyq.methods.rotation import rotate_
+from canopyq.methods.structure import scale_pairs
+from canopyq.methods.transaction import Transaction
 
 TARGET = Path(__file__).parents[1] / "docs" / "families.md"
+ROWS = TARGET.parents[1] / "build" / "families.jsonl"
+CHECKS = ("save + load", "disk to disk", "transformers", "gptq", "hqq", "awq", "smoothquant", "rotation", "w8a8",
+          "w8a8-static", "kv8")  # fmt: skip
 RECIPE = "w4a16-g32"
 TOKENS = torch.arange(3, 35).reshape(2, 16)
 # Sizes by the names that configs give them; what a config does not have is left out.
@@ -119,10 +129,14 @@ def row(model_type: str) -> dict[str, str]:
         found |= {"share": f"{100 * report.share:.0f} %", "kept": ", ".join(f"{n}× {why}" for why, n in kept.items())}
         with tempfile.TemporaryDirectory() as folder:
             found["save + load"] = check(lambda: saved(packed, Path(folder)))
+            found["transformers"] = check(lambda: read_by_transformers(packed, Path(folder)))
             found["disk to disk"] = check(lambda: streamed(model, packed, report.share, Path(folder)))
-        for method in ("gptq", "hqq"):
+        for method in ("gptq", "hqq", "awq"):
             found[method] = check(lambda method=method: works(model, RECIPE, method))
-        found["w8a8"] = check(lambda: works(model, "w8a8", "rtn"))
+        found["smoothquant"] = check(lambda: works(model, "w8a8", "smoothquant"))
+        found["rotation"] = check(lambda: works(model, RECIPE, "rotation"))
+        for recipe in ("w8a8", "w8a8-static"):
+            found[recipe] = check(lambda recipe=recipe: works(model, recipe, "rtn"))
         found["kv8"] = check(lambda: generated(packed))
     return found
 
@@ -157,10 +171,40 @@ def streamed(model: nn.Module, packed: nn.Module, share: float, folder: Path) ->
     return None if torch.equal(logits(cq.load(folder / "streamed")), logits(packed)) else "other logits"
 
 
+def read_by_transformers(packed: nn.Module, folder: Path) -> str | None:
+    """After `saved`."""
+    model = type(packed).from_pretrained(folder / "saved", dtype=torch.float32).eval()
+    wanted, got = logits(packed), logits(model)
+    return None if float((got - wanted).norm() / wanted.norm()) < 0.02 else "other logits"  # it rounds to bfloat16
+
+
 def works(model: nn.Module, recipe: str, method: str) -> str | None:
     model = copy.deepcopy(model)
-    cq.quantize_(model, recipe, method=method, calibration=[TOKENS] if method == "gptq" else None)
-    return None if logits(model).isfinite().all() else "not finite"
+    if method in ("awq", "smoothquant", "rotation") and (wrong := changed(copy.deepcopy(model), method)):
+        return wrong
+    data = [TOKENS] if method in ("gptq", "awq", "smoothquant") or recipe.endswith("static") else None
+    report = cq.quantize_(model, recipe, method=method, calibration=data)
+    if not logits(model).isfinite().all():
+        return "not finite"
+    scaled = sum("not scaled" not in " ".join(layer.notes) for layer in report.layers)
+    return None if 2 * scaled >= len(report.layers) else f"{scaled} of {len(report.layers)} layers"
+
+
+@torch.no_grad()
+def changed(model: nn.Module, method: str) -> str | None:
+    """Whether what a method does before rounding changes the logits by more than rounding."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # gains that are all 1 hide mistakes
+            parameter += 0.1 * torch.randn_like(parameter)
+    before = logits(model)
+    with Transaction() as transaction:
+        if method == "rotation":
+            rotate_(model, transaction)
+        else:
+            for pair in (pair for pairs in scale_pairs(model, method).values() for pair in pairs):
+                rescale(pair, foldable(pair, 0.3 + 2 * torch.rand(len(pair.gain))), transaction)
+    moved = float((logits(model) - before).abs().max() / before.abs().max())
+    return None if moved < 1e-4 else f"moves the logits by {moved:.0e}"
 
 
 def generated(model: nn.Module) -> str | None:
@@ -180,16 +224,17 @@ def quiet():
 
 def page(rows: list[dict[str, str]]) -> str:
     """docs/families.md."""
-    checks = ["save + load", "disk to disk", "gptq", "hqq", "w8a8", "kv8"]
-    columns = ["family", "share", *checks, "kept beside norms, embedding and head"]
+    columns = ["family", "share", *CHECKS, "kept beside norms, embedding and head"]
     built = [row for row in rows if "share" in row]
-    counts = ", ".join(f"{name} {sum(row.get(name) == 'yes' for row in built)}" for name in checks)
+    counts = ", ".join(f"{name} {sum(row.get(name) == 'yes' for row in built)}" for name in CHECKS)
     lines = [
         "# Families", "",
         f"Written by `make families` on {date.today()}, with transformers {tf.__version__} and torch "
         f"{torch.__version__.split('+')[0]}: a tiny random model of",
         f"every causal LM class, quantized to `{RECIPE}`. *share* is that of the linear parameters; a check that is",
-        "not *yes* says what came instead; a percentage is the share from disk to disk.", "",
+        "not *yes* says what came instead; a percentage is the share from disk to disk. *transformers* loads what was",
+        "saved, without canopyq. *awq*, *smoothquant* and *rotation* are *yes* if what they do before rounding leaves",
+        "the logits within 1e-4, and if the first two scale at least half of the layers.", "",
         f"Tried: {len(rows)} of {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} model types; built at these sizes: "
         f"{len(built)}. Of these, yes: {counts}.", "",
         "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
@@ -202,12 +247,26 @@ def page(rows: list[dict[str, str]]) -> str:
 
 
 def main(names: list[str]) -> None:
-    rows = []
-    for name in names or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        rows.append(row(name))
-        print("; ".join(f"{column}: {cell}" for column, cell in rows[-1].items()), flush=True)
+    every = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    ROWS.parent.mkdir(exist_ok=True)
     if not names:
-        TARGET.write_text(page(rows), encoding="utf-8")
+        ROWS.unlink(missing_ok=True)
+    done = kept() if names in ([], ["--resume"]) else {}
+    for name in every if names in ([], ["--resume"]) else names:
+        if name in done:
+            continue
+        done[name] = row(name)
+        print("; ".join(f"{column}: {cell}" for column, cell in done[name].items()), flush=True)
+        with ROWS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(done[name]) + "\n")
+    if names in ([], ["--resume"]):
+        TARGET.write_text(page([done[name] for name in every]), encoding="utf-8")
+
+
+def kept() -> dict[str, dict[str, str]]:
+    """The rows that runs before have left, the newest of each family."""
+    lines = ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
+    return {found["family"]: found for found in map(json.loads, lines)}
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def norm_pairs(model: nn.Module) -> list[ScalePair]:
     Raises:
         CanopyError: for a model without such norms, one whose norms add to their gain, and a quantized model.
     """
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if any(isinstance(module, QuantizedLinear) for module in checks.module("model", model).modules()):
         raise CanopyError("the model is quantized already; exaggerate its outliers first, and quantize then")
     found = [pair for own in scale_pairs(model, "exaggerating channels").values() for pair in own if pair.is_norm]
     if not found or any(pair.offset for pair in found):

@@ -25,7 +25,7 @@ from canopyq.errors import CanopyError
 from canopyq.methods.equivalence import ScalePair, turn_inputs, turn_outputs
 from canopyq.methods.structure import probe_ids, scale_pairs
 from canopyq.methods.transaction import Transaction
-from canopyq.methods.trial import Trial
+from canopyq.methods.trial import Trial, reads
 from canopyq.nn.hadamard import OnlineHadamard, hadamard, largest_power_of_two
 from canopyq.nn.sites import Site, output_heads, weight_sites
 from canopyq.tensor.formats import BlockFormat
@@ -92,7 +92,7 @@ def rotate_(
     """
     generator = torch.Generator().manual_seed(seed)
     pairs = scale_pairs(model, "rotation")
-    before, last = _logits(model), _last_norm(model)
+    before, last = _logits(model), _last_norm(model, pairs)
     notes = _untie(model, transaction)
     (head,) = output_heads(model)
     hidden, final = head.weight.shape[1], model.get_submodule(last)
@@ -139,18 +139,30 @@ def _logits(model: nn.Module) -> Tensor:
         return next(iter(model(input_ids=probe_ids(model), use_cache=False).values())).double()
 
 
-def _last_norm(model: nn.Module) -> str:
-    """The name of the norm that the output head reads."""
+def _last_norm(model: nn.Module, blocks: Collection[str]) -> str:
+    """The name of the norm that the output head reads.
+
+    Raises:
+        CanopyError: if there is none, and for layers in blocks that did not run, of which nothing is known.
+    """
     names = {module: name for name, module in model.named_modules()}
     heads = [names[module] for module in output_heads(model)]
+    trial = Trial(model, (), {"input_ids": probe_ids(model), "use_cache": False})
     with eval_mode(model):
-        found = Trial(model, (), {"input_ids": probe_ids(model), "use_cache": False}).norms_read_by(heads)
-    if len(heads) != 1 or not found:
+        _, given, gave = trial.watched()
+    if silent := [name for name in trial.silent if any(name.startswith(f"{block}.") for block in blocks)]:
         raise CanopyError(
-            f"rotation turns the stream that the output head reads through a norm, and {type(model).__name__} has no "
-            "such norm; use awq, gptq, clip or hqq"
+            f"{silent[0]} does not run on token ids alone, and rotation turns all that reads the residual stream; use "
+            "awq, gptq, clip or hqq"
         )
-    return found[0]
+    read = given.get((heads[0], "")) if len(heads) == 1 else None
+    norm = next((norm for norm, rows in gave.items() if read is not None and reads(read, rows)), None)
+    if norm is None:
+        raise CanopyError(
+            f"no norm with a gain feeds the output head of {type(model).__name__}, and rotation needs one; use awq, "
+            "gptq, clip or hqq"
+        )
+    return norm
 
 
 def _require_same(model: nn.Module, before: Tensor, norms: list[ScalePair], pairs: dict[str, list[ScalePair]]) -> None:
@@ -166,11 +178,10 @@ def _require_same(model: nn.Module, before: Tensor, norms: list[ScalePair], pair
         for part, module in model.get_submodule(name).named_modules()
         if (weight := getattr(module, "weight", None)) is not None and weight.shape == (size,)
     )
-    scaling = (f"{name} scales channels, and not for linear layers alone" for name in others if name not in folded)
-    culprit = next(scaling, "something beside norms and linear layers reads or writes it")
+    scaling = (f"{name} scales channels for more than linear layers" for name in others if name not in folded)
+    culprit = next(scaling, "more than norms and linear layers read and write it")
     raise CanopyError(
-        f"rotation turns the residual stream, and that of {type(model).__name__} cannot be turned in the weights: "
-        f"{culprit}; use awq, gptq, clip or hqq"
+        f"{culprit}: rotation cannot turn the residual stream of {type(model).__name__}; use awq, gptq, clip or hqq"
     )
 
 

@@ -44,28 +44,25 @@ def scale_pairs(model: nn.Module, what: str) -> dict[str, list[ScalePair]]:
     reasons: dict[str, str] = {}
     with eval_mode(model):
         for name, (args, kwargs) in _calls(model, what).items():
-            search = _Search(Trial(model.get_submodule(name), args, kwargs), _head_sizes(model))
+            trial = Trial(model.get_submodule(name), args, kwargs)
             try:
-                with search.trial.in_float64():
-                    pairs = search.pairs()
+                search = _searched(trial, _head_sizes(model))
             except Exception as error:  # the model's own code
-                reasons[name] = f"it does not run alone in float64 ({one_line(error)})"
+                reasons[name] = f"it does not run alone ({one_line(error)})"
                 continue
             shared = {
                 name
-                for holder in weight_holders(search.trial.block)
+                for holder in weight_holders(trial.block)
                 if any(uses[id(tensor)] > 1 for tensor in holder.tensors.values())
                 for name in (holder.name, *(site.name for site in holder.sites))
             }
-            tensors = search.trial.tensors()
-            found[name] = [_bind(p, tensors, name) for p in pairs if not shared & {p.name, *p.consumers}]
+            tensors = trial.tensors()
+            found[name] = [_bind(p, tensors, name) for p in search.found if not shared & {p.name, *p.consumers}]
             reasons |= {f"{name}.{norm}": reason for norm, reason in search.left.items()}
     if not any(found.values()):
-        where, why = next(
-            iter(reasons.items()), ("its blocks", "no layer alone reads a norm, or another one's product")
-        )
+        where, why = next(iter(reasons.items()), (type(model).__name__, "no layer alone reads a norm or another layer"))
         raise CanopyError(
-            f"{what} folds into neighbouring weights, and {type(model).__name__} has none for it: {where}: {why}; use "
+            f"{where}: {why}; {what} folds into neighbouring weights, and finds none in {type(model).__name__}; use "
             "gptq, clip or hqq"
         )
     return found
@@ -89,8 +86,7 @@ def _calls(model: nn.Module, what: str) -> dict[str, tuple[tuple, dict]]:
         blocks = find_blocks(model, [site.name for site in weight_sites(model) if site.kind.multiplies], batch)
         if blocks is None:
             raise CanopyError(
-                f"{what} goes block by block, and {type(model).__name__} has no list of blocks that runs alone; use "
-                "gptq, clip or hqq"
+                f"{type(model).__name__} has no list of blocks that runs alone, which {what} needs; use gptq, clip or hqq"
             )
         modules = {model.get_submodule(name): name for name in blocks.names()}
 
@@ -127,19 +123,27 @@ def _bind(pair: ScalePair, tensors: dict[str, tuple[Tensor, Tensor | None]], blo
     return replace(pair, name=f"{block}.{pair.name}", gain=gain, bias=bias, consumers=consumers)
 
 
+def _searched(trial: Trial, head_sizes: list[int]) -> _Search:
+    """The pairs of a block, in float64; in float32 where its code knows no other."""
+    try:
+        with trial.in_dtype(torch.float64):
+            return _Search(trial, head_sizes)
+    except (RuntimeError, TypeError):
+        with trial.in_dtype(torch.float32):
+            return _Search(trial, head_sizes)
+
+
 class _Search:
-    """The pairs of one block; names are the block's own. ``left``: a norm -> why it is none."""
+    """The pairs of one block, ``found``; names are the block's own. ``left``: a norm -> why it is none."""
 
     def __init__(self, trial: Trial, head_sizes: list[int]) -> None:
         self.trial, self.head_sizes = trial, head_sizes
         self.left: dict[str, str] = {}
-
-    def pairs(self) -> list[ScalePair]:
         self.output, self.given, gave = self.trial.watched()
         self.names, self.tensors, self.order = self.trial.names, self.trial.tensors(), list(self.given)
         found = [entry for norm, rows in gave.items() for entry in self._of_norm(norm, rows)]
         found += [entry for group in self.order for entry in self._of_linear(group)]
-        return [pair for _, pair in sorted(found, key=lambda entry: entry[0])]
+        self.found = [pair for _, pair in sorted(found, key=lambda entry: entry[0])]
 
     def _of_norm(self, norm: str, rows: Tensor) -> Iterator[tuple[int, ScalePair]]:
         """The pair of a norm that put out ``rows``, and the place in the order of what reads it."""
@@ -147,7 +151,7 @@ class _Search:
         names = [name for group in readers for name in self.names[group]]
         if not names:
             return
-        silent = self.trial.silent
+        silent = [name for name in self.trial.silent if self.trial.takes_turns(name)]  # such as experts in a list
         self.left[norm] = f"{silent[0]} was not called" if silent else "more than linear layers read it"
         channels = torch.arange(rows.shape[1], device=rows.device)[:, None]
         pair = ScalePair(norm, *self.tensors[norm], {name: self.tensors[name][0] for name in names}, channels)
@@ -212,7 +216,8 @@ class _Search:
 
     def _random(self, size: int) -> Tensor:
         scales = torch.rand(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64) * 1.5 + 0.5
-        return scales.to(next(iter(self.given.values())).device)
+        like = next(iter(self.given.values()))
+        return scales.to(like.device, like.dtype)
 
 
 def _fitting(before: Tensor, after: Tensor, scales: Tensor) -> Tensor | None:

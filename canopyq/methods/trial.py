@@ -19,7 +19,7 @@ class Trial:
 
     Attributes:
         names: the layers of each group, after `watched`: one, or the experts of a projection.
-        silent: modules with weights that take turns with others, such as experts in a list, and did not run then.
+        silent: modules with weights that did not run then.
     """
 
     def __init__(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -39,7 +39,7 @@ class Trial:
         given: dict[Group, list[Tensor]] = {}
         gave: dict[str, list[Tensor]] = {}
         self.names, handles, holders = {}, [], weight_holders(self.block)
-        self.silent = [holder.name for holder in holders if holder.sites and self._takes_turns(holder.name)]
+        self.silent = [holder.name for holder in holders if holder.sites and holder.kind.multiplies]
         for holder in holders:
             for site in holder.sites:
                 self.names.setdefault((holder.name, site.part.rpartition(".")[2]), []).append(site.name)
@@ -74,8 +74,8 @@ class Trial:
 
         return hook
 
-    def _takes_turns(self, name: str) -> bool:
-        """Whether a module is in one of several parts that a list holds."""
+    def takes_turns(self, name: str) -> bool:
+        """Whether a module is in one of several parts that a list holds, such as experts."""
         ends = [name.rsplit(".", cut)[0] for cut in range(1, name.count(".") + 1)]
         return any(isinstance(self.block.get_submodule(end), nn.ModuleList) for end in ends)
 
@@ -88,25 +88,17 @@ class Trial:
                 found[holder.name] = (holder.tensors["weight"], holder.tensors.get("bias"))
         return found
 
-    def norms_read_by(self, layers: list[str]) -> list[str]:
-        """The norms whose output all of these layers read."""
-        _, given, gave = self.watched()
-        return [
-            norm for norm, rows in gave.items()
-            if all((layer, "") in given and reads(given[layer, ""], rows) for layer in layers)
-        ]  # fmt: skip
-
     @contextmanager
-    def in_float64(self) -> Iterator[None]:
-        """The block's weights in float64 for a while; afterwards they are what they were, whatever was done to them."""
+    def in_dtype(self, dtype: torch.dtype) -> Iterator[None]:
+        """The block's weights in another dtype for a while; then they are again what they were, whatever was done."""
         tensors = [*self.block.parameters(), *self.block.buffers()]
         before = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point()]
         experts = {id(m.config): m.config for m in self.block.modules() if hasattr(m, "config")}
         how = [(c, c._experts_implementation) for c in experts.values() if hasattr(c, "_experts_implementation")]
         try:
-            self._dtype = torch.float64
+            self._dtype = dtype
             for tensor, data in before:
-                tensor.data = data.double()
+                tensor.data = data.to(dtype)
             for config, _ in how:
                 config._experts_implementation = "eager"  # the others know no float64
             yield
