@@ -86,7 +86,7 @@ def _calls(model: nn.Module, what: str) -> dict[str, tuple[tuple, dict]]:
         blocks = find_blocks(model, [site.name for site in weight_sites(model) if site.kind.multiplies], batch)
         if blocks is None:
             raise CanopyError(
-                f"{type(model).__name__} has no list of blocks that runs alone, which {what} needs; use gptq, clip or hqq"
+                f"{type(model).__name__} has no list of blocks that runs alone, which {what} needs; use gptq or hqq"
             )
         modules = {model.get_submodule(name): name for name in blocks.names()}
 
