@@ -11,6 +11,10 @@ CONSTRAINTS ?= constraints.txt
 LABFLAGS ?=
 PIPFLAGS ?=
 
+# The servers that docs/serving.md speaks of.
+VLLM := 0.33.0
+SGLANG := 0.5.23
+
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed$(if $(CONSTRAINTS),,-newest)
@@ -34,7 +38,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test setup test-units test-fast test-browser notebooks book check-notebooks check-docs train-tutor lint \
-	clean sweep fuzz families test-lowest test-processors test-oldest test-real
+	clean sweep fuzz families serving test-lowest test-processors test-oldest test-real
 
 help: ## Show this list
 	@echo "Canopy Quantization: make <target>"
@@ -63,6 +67,13 @@ fuzz: $(STAMP) ## Attack canopyq with 10,000 damaged and malicious checkpoints; 
 
 families: $(STAMP) ## Try canopyq on a tiny model of every family of transformers, and write docs/families.md; takes long
 	$(RUN) tools/families.py
+
+serving: $(STAMP) ## Ask every tool what it makes of each recipe, and write docs/serving.md; fetches vLLM's and SGLang's sources
+	$(RUN) -m pip install $(PIPFLAGS) setuptools-rust setuptools-scm
+	VLLM_VERSION_OVERRIDE=$(VLLM) VLLM_TARGET_DEVICE=empty $(RUN) -m pip download $(PIPFLAGS) -d build/servers \
+		--no-deps --no-build-isolation --no-binary vllm vllm==$(VLLM)
+	$(RUN) -m pip download $(PIPFLAGS) -d build/servers --no-deps sglang==$(SGLANG)
+	$(RUN) tools/serving.py
 
 test-lowest: $(STAMP) ## Unit tests of numbers only, as on a processor without AVX2 or anything newer
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 \

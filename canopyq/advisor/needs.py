@@ -227,10 +227,11 @@ def speed_remarks(recipe: Recipe | None, cache: str | None, capability: float | 
             else "INT8 needs compute capability 7.5 (Turing) to 9.0 (Hopper); name the GPU with gpu="
         )
     if cache in ("kv8", "kv4", "kv2"):
-        said.append(f"+{cache} is a cache of canopyq's; vLLM quantizes its cache to FP8 only")
+        said.append(f"+{cache} is a cache of canopyq's; vLLM has others of its own, by --kv-cache-dtype")
     group = recipe.weights.granularity.group_size if weight_only else None
     if group not in (None, 32, 64, 128) and capability != 0:
         said.append(f"vLLM's fast kernels (Marlin) read groups of 32, 64 or 128, or whole rows, and none of {group}")
     if weight_only and isinstance(recipe.weights.format, IntFormat) and recipe.weights.format.bits not in (4, 8):
-        said.append(f"vLLM has no kernel for {recipe.weights.format.bits}-bit weights; canopyq runs them")
+        bits = recipe.weights.format.bits
+        said.append(f"of vLLM's kernels only Humming takes {bits}-bit weights, from version 0.33 on; canopyq runs them")
     return said

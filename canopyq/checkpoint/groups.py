@@ -97,7 +97,7 @@ def layers_of(model: nn.Module, original: nn.Module, files: Names) -> list[Layer
 
 def cache_note(cache: str) -> str:
     """What becomes of the cache of a recipe when the model is saved."""
-    server = "vLLM has one of its own: --kv-cache-dtype fp8" if cache == "kv-fp8" else "servers have no such cache"
+    server = "vLLM has one of its own: --kv-cache-dtype fp8" if cache == "kv-fp8" else "servers have their own"
     return f"+{cache}: a saved config.json notes it for canopyq, which takes it again; {server}"
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from canopyq import checks
 from canopyq.checkpoint.config import Group, Quantization, read_config
 from canopyq.checkpoint.files import Checkpoint, Reader, TensorInfo, read_json
 from canopyq.checkpoint.load import compare, expected, raise_without_place
-from canopyq.checkpoint.readers import groups_of, notes, readers
+from canopyq.checkpoint.readers import groups_of, notes, readers, split_over
 from canopyq.errors import CanopyError, cut, printable
 from canopyq.memory import human
 from canopyq.utils import Preformatted
@@ -80,15 +81,20 @@ class Inspection(Preformatted):
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
-def inspect(folder: str | Path) -> Inspection:
+def inspect(folder: str | Path, ranks: int = 1) -> Inspection:
     """What a checkpoint holds, and who can load it. Only headers are read, and compared with the model of the config,
     which takes no memory, as `load` does: what that would refuse for more than a value in a tensor is no "yes" here.
 
     A checkpoint that canopyq cannot load is described too, with the reason.
 
+    Args:
+        ranks: over which a server splits each layer (tensor parallelism). From 2 on ``tools`` says whether the groups
+            and packed words of these layers can be split so.
+
     Raises:
-        CanopyError: for a folder that holds no checkpoint, or damaged files.
+        CanopyError: for a folder that holds no checkpoint, damaged files, and a number of ranks below 1.
     """
+    checks.count("ranks", ranks, 1)
     checkpoint = Checkpoint(folder)
     given = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
     quantization, problem = None, "no: it is not quantized; use transformers"
@@ -116,6 +122,10 @@ def inspect(folder: str | Path) -> Inspection:
                sum(info.nbytes for module in owners[group.name] for info in held[module].values()))
         for group in (quantization.groups if quantization else ())
     )  # fmt: skip
+    tools = _tools(checkpoint, quantization, quantized) if quantization else {"canopyq": problem}
+    if quantization and ranks > 1:
+        why_not = split_over(quantized, quantization, ranks)
+        tools[f"over {ranks} ranks"] = f"no: {why_not}" if why_not else "yes"
     note, model_type = checkpoint.folder / "canopyq.json", str(checkpoint.config.get("model_type", "unknown model"))
     return Inspection(
         checkpoint.folder,
@@ -125,7 +135,7 @@ def inspect(folder: str | Path) -> Inspection:
         sizes,
         found,
         quantization.ignore if quantization else (),
-        _tools(checkpoint, quantization, quantized) if quantization else {"canopyq": problem},
+        tools,
         notes(quantization) if quantization else (),
         read_json(note, finite=True) if note.exists() else None,
     )

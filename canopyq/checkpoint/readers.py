@@ -1,6 +1,7 @@
 """Which other tools load a checkpoint, and the known bugs in the way.
 
-transformers was tried (5.23, with compressed-tensors 0.20); of vLLM the source was read (August 2026).
+transformers was tried (5.23, with compressed-tensors 0.20); of vLLM 0.33.0 the source was read, and its own classes
+were asked (``tools/servers.py``, docs/serving.md).
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ YES_DENSE = "yes, with compressed-tensors 0.18 or newer: older ones pack {} bits
 YES_FP4 = "yes, with the compressed-tensors package, in bfloat16: it decompresses FP4 to nothing else by itself"
 DEQUANTIZE = "only with quantization_config=CompressedTensorsConfig(dequantize=True)"
 VLLM_YES = "yes, by its source"
-VLLM_FLOAT16 = "only with --dtype float16, by its source: its fast kernels have groups of 32, 64 and 128"
-VLLM_NEWER = "only newer versions, by their source: older ones keep the head and the embedding unquantized"
+VLLM_HUMMING = "yes, by the source of 0.33, on CUDA: of its kernels Humming takes it, and Marlin and Machete do not"
+VLLM_NEWER = "yes, by the source of 0.33: older versions keep the head and the embedding unquantized"
+# Layers that tensor parallelism splits along their inputs; all others are split along their outputs.
+ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "c_proj", "fc2", "w2", "dense", "dense_4h_to_h")
 
 
 def readers(quantization: Quantization, quantized: Shapes, model_type: str = "") -> dict[str, str]:
@@ -128,26 +131,26 @@ def _vllm(quantization: Quantization, quantized: Shapes, of: Groups, fused: list
     reasons += [_no_embedding(group) for module, group in modules.items() if _is_embedding(module)]
     if (reason := next(filter(None, reasons), None)) is not None:
         return f"no: {reason}"
-    sizes = {group.weights.granularity.group_size for group in quantization.groups if group.format == PACKED}
-    if sizes - {None, *MARLIN_GROUPS}:
-        return VLLM_FLOAT16
-    ends = any(_is_embedding(module) or module.rpartition(".")[2] == "lm_head" for module in quantized)
-    return VLLM_NEWER if ends else VLLM_YES
+    if any(_is_embedding(module) or module.rpartition(".")[2] == "lm_head" for module in quantized):
+        return VLLM_NEWER
+    return VLLM_HUMMING if any(map(_needs_humming, quantization.groups)) else VLLM_YES
+
+
+def _needs_humming(group: Group) -> bool:
+    weights = group.weights
+    odd = weights.format.bits not in (4, 8) or weights.granularity.group_size not in (None, *MARLIN_GROUPS)
+    return group.format == PACKED and odd
 
 
 def _no_kernel(group: Group) -> str | None:
     weights, kind = group.weights, group.weights.granularity.kind
     if group.format in (NVFP4, MXFP4):
         return "it turns the weights of a Conv1D unless they are packed integers" if group.conv1d else None
-    if group.format == PACKED and weights.format.bits not in (4, 8):
-        return f"{weights.format.bits}-bit weights have no kernel"
     if group.format == PACKED and kind == "tensor":
         return "packed weights need a scale per group or channel"
-    if group.format == PACKED and group.activations is not None:
-        return "4-bit weights with quantized activations run on few machines"
-    size = weights.granularity.group_size
-    if group.format == PACKED and not weights.symmetric and size not in (None, *MARLIN_GROUPS):
-        return f"its kernels take zero points in groups of 32, 64 and 128, not {size}"
+    if group.format == PACKED and (inputs := group.activations) is not None:
+        if inputs.format.bits not in (4, 8) or not inputs.symmetric or group.static:
+            return "packed weights take inputs of 4 or 8 bits, symmetric and by each token's own range"
     if group.format != PACKED and kind == "group":
         return f"{group.format} weights need a scale per channel or tensor"
     if group.format != PACKED and not weights.symmetric:
@@ -169,9 +172,38 @@ def _no_expert(group: Group) -> str | None:
 
 
 def _no_embedding(group: Group) -> str | None:
-    if group.format != PACKED or not group.weights.symmetric:
-        return "an embedding needs packed symmetric weights"
+    weights = group.weights
+    if group.format != PACKED or not weights.symmetric or 32 % weights.format.bits:
+        return "an embedding needs packed symmetric weights of 2, 4 or 8 bits"
     return None
+
+
+def split_over(quantized: Shapes, quantization: Quantization, ranks: int) -> str | None:
+    """Why a server cannot split the quantized layers over so many ranks; None if it can.
+
+    vLLM and SGLang give each rank a part of the inputs of `ROW_PARALLEL` layers, of the outputs of all others, and
+    refuse a group, or a word of packed codes, that would lie on two ranks.
+    """
+    groups, found = groups_of(quantized, quantization), {}
+    for module, (n, k) in quantized.items():
+        if (group := groups[module]) is None or ranks == 1:
+            continue
+        leaf, weights = module.rpartition(".")[2], group.weights
+        by_inputs = leaf in ROW_PARALLEL and not _is_embedding(module)
+        whole, side = (k, "inputs") if by_inputs else (n, "outputs")
+        size, bits = weights.granularity.group_size, weights.format.bits
+        share = whole // ranks
+        if whole % ranks:
+            reason = f"{whole} {side} are no multiple of {ranks}"
+        elif by_inputs and size and share % size:
+            reason = f"groups of {size} would straddle ranks of {share} inputs"
+        elif group.format == PACKED and share * bits % 32 and (by_inputs or not weights.symmetric):
+            reason = f"{share} {side} of {bits} bits fill no whole 32-bit words"
+        else:
+            continue
+        found.setdefault((leaf, reason), module)
+    told = [f"{module}: {reason}" for (_, reason), module in found.items()]
+    return "; ".join(told) or None
 
 
 def _fused_names(quantized: Shapes) -> list[tuple[str, ...]]:

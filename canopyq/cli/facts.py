@@ -75,12 +75,13 @@ def size(
 
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A folder with config.json and safetensors.")],
+    tp: Annotated[int, typer.Option(help="GPUs that a server splits each layer over: can these be split so?")] = 1,
     as_json: JsonFlag = False,
 ) -> None:
     """What a checkpoint holds, and which tools will load it."""
     from canopyq.checkpoint.inspect import inspect as look
 
-    found = look(folder)
+    found = look(folder, tp)
     if as_json:
         print_json(found.to_dict())
     else:

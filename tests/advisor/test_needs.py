@@ -146,6 +146,6 @@ def test_remarks_on_speed() -> None:
     assert speed_remarks(weight_only, None, 9.0, 1) == []
     assert "not arithmetic" in speed_remarks(weight_only, None, 9.0, 64)[0]
     assert "8.9" in speed_remarks(Recipe.parse("fp8"), None, None, 64)[0]
-    assert "vLLM quantizes its cache to FP8 only" in speed_remarks(weight_only, "kv4", 9.0, 1)[0]
+    assert "--kv-cache-dtype" in speed_remarks(weight_only, "kv4", 9.0, 1)[0]
     assert "none of 256" in speed_remarks(Recipe.parse("w4a16-g256"), None, 9.0, 1)[0]
-    assert "no kernel for 2-bit" in speed_remarks(Recipe.parse("w2a16-g32"), None, 0.0, 1)[0]
+    assert "2-bit" in speed_remarks(Recipe.parse("w2a16-g32"), None, 0.0, 1)[0]

@@ -17,7 +17,7 @@ from canopyq import cli
 from canopyq.checkpoint.config import Group, Quantization
 from canopyq.checkpoint.files import SINGLE
 from canopyq.checkpoint.layout import FLOAT, INT, PACKED
-from canopyq.checkpoint.readers import DEQUANTIZE, YES, notes, readers
+from canopyq.checkpoint.readers import DEQUANTIZE, VLLM_HUMMING, YES, notes, readers
 from canopyq.errors import CanopyError
 from canopyq.tensor.scheme import Scheme
 from canopyq.tutor import loading
@@ -97,8 +97,8 @@ ALL = {f"{LAYER}.{name}": (64, 64) for name in ("q_proj", "k_proj", "v_proj")}
         ([group(Scheme("int8", "channel"), INT, TOKEN8)], YES, "yes, by its source"),
         ([group(Scheme("int4", "g32", False), PACKED)], DEQUANTIZE, "yes, by its source"),
         ([group(Scheme("int4", "tensor", False), PACKED)], YES, "no: packed weights need a scale per group or channel"),
-        ([group(Scheme("int2", "g32"), PACKED)], YES, "no: 2-bit weights have no kernel"),
-        ([group(INT4, PACKED, TOKEN8)], YES, "no: 4-bit weights with quantized activations"),
+        ([group(Scheme("int2", "g32"), PACKED)], YES, VLLM_HUMMING),
+        ([group(INT4, PACKED, TOKEN8)], YES, "yes, by its source"),
         ([group(Scheme("int8", "channel", False), INT, TOKEN8)], YES, "no: W8A8 needs symmetric weights"),
         ([group(Scheme("fp8", "g32"), FLOAT)], YES, "no: float-quantized weights need a scale per channel or tensor"),
         ([group(Scheme("int4", "g48"), PACKED)], f"no: groups of 48 leave a rest in the 64 inputs of {LAYER}.q_proj",

@@ -169,7 +169,7 @@ PROVOKED: dict[str, Callable] = {
     "a plain model saved": lambda tmp, tokenizer: cq.save(tiny(), tmp / "m"),
     "nf4 saved": lambda tmp, tokenizer: cq.save(quantized("nf4"), tmp / "m"),
     "three bits for vLLM": lambda tmp, tokenizer: str(cq.inspect(saved(tmp / "m", "w3a16-g32"))),
-    "groups of 256 for vLLM": lambda tmp, tokenizer: str(cq.inspect(saved(tmp / "m", "w4a16-g256", 256))),
+    "four GPUs": lambda tmp, tokenizer: str(cq.inspect(saved(tmp / "m", "w4a16-g128", 128), 4)),
     "lora on a plain model": lambda tmp, tokenizer: cq.attach_lora(tiny()),
     "no gguf": lambda tmp, tokenizer: cq.export_gguf(quantized(), tmp / "m.gguf", tokenizer),
     "no peft": lambda tmp, tokenizer: cq.attach_lora(quantized()),
