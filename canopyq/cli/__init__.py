@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from canopyq import __version__
-from canopyq.cli import export, quantize
+from canopyq.cli import course, export, quantize
 from canopyq.cli.examine import chat, evaluate, explain
 from canopyq.cli.facts import advise, bench, doctor, inspect, size, tune
 from canopyq.errors import CanopyError, printable
@@ -27,6 +27,7 @@ app.command()(chat)
 app.command()(explain)
 app.command()(quantize.quantize)
 app.command()(export.export)
+app.command()(course.course)
 app.command()(inspect)
 app.command()(bench)
 app.command()(tune)

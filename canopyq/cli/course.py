@@ -1,0 +1,52 @@
+"""`canopyq course`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from canopyq.cli.output import print_plain
+from canopyq.errors import CanopyError
+
+
+def course(
+    folder: Annotated[Path, typer.Argument(help="Where the course is kept; made if it is not there.")] = Path(
+        "canopyq-course"
+    ),
+    lab: Annotated[bool, typer.Option(help="Open JupyterLab.")] = True,
+) -> None:
+    """Copy the lessons to a folder and open them in JupyterLab. Called again, it opens them as you left them."""
+    from canopyq.checkpoint.files import as_path
+    from canopyq.lessons.files import course_folder
+
+    folder, source = as_path(folder).resolve(), course_folder()
+    first = "00_start_here.ipynb"
+    if not (source / "notebooks" / first).is_file():
+        raise CanopyError(f"{source} holds no lessons; install canopyq from a wheel, or open a clone by make lab")
+    if lab and importlib.util.find_spec("jupyterlab") is None:
+        raise CanopyError('JupyterLab is not installed: pip install "canopyq[course]"')
+    if not (folder / "notebooks" / first).is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CanopyError(f"{folder} is there and is no folder of this course; name another")
+        part = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        for name in ("notebooks", "jupyter"):
+            unwanted = shutil.ignore_patterns(".*", "__pycache__")  # a reader's own progress, in a clone
+            shutil.copytree(source / name, part / name, ignore=unwanted)
+        shutil.copyfile(source / "README.md", part / "README.md")
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    print_plain(f"the lessons lie in {folder / 'notebooks'}")
+    if lab:
+        settings = os.pathsep.join(filter(None, (str(folder / "jupyter"), os.environ.get("JUPYTER_CONFIG_PATH"))))
+        as_root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+        command = [sys.executable, "-m", "jupyterlab", str(folder / "notebooks" / first), *as_root]
+        raise typer.Exit(subprocess.run(command, env=os.environ | {"JUPYTER_CONFIG_PATH": settings}).returncode)

@@ -1,0 +1,90 @@
+"""The wheel, built, and used outside of the checkout: it carries the course."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from canopyq.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("canopyq", "notebooks", "jupyter", "benchmarks", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md",
+         "LICENSE")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to which the wheel was installed. What it depends on is that of the tests."""
+    place = tmp_path_factory.mktemp("wheel")
+    unwanted = shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__", "*.png")
+    (place / "source").mkdir()
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, place / "source" / part, ignore=unwanted)
+        else:
+            shutil.copyfile(ROOT / part, place / "source" / part)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    quiet = {"check": True, "capture_output": True, "text": True}
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", place, place / "source"], **quiet)
+    subprocess.run([*pip, "install", "--no-deps", "--target", place / "site", *place.glob("*.whl")], **quiet)
+    return place / "site"
+
+
+def outside(installed: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CANOPYQ")}
+    return subprocess.run(
+        [sys.executable, *command], cwd=installed.parent, env=environment | {"PYTHONPATH": str(installed)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_the_course(installed: Path) -> None:
+    done = outside(installed, "-m", "canopyq", "course", "lessons", "--no-lab")
+    assert done.returncode == 0, done.stderr
+    lessons = installed.parent / "lessons" / "notebooks"
+    assert {file.name for file in lessons.iterdir()} == {file.name for file in (ROOT / "notebooks").glob("*.ipynb")}
+    code = (
+        "import canopyq as cq; from pathlib import Path; print(Path(cq.__file__).parents[1]);"
+        "print(len(cq.lessons.recorded('linear_w4a16')), len(cq.tutor.questions(3)))"
+    )
+    done = outside(installed, "-c", code)
+    assert done.returncode == 0, done.stderr
+    where, counts = done.stdout.splitlines()
+    assert Path(where) == installed and [int(count) > 0 for count in counts.split()] == [True, True]
+    assert (installed / "canopyq" / "py.typed").is_file()
+
+
+def test_a_folder_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*arguments: str):
+        return CliRunner().invoke(app, ["course", *arguments])
+
+    assert run(str(tmp_path / "mine"), "--no-lab").exit_code == 0
+    lesson = tmp_path / "mine" / "notebooks" / "00_start_here.ipynb"
+    lesson.write_text("my notes", encoding="utf-8")
+    assert run(str(tmp_path / "mine"), "--no-lab").exit_code == 0 and lesson.read_text(encoding="utf-8") == "my notes"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("", encoding="utf-8")
+    done = run(str(tmp_path / "other"), "--no-lab")
+    assert done.exit_code and str(tmp_path / "other") in str(done.exception)
+    assert [file.name for file in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+
+
+def test_jupyterlab_is_opened_on_the_first_lesson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def run(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
+        called.append((arguments, env["JUPYTER_CONFIG_PATH"]))
+        return subprocess.CompletedProcess(arguments, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert CliRunner().invoke(app, ["course", str(tmp_path / "mine")]).exit_code == 0
+    [(arguments, settings)] = called
+    assert str(tmp_path / "mine" / "notebooks" / "00_start_here.ipynb") in arguments
+    assert settings.split(os.pathsep)[0] == str(tmp_path / "mine" / "jupyter")
