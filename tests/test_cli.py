@@ -400,7 +400,7 @@ def test_eval_of_any_model_on_a_text(text: str, canopyq, tmp_path: Path) -> None
         (["{folder}", "--text", "{text}", "--recipe", "w4a16-g32", "--method", "gptq"], "--calibration"),
         (
             ["{folder}", "--text", "{text}", "--recipe", "w4a16-g32", "--calibration", "{text}"],
-            "leave --calibration out",
+            "leave --calibration, --samples and --length out",
         ),
         (["{folder}", "--text", "{text}", "--method", "gptq"], "name a recipe"),
         (["{folder}", "--text", "{text}", "--recipe", "w4a16-g32", "--original", "tutor"], "leave --original out"),
@@ -976,6 +976,25 @@ def test_quantize_by_a_method_on_a_text(folder: Path, tmp_path: Path, canopyq) -
     assert "transformers" in canopyq("inspect", str(tmp_path / "out")).out
 
 
+def test_quantize_keeps_calibrates_and_observes_as_it_is_told(folder: Path, tmp_path: Path, canopyq) -> None:
+    """By options: which layers stay, how much of which field of JSONL is read, how ranges are chosen."""
+    lines = [json.dumps({"id": i, "body": "What is 17 + 25? It is 42. " * 9}) for i in range(30)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    arguments = ("quantize", str(folder), "--recipe", "w8a8-static", "--calibration", f"{tmp_path}/chats.jsonl:body",
+                 "--samples", "3", "--length", "40", "--ignore", "down_proj", "--ignore", "mlp.up_proj")  # fmt: skip
+    found = {}
+    for observer in ("minmax", "mse"):
+        done = canopyq(*arguments, "--observer", observer, "--out", str(tmp_path / observer), "--json")
+        assert done.code == 0, done.err
+        report, model = reading(done.out), cq.load(tmp_path / observer)
+        assert not any("down_proj" in name or "up_proj" in name for name in report["layers"]) and report["layers"]
+        assert any("120 tokens" in note for note in report["notes"]), report["notes"]
+        found[observer] = torch.stack([model.get_submodule(name).input_scale for name in report["layers"]])
+    assert (found["mse"] <= found["minmax"]).all() and not torch.equal(found["mse"], found["minmax"])
+    wrong = canopyq(*arguments[:4], "--calibration", str(tmp_path / "chats.jsonl"), "--out", str(tmp_path / "out"))
+    assert "'body'" in failure(wrong) and "line 1" in failure(wrong) and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "text", "words"),
     [
@@ -985,6 +1004,11 @@ def test_quantize_by_a_method_on_a_text(folder: Path, tmp_path: Path, canopyq) -
         (["--method", "gptq"], "Too short.", "fills no window"),
         (["--method", "smoothquant"], "Any.", "quantizes only the weights"),
         (["--method", "hqq"], "Any.", "hqq needs no data for w4a16-g32; leave --calibration"),
+        (["--samples", "4"], None, "leave --calibration, --samples and --length out"),
+        (["--method", "gptq", "--samples", "0"], "Any.", "--samples=0"),
+        (["--method", "gptq", "--length", "9999999"], "Any.", "9999999"),
+        (["--ignore", "no_such_layer"], None, "no_such_layer"),
+        (["--observer", "median"], None, "median"),
         (["--method", "gptk"], None, "did you mean 'gptq'"),
         (["--method", "gptq", "--recipe", "nf4"], None, "has no nf4"),
         (["--method", "outliers", "--calibration", "/no/such/file"], None, "keeps some inputs in 16 bits"),

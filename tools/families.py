@@ -46,7 +46,7 @@ TOKENS = torch.arange(3, 35).reshape(2, 16)
 SIZES = {
     **dict.fromkeys(["vocab_size", "text_vocab_size", "vocab_size_per_layer_input"], 96),
     **dict.fromkeys(["hidden_size", "n_embd", "d_model", "dim", "n_embed", "word_embed_proj_dim"], 64),
-    "embedding_size": 64,
+    **dict.fromkeys(["embedding_size", "attention_hidden_size"], 64),
     **dict.fromkeys(["num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers"], 2),
     **dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "encoder_attention_heads"], 4),
     "decoder_attention_heads": 4,
@@ -66,6 +66,13 @@ SIZES = {
     **dict.fromkeys(["bos_token_id"], 1), **dict.fromkeys(["eos_token_id"], 2), "pad_token_id": 0,
     "n_group": 1, "topk_group": 1, "num_shared_experts": 1, "n_shared_experts": 1, "first_k_dense_replace": 0,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+# What the default config of a family leaves open, or what its code takes for granted.
+OWN_SIZES = {
+    **dict.fromkeys(["hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"], {"head_dim": 32}),
+    "helium": {"head_dim": 16}, "nemotron": {"num_key_value_heads": 2},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "kimi_linear": {"num_experts_per_token": 2}, "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 
 
@@ -93,7 +100,7 @@ def shrunk(model_type: str) -> tf.PretrainedConfig:
                 own[name] = [value[0], next((other for other in value if other != value[0]), value[0])]
         return {k: v for k, v in content.items() if k not in ("transformers_version", "model_type")} | own
 
-    return tf.AutoConfig.for_model(model_type, **small(default))
+    return tf.AutoConfig.for_model(model_type, **small(default) | OWN_SIZES.get(model_type, {}))
 
 
 def build(model_type: str) -> nn.Module:

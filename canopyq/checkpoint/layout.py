@@ -88,7 +88,7 @@ def expected(
         if k % fmt.block_size:
             raise CanopyError(
                 f"blocks of {fmt.block_size} leave a rest in {k} inputs, which no file holds; keep this layer by the "
-                "recipe's ignore list"
+                "recipe's ignore list (--ignore)"
             )
         tensors = {"weight_packed": ((torch.uint8,), (n, k // 2)), "weight_scale": ((fmt.scale_dtype,), scale)}
         names = ["weight_global_scale", *(["input_global_scale"] if inputs is not None else [])]

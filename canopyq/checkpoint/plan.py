@@ -170,7 +170,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, shard_bytes: int = SHARD_BYTES
         if tensor not in source.tensors:
             raise CanopyError(
                 f"{target.name} is a {type(target.module).__name__} that the files do not hold as {tensor} of its "
-                "own; add it to the recipe's ignore list, or load the model and use quantize_"
+                "own; add it to the recipe's ignore list (--ignore), or load the model and use quantize_"
             )
         if not target.kind.multiplies and _shared(target.module, model):
             raise CanopyError(

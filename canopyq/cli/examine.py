@@ -337,13 +337,13 @@ def explain(
 ) -> None:
     """Say which kernel runs each quantized layer on this machine, and why each other one does not."""
     from canopyq import checks
-    from canopyq.cli.calibrated import quantize_tutor
+    from canopyq.cli.calibrated import Amount, quantize_tutor
 
     checks.device(device)
     if model == "tutor":
         parsed = cq.Recipe.of_weights(recipe)
         loaded, tokenizer = cq.tutor.load()
-        quantize_tutor(loaded, tokenizer, parsed, chats=2)  # which kernel runs does not depend on the ranges
+        quantize_tutor(loaded, tokenizer, parsed, amount=Amount(2))  # which kernel runs does not depend on the ranges
         loaded.to(device)
     else:
         loaded = cq.load(model, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,7 @@ from canopyq.cli.output import JsonFlag, print_json, print_plain
 from canopyq.errors import CanopyError
 
 if TYPE_CHECKING:
+    from canopyq.cli.calibrated import Amount
     from canopyq.methods.registry import Method
     from canopyq.tensor.scheme import Recipe
 
@@ -30,7 +32,23 @@ def quantize(
     ] = "rtn",
     calibration: Annotated[
         Path | None,
-        typer.Option(help="For static recipes and methods that need data: a file of text, or a folder of such files."),
+        typer.Option(
+            help="For static recipes and methods that need data: a file of text, or a folder of such files; of "
+            "file.jsonl:field that field."
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Windows of the text to calibrate on, or chats of the tutor's.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of each of them.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="A layer, or a dotted part of its name, to keep as it is; give it again.")
+    ] = None,
+    observer: Annotated[
+        str | None,
+        typer.Option(
+            help="How ranges are chosen, of inputs where they are fixed and else of weights: minmax, percentile, mse …"
+        ),
     ] = None,
     revision: RevisionOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
@@ -44,21 +62,23 @@ def quantize(
     """
     from canopyq.checkpoint.files import as_path
     from canopyq.checkpoint.stream import prepare, quantize_checkpoint
+    from canopyq.cli.calibrated import Amount
     from canopyq.methods.registry import Method
     from canopyq.tensor.scheme import Recipe
 
     say = (lambda line: None) if as_json else print_plain
     out, more = as_path(out), "continues"
     try:
-        parsed, how = Recipe.parse(recipe), Method.parse(method)
+        parsed, how = _with_options(Recipe.parse(recipe), ignore, observer), Method.parse(method)
+        amount = Amount(samples, length)
         gguf = is_gguf(model) and revision is None
         folder = Path(model) if gguf else folder_of(model, revision)
         if gguf or parsed.static or how.name != "rtn":
             more = "starts over"
-            _in_memory(model, folder, parsed, how, out, calibration, dry_run, as_json)
+            _in_memory(model, folder, parsed, how, out, calibration, amount, dry_run, as_json)
             return
-        if calibration is not None:
-            raise CanopyError(f"{parsed.name} needs no calibration; leave --calibration out")
+        if calibration is not None or amount != Amount():
+            raise CanopyError(f"{parsed.name} needs no calibration; leave --calibration, --samples and --length out")
         if dry_run:
             plan, _ = prepare(folder, parsed, out, say=say)
             resumed = 0
@@ -79,6 +99,18 @@ def quantize(
         print_plain(f"written to {out}")
 
 
+def _with_options(recipe: Recipe, ignore: list[str] | None, observer: str | None) -> Recipe:
+    """A recipe with more layers that stay as they are, and another observer."""
+    if ignore:
+        recipe = replace(recipe, ignore=(*recipe.ignore, *ignore))
+    if observer is not None:
+        part = "activations" if recipe.static else "weights"
+        if getattr(recipe, part) is None:
+            raise CanopyError(f"{recipe.name} quantizes no weights, and so chooses no ranges; leave --observer out")
+        recipe = replace(recipe, **{part: replace(getattr(recipe, part), observer=observer)})
+    return recipe
+
+
 def _in_memory(
     model: str,
     folder: Path,
@@ -86,6 +118,7 @@ def _in_memory(
     method: Method,
     out: Path,
     texts: Path | None,
+    amount: Amount,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -113,7 +146,7 @@ def _in_memory(
     if dry_run:
         done, notes = plan, ()
     else:
-        done = quantize_in_memory(model, read, dtype, recipe, method, out, texts)
+        done = quantize_in_memory(model, read, dtype, recipe, method, out, texts, amount)
         notes = done.notes
     if as_json:
         size = {"before": plan.bytes_before, "after": plan.bytes_after, "peak": plan.bytes_peak}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,36 +12,66 @@ from torch import Tensor, nn
 
 from canopyq import checks
 from canopyq.checkpoint.files import as_path
-from canopyq.errors import CanopyError, one_line
+from canopyq.errors import CanopyError, one_line, shown
 
 LENGTH = 512  # tokens of a window
-SUFFIXES = (".txt", ".text", ".md", ".rst")
+SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl")
+FIELD = "text"  # of each line of JSONL
 PIECE = 2**20  # characters that are made tokens at a time: of a long text most are not needed
 
 
 def read_texts(path: str | Path) -> list[str]:
     """The text in a file, or in the files of a folder that end in `SUFFIXES`, in the order of their names.
 
+    Args:
+        path: of a file of JSONL, an object a line, its field ``text`` is read; ``file.jsonl:field`` names another.
+
     Raises:
-        CanopyError: for a file that is not there or not UTF-8, a folder without such files, and nothing but blanks.
+        CanopyError: for a file that is not there or not UTF-8, a folder without such files, JSONL without the field,
+            and nothing but blanks.
     """
     path = as_path(path)
+    whole, _, field = str(path).rpartition(":")
+    if whole.lower().endswith(".jsonl") and not path.exists():
+        path = Path(whole)
+    else:
+        field = FIELD
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
         if not files:
             raise CanopyError(f"{path} holds no file of text, whose name ends in {', '.join(SUFFIXES)}; name one")
-    texts = [_read(file) for file in files]
+    texts = [text for file in files for text in _read(file, field)]
     if not (texts := [text for text in texts if text.strip()]):
         raise CanopyError(f"{path} holds no text; name a file with some pages of it, in UTF-8")
     return texts
 
 
-def _read(file: Path) -> str:
+def _read(file: Path, field: str) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        content = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CanopyError(f"{file} cannot be read as text in UTF-8 ({one_line(error)})") from None
+    if file.suffix.lower() != ".jsonl":
+        return [content]
+    lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+    return [_field(line, field, file, number) for number, line in lines]
+
+
+def _field(line: str, field: str, file: Path, number: int) -> str:
+    """The text of a field in a line of JSONL."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        raise CanopyError(f"{file}, line {number}, is no JSON; give an object a line, or plain text") from None
+    if isinstance(found, dict) and isinstance(found.get(field), str):
+        return found[field]
+    fields = [name for name, value in found.items() if isinstance(value, str)] if isinstance(found, dict) else []
+    raise CanopyError(
+        f"{file}, line {number}, has no text in a field {shown(field)}"
+        + (f", but in {', '.join(map(shown, fields[:5]))}; name one as {file}:{fields[0]}" if fields
+           else "; give an object a line, with a field of text")
+    )  # fmt: skip
 
 
 def windows(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer, get_layer_types_and_kwargs
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from canopyq.errors import CanopyError
 from canopyq.kernels.cuda.attention import MAX_QUERY_TOKENS
@@ -297,6 +299,9 @@ def layer_kinds(config: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:
     """
     if config.model_type in ("minimax", "recurrent_gemma"):
         raise CanopyError(f"{config.model_type} keeps states beside its cache or in one of its own; use transformers'")
+    made = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if isinstance(made, type) and "past_key_values" not in signature(made.forward).parameters:
+        raise CanopyError(f"a {made.__name__} takes no cache of keys and values; generate without one")
     kinds, options = get_layer_types_and_kwargs(config)
     if isinstance(options, dict):  # transformers before 5.20 gives all layers the same
         options = [options] * len(kinds)

@@ -207,8 +207,8 @@ def _input_scale(target: Target, seen: Calibration | None, recipe: Recipe) -> tu
     if target.name not in seen:
         reason = seen.unseen.get(target.name, "it was not calibrated")
         raise CanopyError(
-            f"{target.name} has no input range: {reason}; give more data, keep it by the recipe's ignore list, or use "
-            "dynamic activations"
+            f"{target.name} has no input range: {reason}; give more data, keep it by the recipe's ignore "
+            "list (--ignore), or use dynamic activations"
         )
     if len(seen[target.name].lo) != target.weight.shape[1]:
         raise CanopyError(
@@ -230,7 +230,8 @@ def _warn_of_loud(names: list[str], seen: Calibration, recipe: Recipe, how: Meth
     smooth = "" if "smoothquant" in how.transforms else "use method smoothquant, or "
     line = (
         f"inputs of {told} reach {LOUD:.0f} times as far as 99.99 % of their values, and no fixed range suits both: "
-        f"{smooth}take {recipe.name.replace('-static', '')}, a range for each token, or keep them by the ignore list"
+        f"{smooth}take {recipe.name.replace('-static', '')}, a range for each token, or keep them by the recipe's "
+        "ignore list (--ignore)"
     )
     warnings.warn(line, stacklevel=4)
     return [line]

@@ -36,18 +36,27 @@ def _reader(model: nn.Module, name: str) -> str | None:
     around = model.get_submodule(path)
     if getattr(around, "slow_but_exact", None) is False:  # Bloom reads weights only where that is set
         return None
-    return type(around).__name__ if name and leaf in _weights_read_by(type(around)) else None
+    if name and leaf in _weights_read_by(type(around)):
+        return type(around).__name__
+    for end in range(path.count(".") + 1):  # a model may read them in its blocks, as RWKV's rescales some
+        further = type(model.get_submodule(".".join(path.split(".")[:end])))
+        if f"{path.rpartition('.')[2]}.{leaf}" in _weights_read_by(further):
+            return further.__name__
+    return None
 
 
 @cache
 def _weights_read_by(parent: type[nn.Module]) -> frozenset[str]:
     """The layers whose weight the code of a module reads instead of calling them, as Mamba's mixer does with
-    ``dt_proj``: codes in place of the weight would end in an error, or in other numbers."""
+    ``dt_proj``: codes in place of the weight would end in an error, or in other numbers. Of layers in its blocks the
+    last two parts of the name."""
     found: set[str] = set()
     for name, method in vars(parent).items():
         if isfunction(method) and name not in ("__init__", "_init_weights", "tie_weights"):
             try:
-                found |= set(re.findall(r"\bself\.(\w+)\.weight\b", getsource(method)))
+                source = getsource(method)
+                found |= set(re.findall(r"\bself\.(\w+)\.weight\b", source))
+                found |= set(re.findall(r"\bblock\.(\w+\.\w+)\.weight\b", source))
             except (OSError, TypeError):  # no source at hand
                 continue
     return frozenset(found)
