@@ -168,7 +168,7 @@ def _tools(
     checkpoint: Checkpoint, quantization: Quantization, quantized: Mapping[str, tuple[int, int]]
 ) -> dict[str, str]:
     """Tool -> whether it loads the checkpoint. Of files that do not fit their config.json nobody makes the model."""
-    others = readers(quantization, quantized, str(checkpoint.config.get("model_type")))
+    others = readers(quantization, quantized, checkpoint.config)
     try:
         wanted = expected(checkpoint, quantization, torch.device("cpu"))
     except CanopyError as error:

@@ -124,8 +124,7 @@ class Plan:
             lines.append(f"  left out: {and_more(self.dropped)} (the model has no place for it)")
         lines.append(f"  memory: at most {human(self.peak_bytes)} on top of what Python and torch take")
         shapes = {step.layer.name: step.shape for step in self.quantized}
-        model_type = self.source.config.get("model_type", "")
-        for tool, verdict in readers(read_config(self.config), shapes, model_type).items():
+        for tool, verdict in readers(read_config(self.config), shapes, self.source.config).items():
             lines.append(f"  {tool} will load it: {verdict}")
         if self.recipe.cache is not None:
             lines.append(f"  note: {cache_note(self.recipe.cache)}")

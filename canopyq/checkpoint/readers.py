@@ -1,28 +1,43 @@
 """Which other tools load a checkpoint, and the known bugs in the way.
 
-transformers was tried (5.23, with compressed-tensors 0.20); of vLLM 0.33.0 the source was read, and its own classes
-were asked (``tools/servers.py``, docs/serving.md).
+transformers was tried (5.23, with compressed-tensors 0.20) on a tiny model of every class; of vLLM 0.33.0 the source was
+read, and its own classes were asked (``tools/servers.py``, docs/serving.md). `tried_by_transformers` tries a checkpoint.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from canopyq.checkpoint.config import Group, Quantization
 from canopyq.checkpoint.layout import INT, MXFP4, NVFP4, PACKED
+from canopyq.checkpoint.skeleton import quiet
+from canopyq.errors import one_line
 from canopyq.nn.fused import FUSED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Shapes = Mapping[str, tuple[int, int]]  # quantized module -> (N, K)
 Groups = Mapping[str, Group | None]  # module -> its group
 
-# Families whose experts transformers leaves at random numbers, or ends with an error on, once they are quantized.
-FUSED_EXPERTS = ("gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared", "hy_v4", "jetmoe", "longcat_flash")
+# Families whose experts lie in files in one tensor, and which transformers leaves at random numbers, or ends with an
+# error on, once they are quantized one by one.
+FUSED_EXPERTS = ("aria_text", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared",
+                 "hy_v4", "inkling2_text", "inkling_text", "jetmoe", "longcat_flash", "minimax_m3_vl_text")  # fmt: skip
+# Families whose code gives layers first values that have no weight while they are packed.
+INITIALIZED = ("afmoe", "falcon", "gpt_bigcode", "modernbert-decoder", "nanochat", "phi4_multimodal",
+               "recurrent_gemma", "rwkv")  # fmt: skip
 MARLIN_GROUPS = (32, 64, 128)
 PACKED_ALL = (PACKED, NVFP4, MXFP4)
-YES = "yes, with the compressed-tensors package"
-YES_DENSE = "yes, with compressed-tensors 0.18 or newer: older ones pack {} bits another way, and end with an error"
-YES_FP4 = "yes, with the compressed-tensors package, in bfloat16: it decompresses FP4 to nothing else by itself"
+YES = "yes, by its layout, with the compressed-tensors package"
+YES_DENSE = (
+    "yes, by its layout, with compressed-tensors 0.18 or newer: older ones pack {} bits another way, and end with an "
+    "error"
+)
+YES_FP4 = f"{YES}, in bfloat16: it decompresses FP4 to nothing else by itself"
 DEQUANTIZE = "only with quantization_config=CompressedTensorsConfig(dequantize=True)"
 VLLM_YES = "yes, by its source"
 VLLM_HUMMING = "yes, by the source of 0.33, on CUDA: of its kernels Humming takes it, and Marlin and Machete do not"
@@ -31,28 +46,65 @@ VLLM_NEWER = "yes, by the source of 0.33: older versions keep the head and the e
 ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "c_proj", "fc2", "w2", "dense", "dense_4h_to_h")
 
 
-def readers(quantization: Quantization, quantized: Shapes, model_type: str = "") -> dict[str, str]:
-    """Tool -> whether it loads the checkpoint ("yes", "no: …", or how).
+def readers(
+    quantization: Quantization, quantized: Shapes, config: Mapping[str, object] | None = None
+) -> dict[str, str]:
+    """Tool -> whether it loads the checkpoint ("yes, …", "no: …", or how), by its layout.
 
     Args:
-        model_type: as config.json has it.
+        config: the content of config.json.
     """
-    if model_type in FUSED_EXPERTS and any(map(_is_expert, quantized)):
+    types = _model_types(config or {})
+    if (found := types & set(FUSED_EXPERTS)) and any(map(_is_expert, quantized)):
         return {
-            "transformers": f"no: it does not put the quantized experts of {model_type} together",
-            "vLLM": f"not tried: it may name the experts of {model_type} otherwise",
+            "transformers": f"no: it does not put the quantized experts of {min(found)} together",
+            "vLLM": f"not tried: it may name the experts of {min(found)} otherwise",
         }
     fused = _fused_names(quantized)
     groups = groups_of([*quantized, *(name for names in fused for name in names)], quantization)
     return {
-        "transformers": _transformers(quantization, quantized, groups),
+        "transformers": _transformers(quantization, quantized, groups, types),
         "vLLM": _vllm(quantization, quantized, groups, fused),
     }
 
 
+def _model_types(config: Mapping[str, object]) -> set[str]:
+    """Of a model and of its parts."""
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    return {str(part["model_type"]) for part in parts if part.get("model_type")}
+
+
+def tried_by_transformers(folder: Path, model: PreTrainedModel, verdict: str, answer: Callable, most: float) -> str:
+    """Whether transformers reads what was written, tried as its ``verdict`` says.
+
+    Args:
+        model: what was written.
+        answer: gives the answers of a model, and what they are called.
+        most: by how much of their norm answers may differ; weights are rounded to 16 bits there.
+    """
+    import transformers
+    from transformers import CompressedTensorsConfig
+
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if verdict == DEQUANTIZE else {}
+    tried, dtype = f"tried with transformers {transformers.__version__}", next(model.parameters()).dtype
+    try:
+        with quiet():
+            theirs = type(model).from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+            (wanted, kind), (got, _) = answer(model), answer(theirs.to(model.device).eval())
+    except Exception as error:  # whatever it raises on what it cannot read
+        return f"no: {tried}, which ends with an error ({one_line(error)})"
+    if not (off := float((got - wanted).norm() / wanted.norm())) <= most:
+        return f"no: {tried}, which gives other answers ({kind} off by {100 * off:.2g} %)"
+    how = verdict if options else "yes"
+    return f"{how}, {tried}: {kind} differ by at most {float((got - wanted).abs().max()):.2g}"
+
+
 def notes(quantization: Quantization) -> tuple[str, ...]:
     """What to know before relying on the checkpoint elsewhere."""
-    found = ["transformers turns all weights into dense 16-bit ones at the first forward; canopyq keeps them packed"]
+    found = [
+        "transformers turns all weights into dense 16-bit ones at the first forward, whose answers differ from those "
+        "in float32 as bfloat16's do; canopyq keeps them packed"
+    ]
     if any(map(_packs_zero_points, quantization.groups)):
         found.append(
             "transformers 5.23 with compressed-tensors 0.20 fails on packed zero points (size mismatch on "
@@ -63,7 +115,7 @@ def notes(quantization: Quantization) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _transformers(quantization: Quantization, quantized: Shapes, of: Groups) -> str:
+def _transformers(quantization: Quantization, quantized: Shapes, of: Groups, types: set[str]) -> str:
     """Why each "no", as it was seen: an error, and only where it says so other answers."""
     groups = quantization.groups
     if any(group.conv1d for group in groups):
@@ -81,13 +133,14 @@ def _transformers(quantization: Quantization, quantized: Shapes, of: Groups) -> 
     packs_embedding = any(
         _is_embedding(module) and (group := of[module]) and group.format in PACKED_ALL for module in quantized
     )
-    if not packs_embedding and not any(map(_packs_zero_points, groups)):
+    initialized = types & set(INITIALIZED) and any(group.format in PACKED_ALL for group in groups)
+    if not packs_embedding and not initialized and not any(map(_packs_zero_points, groups)):
         if any(group.format in (NVFP4, MXFP4) for group in groups):
             return YES_FP4
         dense = {group.weights.format.bits for group in groups if group.format == PACKED} - {2, 4, 8}
         return YES_DENSE.format(" and ".join(map(str, sorted(dense)))) if dense else YES
-    what = "a packed embedding" if packs_embedding else "zero points"
-    verb = "needs" if packs_embedding else "need"
+    what = "a packed embedding" if packs_embedding else "its own code" if initialized else "zero points"
+    verb = "need" if what == "zero points" else "needs"
     if len({group.format for group in groups}) > 1:
         return f"no: {what} {verb} dequantize=True, and that fails on several formats"
     if len({(group.weights.format, group.weights.granularity) for group in groups}) > 1:

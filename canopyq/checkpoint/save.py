@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from canopyq.checkpoint.layout import SCALE_DTYPES
 from canopyq.checkpoint.load import load_as
 from canopyq.checkpoint.names import tied
 from canopyq.checkpoint.output import refuse_not_empty, whole_or_absent
-from canopyq.checkpoint.readers import readers
+from canopyq.checkpoint.readers import readers, tried_by_transformers
 from canopyq.checkpoint.skeleton import quiet
 from canopyq.errors import CanopyError, one_line
 from canopyq.memory import human
@@ -58,7 +59,8 @@ class Saved:
     """What `save` wrote.
 
     Attributes:
-        readers: other tool -> whether it loads the checkpoint ("yes", "no: …", or how).
+        readers: other tool -> whether it loads the checkpoint ("yes, …", "no: …", or how), and whether that was tried
+            or is so by the layout.
     """
 
     folder: Path
@@ -83,7 +85,7 @@ def save(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
-    check: bool = True,
+    check: bool | str = True,
 ) -> Saved:
     """Write a quantized transformers model as a compressed-tensors checkpoint.
 
@@ -104,13 +106,20 @@ def save(
             changes none of them.
         max_shard_bytes: above this the tensors are divided among several files with an index.
         check: read the file back and compare all of it, and the answers. Takes the memory of a second model.
+            ``"transformers"``: also let plain transformers load the file, and compare the answers; `Saved.readers` says
+            what came of it. That takes the memory of the model in 16 bits, or in its own dtype.
 
     Raises:
         CanopyError: for a model that is not quantized, or in a way that the format cannot hold; a folder that is not
             empty; a disk that is full; a file that does not hold the model.
     """
     folder = as_path(folder)
-    checks.flag("check", check), checks.count("max_shard_bytes", max_shard_bytes, 1, 10**15)
+    try_others = check == "transformers"
+    if try_others and find_spec("compressed_tensors") is None:
+        raise CanopyError("check='transformers' needs the package that it reads such files with; pip install "
+                          "compressed-tensors, or use check=True")  # fmt: skip
+    check = try_others or checks.flag("check", check)
+    checks.count("max_shard_bytes", max_shard_bytes, 1, 10**15)
     dtype = None if dtype is None else checks.dtype("dtype", dtype, SCALE_DTYPES)
     if tokenizer is not None:
         checks.tokenizer(tokenizer)
@@ -127,11 +136,15 @@ def save(
             _write_json(work / CONFIG, config)
             _write_others(work, model, tokenizer)
             found = read_back(model, work, held.plain, stored) if check else None
+            shapes = {
+                held.files.of_layer(name): module.quantized_weight.shape for name, module in quantized_layers(model)
+            }
+            tools = readers(Quantization(tuple(held.groups), tuple(held.ignore)), shapes, config)
+            if try_others:
+                tools["transformers"] = _try_transformers(work, model, tools["transformers"])
             _write_json(work / NOTE, _note(recipe, found))
     except (OSError, SafetensorError) as error:
         raise CanopyError(f"{folder} could not be written ({one_line(error)}); nothing was left behind") from error
-    shapes = {held.files.of_layer(name): module.quantized_weight.shape for name, module in quantized_layers(model)}
-    tools = readers(Quantization(tuple(held.groups), tuple(held.ignore)), shapes, config["model_type"])
     return Saved(folder, recipe, nbytes, getattr(torch, config["dtype"]), found, tools)
 
 
@@ -310,6 +323,13 @@ def _answer(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Tensor, st
     given = model(**example, **options, return_dict=True)
     name = "logits" if "logits" in given else next(name for name, x in given.items() if isinstance(x, Tensor))
     return given[name].float(), name
+
+
+@torch.inference_mode()
+def _try_transformers(folder: Path, model: nn.Module, verdict: str) -> str:
+    example = _example(model)
+    with eval_mode(model):
+        return tried_by_transformers(folder, model, verdict, lambda one: _answer(one, example), MOST)
 
 
 def _compare_layer(name: str, layer: QuantizedLinear, other: nn.Module | None) -> None:

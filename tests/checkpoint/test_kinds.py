@@ -236,6 +236,24 @@ def test_other_tools_read_it_or_end_with_an_error(
     assert float((got - expected).norm() / expected.norm()) < most
 
 
+@pytest.mark.parametrize("recipe", ["nvfp4", "mxfp4", "w4a16-g32"])
+def test_what_transformers_computes_is_the_model_in_16_bits(recipe: str, tmp_path: Path, logits: Callable) -> None:
+    """Its answers differ from those in float32 because it computes in bfloat16, and in nothing else."""
+    pytest.importorskip("compressed_tensors")
+    model = make("llama").to(torch.bfloat16)
+    cq.quantize_(model, recipe)
+    cq.save(model, tmp_path / "model", check=False)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
+    logits(theirs)  # the first forward decompresses
+    dense = make("llama").to(torch.bfloat16)
+    for name, layer in quantized_layers(model):
+        dense.get_submodule(name).weight.data = layer.quantized_weight.dequantize()
+    for one in (theirs, dense):
+        nn.Module.float(one)
+        one.model.rotary_emb = tf.models.llama.modeling_llama.LlamaRotaryEmbedding(one.config)
+    assert torch.equal(logits(theirs), logits(dense))
+
+
 @pytest.mark.skipif(not tf.__version__.startswith("5.23"), reason="verdicts are those of the version that was tried")
 @pytest.mark.parametrize(("recipe", "right"), [("mxfp4", True), ("nvfp4", False)])
 def test_experts_in_fp4_elsewhere(recipe: str, right: bool, tmp_path: Path, logits: Callable) -> None:

@@ -235,6 +235,28 @@ def test_a_changed_tensor_is_found(quantized: nn.Module, tmp_path: Path, monkeyp
             cq.save(quantized, tmp_path / "out")
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_transformers_is_tried_on_request(right: bool, llama: Callable, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("compressed_tensors")
+    model = llama(torch.float32)
+    cq.quantize_(model, "w4a16-g32")
+    if not right:  # as where it leaves weights out without a word
+        read = tf.LlamaForCausalLM.from_pretrained
+
+        def other(*arguments: object, **options: object) -> nn.Module:
+            theirs = read(*arguments, **options)
+            theirs.model.norm.weight.mul_(torch.linspace(-1, 1, len(theirs.model.norm.weight)))
+            return theirs
+
+        monkeypatch.setattr(tf.LlamaForCausalLM, "from_pretrained", other)
+    verdict = cq.save(model, tmp_path / "out", check="transformers").readers["transformers"]
+    assert verdict.startswith("yes" if right else "no") and tf.__version__ in verdict and "layout" not in verdict
+    cq.load(tmp_path / "out")
+    with pytest.raises(CanopyError, match="'vllm'"):
+        cq.save(model, tmp_path / "again", check="vllm")
+    assert "layout" in cq.save(model, tmp_path / "again").readers["transformers"]
+
+
 def test_a_cast_that_moves_the_answers_is_no_mistake(llama: Callable, tmp_path: Path) -> None:
     """Rotated weights are no bfloat16 numbers, and an 8-bit code that flips moves the answers of a random model far."""
     model = llama(torch.float32, initializer_range=0.5)
