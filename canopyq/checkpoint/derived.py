@@ -266,9 +266,12 @@ def experts_apart(source: Checkpoint, sites: list[Site], files: Names) -> Checkp
         derived[name] = Derived(_expert(source, file, site, leaf, parts), info.torch_dtype, shape, (file,), room)
         gone.add(file)
 
+    sites = [site for site in sites if site.part]
+    weights = {f"{files.of_layer(site.name)}.weight" for site in sites}
     for site in sites:
         name, leaf, file = files.of_layer(site.name), site.tensor.rpartition(".")[2], files.of(site.tensor)[0]
-        if site.part and f"{name}.weight" not in source.tensors and file in source.tensors:
+        gone |= set(files.of(site.tensor)) - weights  # LongCat has rows of no expert after the last
+        if f"{name}.weight" not in source.tensors and file in source.tensors:
             derive(f"{name}.weight", file, site, leaf, "split", site.shape)
             biases = files.of(f"{site.owner}.{leaf}_bias")[0]
             if site.bias() is not None and biases in source.tensors:
@@ -279,10 +282,13 @@ def experts_apart(source: Checkpoint, sites: list[Site], files: Names) -> Checkp
 def _expert(source: Checkpoint, file: str, site: Site, leaf: str, parts: str) -> Callable[[int | None], Tensor]:
     """Reads the weight or the bias of one expert's projection. ``parts``: the method of its kind that finds it."""
     number, _, projection = site.part.partition(".")
-    own = {name: tensor[:1] for name, tensor in site.module.named_parameters(recurse=False)}
+    tensors = dict(site.module.named_parameters(recurse=False))
+    first = {name: tensor[:1] for name, tensor in tensors.items()}
 
     def read(at: int | None) -> Tensor:
-        found = getattr(site.kind, parts)(site.module, own | {leaf: source.read(file, int(number))[None]})
+        if tensors[leaf].dim() == 2 and parts == "split":  # of experts behind one another
+            return site.kind.split(site.module, tensors | {leaf: source.read(file)})[site.part][1]
+        found = getattr(site.kind, parts)(site.module, first | {leaf: source.read(file, int(number))[None]})
         found = found[f"0.{projection}" if projection else "0"]
         return found if parts == "biases" else found[1]
 

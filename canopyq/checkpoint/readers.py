@@ -1,7 +1,8 @@
 """Which other tools load a checkpoint, and the known bugs in the way.
 
-transformers was tried (5.23, with compressed-tensors 0.20) on a tiny model of every class; of vLLM 0.33.0 the source was
-read, and its own classes were asked (``tools/servers.py``, docs/serving.md). `tried_by_transformers` tries a checkpoint.
+transformers was tried (5.23, with compressed-tensors 0.20) on a tiny model of every class, and
+`tried_by_transformers` tries it on a checkpoint; of vLLM 0.33.0 the source was read, and its own classes were asked
+(``tools/servers.py``, docs/serving.md).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Groups = Mapping[str, Group | None]  # module -> its group
 
 # Families whose experts lie in files in one tensor, and which transformers leaves at random numbers, or ends with an
 # error on, once they are quantized one by one.
-FUSED_EXPERTS = ("aria_text", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared",
+FUSED_EXPERTS = ("aria_text", "dbrx", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared",
                  "hy_v4", "inkling2_text", "inkling_text", "jetmoe", "longcat_flash", "minimax_m3_vl_text")  # fmt: skip
 # Families whose code gives layers first values that have no weight while they are packed.
 INITIALIZED = ("afmoe", "falcon", "gpt_bigcode", "modernbert-decoder", "nanochat", "phi4_multimodal",
@@ -154,7 +155,7 @@ def _packs_zero_points(group: Group) -> bool:
 
 
 def _is_expert(module: str) -> bool:
-    return re.search(r"\.experts\.\d+\.|\.(input|output)_linear\.\d+$", module) is not None
+    return re.search(r"\.experts\.(mlp\.)?\d+\.|\.(input|output)_linear\.\d+$", module) is not None
 
 
 def _is_embedding(module: str) -> bool:

@@ -98,3 +98,37 @@ class QuantizedParallelExperts(nn.ModuleList):
         """
         parts = inputs.split(list(expert_size))
         return torch.cat([layer(rows) for layer, rows in zip(self, parts, strict=True)])
+
+
+class QuantizedStackedExperts(nn.ModuleList):
+    """The experts of one layer that is called once for each of them, with its weights as the module around it finds
+    them in ``w1``, ``v1`` and ``w2``: DBRX's. Here those are layers.
+
+    Args:
+        experts: the projections of each, by name.
+        activation_fn: between them.
+    """
+
+    def __init__(self, experts: list[dict[str, nn.Module]], activation_fn: nn.Module) -> None:
+        super().__init__([nn.ModuleDict(projections) for projections in experts])
+        self.activation_fn = activation_fn
+
+    def __getattr__(self, name: str) -> object:
+        return _OfEach(self, name) if name in ("w1", "v1", "w2") else super().__getattr__(name)
+
+    def forward(self, x: Tensor, w1: nn.Module, v1: nn.Module, w2: nn.Module) -> Tensor:
+        """What one expert makes of its tokens (…, hidden)."""
+        return w2(self.activation_fn(w1(x)) * v1(x))
+
+
+class _OfEach:
+    """A projection of all experts, which is cut into experts as a tensor is: ``.view(…)[number]``."""
+
+    def __init__(self, experts: QuantizedStackedExperts, name: str) -> None:
+        self.experts, self.name = experts, name
+
+    def view(self, shape: tuple[int, ...]) -> _OfEach:
+        return self
+
+    def __getitem__(self, number: Tensor) -> nn.Module:
+        return self.experts[int(number)][self.name]

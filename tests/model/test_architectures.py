@@ -10,6 +10,7 @@ import transformers as tf
 from torch import nn
 
 import canopyq as cq
+from canopyq.checkpoint.stream import quantize_checkpoint
 from canopyq.errors import CanopyError
 from canopyq.memory import bytes_held
 from canopyq.nn.embedding import QuantizedEmbedding
@@ -131,6 +132,9 @@ MAKES = {  # how families hold their experts -> config
     "llama4_text": MOE | {"intermediate_size_mlp": 256, "head_dim": 32, "num_experts_per_tok": 1,
                           "interleave_moe_layer_step": 1},  # transposed; each expert gets all tokens, most as zeros
     "jetmoe": MOE | {"kv_channels": 32},  # each projection a module of its own
+    "dbrx": COMMON | {"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
+                      "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+                      "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},  # in a row
     "hy_v4": MOE | {"head_dim": 32},  # a clamped activation
     "nemotron_h": MOE | {"head_dim": 32, "layers_block_type": ["moe", "attention"], "mamba_num_heads": 8, "n_groups": 1,
                          "moe_shared_expert_intermediate_size": 64, "mamba_head_dim": 32},  # no gate
@@ -163,7 +167,10 @@ def test_experts_of_every_make(name: str, tmp_path) -> None:
     assert float((got - expected).norm() / expected.norm()) < 1e-3
     assert sum(n * k for n, k in (layer.shape for layer in report.layers)) > 0.85 * (matrices - ends)
     cq.save(model, tmp_path / "model")
-    assert torch.equal(cq.load(tmp_path / "model")(TOKENS).logits, got)
+    of_make(name).save_pretrained(tmp_path / "source")
+    quantize_checkpoint(tmp_path / "source", "w8a16", tmp_path / "streamed")
+    for folder in ("model", "streamed"):
+        assert torch.equal(cq.load(tmp_path / folder)(TOKENS).logits, got)
 
 
 BERT = COMMON | {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}

@@ -9,7 +9,12 @@ from inspect import signature
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from canopyq.nn.experts import QuantizedExperts, QuantizedParallelExperts, QuantizedSortedExperts
+from canopyq.nn.experts import (
+    QuantizedExperts,
+    QuantizedParallelExperts,
+    QuantizedSortedExperts,
+    QuantizedStackedExperts,
+)
 from canopyq.nn.kinds.base import Kind
 
 
@@ -152,3 +157,38 @@ class ParallelExperts(Kind):
 
     def replacement(self, module: nn.Module, layers: list[nn.Module]) -> nn.Module:
         return QuantizedParallelExperts(layers)
+
+
+class StackedExperts(Kind):
+    """DBRX's: ``w1``, ``v1`` and ``w2`` (experts · intermediate, hidden) of all experts behind one another, the last
+    one transposed."""
+
+    is_linear = False
+    unwatched = "nothing says which tokens its experts get"
+
+    def fits(self, module: nn.Module) -> bool:
+        return type(module).__name__ == "DbrxExpertGLU"
+
+    def split(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+        found = {}
+        for i in range(module.moe_num_experts):
+            for name, tensor in tensors.items():
+                weight = tensor.reshape(module.moe_num_experts, -1, tensor.shape[-1])[i]
+                found[f"{i}.{name}"] = (name, weight.t() if name == "w2" else weight)
+        return found
+
+    def parted(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(tensors, (module.moe_num_experts, 1))
+
+    def biases(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {}
+
+    def inputs(
+        self, module: nn.Module, given: list, parts: Collection[str]
+    ) -> Iterator[tuple[list[str], Tensor, Tensor | None]]:
+        return iter(())
+
+    def replacement(self, module: nn.Module, layers: list[nn.Module]) -> nn.Module:
+        names = list(dict(module.named_parameters(recurse=False)))
+        groups = [layers[i : i + len(names)] for i in range(0, len(layers), len(names))]
+        return QuantizedStackedExperts([dict(zip(names, own, strict=True)) for own in groups], module.activation_fn)
