@@ -63,7 +63,7 @@ def load_gguf(
     _agree(path, model, reader)
     # It is plain now: neither transformers nor `save` may take it for quantized.
     model.hf_quantizer, model.is_quantized = None, False
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)  # transformers 5.15 sets none
     return model.eval(), tokenizer
 
 

@@ -177,7 +177,7 @@ BERT = COMMON | {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads
 HEADS = {  # the name of the head -> a model that has it
     "cls.predictions.decoder": lambda: tf.BertForMaskedLM(tf.BertConfig(**BERT)),
     "output_projection": lambda: tf.BioGptForCausalLM(tf.BioGptConfig(**BERT)),
-    "decoder": lambda: tf.ModernBertDecoderForCausalLM(tf.ModernBertDecoderConfig(**BERT)),
+    "decoder": lambda: tf.ModernBertDecoderForCausalLM(tf.ModernBertDecoderConfig(**BERT | {"num_hidden_layers": 2})),
     "score": lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**LLAMA, num_labels=8)),
     "classifier": lambda: tf.BertForTokenClassification(tf.BertConfig(**BERT, num_labels=8)),
     "out_head": lambda: nn.ModuleDict(
