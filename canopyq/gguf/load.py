@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # GGUF's names of the families of `architectures`, whose files transformers was seen to read right.
 READ = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+SENTENCEPIECE = ("gemma2", "gemma3", "phi3")  # the families whose published models have such a tokenizer
 COUNTS = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
           "attention.head_count_kv", "attention.key_length", "vocab_size")  # fmt: skip
 MOST = 2**24  # of anything that a file counts; the longest contexts are of some million tokens
@@ -38,7 +39,7 @@ def load_gguf(
 
     Raises:
         CanopyError: without the gguf package, for a file that is damaged, of another family, with a rotary embedding
-            that transformers does not read, or whose tensors are not those that it describes.
+            or a tokenizer that transformers does not read, or whose tensors are not those that it describes.
     """
     dtype = checks.dtype("dtype", dtype)
     path = as_path(path)
@@ -72,6 +73,9 @@ def _check(path: Path, reader: GGUFReader) -> None:
     family = reader.fields["general.architecture"].contents()
     if family not in READ:
         raise CanopyError(f"{path} holds a model of {shown(family)}, and {', '.join(READ)} are read")
+    if family in SENTENCEPIECE and _value(reader, "tokenizer.ggml.model") == "gpt2" and _goes_by_family():
+        raise CanopyError(f"{path} has a tokenizer with merges, and transformers before 5.23 takes that of a {family} "
+                          "for another kind; install a newer one")  # fmt: skip
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     for name in COUNTS:
         value = _value(reader, f"{family}.{name}")
@@ -91,6 +95,13 @@ def _check(path: Path, reader: GGUFReader) -> None:
             f"{path} has a rotary embedding that transformers does not read from GGUF (scaling {shown(kind)}, "
             f"{shown(rotated)} of {shown(size)} values); load the model in safetensors"
         )
+
+
+def _goes_by_family() -> bool:
+    """Whether this transformers tells a tokenizer's kind by the model's family, as 5.15 does, not by the file."""
+    from transformers.integrations import ggml
+
+    return hasattr(ggml, "GGUF_TO_FAST_CONVERTERS")
 
 
 def _agree(path: Path, model: PreTrainedModel, reader: GGUFReader) -> None:
