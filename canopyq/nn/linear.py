@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from canopyq.tensor import affine
 from canopyq.tensor.quantized_tensor import QuantizedTensor, quantize
 from canopyq.tensor.scheme import Scheme
 
+_PREPACKING = threading.Lock()  # one thread lays a weight out; others that call the layer meanwhile wait for it
+
 
 class QuantizedLinear(nn.Module):
     """y = x · Wᵀ + b with W (out_features, in_features) kept as codes and scales, and nothing else.
@@ -24,6 +27,9 @@ class QuantizedLinear(nn.Module):
     The buffers hold the weight in the layout that the fastest kernel of this machine reads; `state_dict` gives it as
     compressed-tensors checkpoints do: ``weight_packed`` (``weight`` for 8-bit codes), ``weight_scale``, and
     ``weight_zero_point`` when asymmetric. Moved to another device, the weight is laid out anew at the next call.
+
+    A layer may be called by several threads, copied and pickled; a pickle holds the weight as a checkpoint does. (With
+    plain pickle torch 2.13 does not read its own FP8 tensors back; ``torch.save`` does.)
 
     ``.to(dtype)`` and ``.half()`` leave the buffers as they are and cast the bias alone: the weight is dequantized to
     the dtype of the input, and a scale that is rounded a second time would change it.
@@ -123,11 +129,12 @@ class QuantizedLinear(nn.Module):
     def prepack(self) -> QuantizedLinear:
         """Lay the weight out for the fastest kernel that can run here. The first call of `forward` does it too, unless
         it is traced: a graph computes on the weight as it lies."""
-        kernels = dispatch.candidates(self.spec)
-        if kernels[0].layout != self.layout:
-            with torch.inference_mode(False), torch.no_grad():
-                self.set_packed(kernels[0].layout.prepack(self.quantized_weight), kernels[0].layout)
-        self._kernels = kernels
+        with _PREPACKING:
+            kernels = dispatch.candidates(self.spec)
+            if kernels[0].layout != self.layout:
+                with torch.inference_mode(False), torch.no_grad():
+                    self.set_packed(kernels[0].layout.prepack(self.quantized_weight), kernels[0].layout)
+            self._kernels = kernels
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,6 +173,17 @@ class QuantizedLinear(nn.Module):
         if traced or differentiated:
             return operator.quantized_linear(x, [*self.packed.values()], self._description, *ranges)
         return operator.multiply(x, self.packed, self.spec, self._kernels, *ranges)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `copy.deepcopy` and pickle take: the weight as a checkpoint has it, since who reads that may have other
+        kernels."""
+        state = vars(self) | {"_kernels": None}
+        if self.layout != reference.CHECKPOINT_LAYOUT:
+            packed = reference.prepack(self.quantized_weight)
+            others = {name: buffer for name, buffer in self._buffers.items() if name not in self.weight_names}
+            state |= {"_buffers": others | packed, "weight_names": tuple(packed), "layout": reference.CHECKPOINT_LAYOUT}
+            state["_description"] = operator.describe(self.spec, state["layout"], state["weight_names"])
+        return state
 
     def _unpack(self) -> None:
         if self.layout != reference.CHECKPOINT_LAYOUT:

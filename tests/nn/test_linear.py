@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
+import threading
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 from canopyq.errors import CanopyError
 from canopyq.nn.linear import QuantizedLinear
@@ -154,6 +159,19 @@ def test_gradients_are_those_of_the_dequantized_weight(name: str, dtype: torch.d
         torch.testing.assert_close(quantized(x(2, 3).to(dtype)), found, rtol=0, atol=0 if rounds else 0.05)
 
 
+@pytest.mark.parametrize("name", RECIPES_OF_GRADIENTS)
+def test_gradients_after_a_first_call_in_inference_mode_and_under_autocast(name: str) -> None:
+    quantized, given = layer_of(name), x(5)
+    with torch.inference_mode():
+        quantized(given)
+    wanted = torch.ones(5, 48) @ quantized.quantized_weight.dequantize()
+    for autocast, bound in ((False, 1e-6), (True, 2**-7)):  # float32's rounding; a gradient's in bfloat16, with room
+        ours = given.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            quantized(ours).sum().backward()
+        assert ours.grad.dtype == torch.float32 and (ours.grad - wanted).norm() <= bound * wanted.norm()
+
+
 def test_gradients_of_gradients_are_exact_too() -> None:
     quantized = layer_of("w4a16-g32").double()
     assert torch.autograd.gradcheck(quantized, x(2).double().requires_grad_())
@@ -206,3 +224,73 @@ def test_integer_input_is_refused() -> None:
 def test_it_says_what_it_is() -> None:
     quantized = QuantizedLinear.from_linear(linear(), SCHEMES["w4a16-g32"])
     assert repr(quantized) == "QuantizedLinear(in_features=64, out_features=48, int4 g32 symmetric)"
+
+
+# Where and how a layer is called -------------------------------------------------------------------------------------
+
+KINDS = ["w8a16", "w4a16-g32-asym", "w8a8", "fp8", "nvfp4"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_any_number_of_rows_and_none(name: str) -> None:
+    quantized = layer_of(name)
+    for shape in [(0,), (2, 0), (), (1, 1, 1)]:
+        assert quantized(x(*shape)).shape == (*shape, 48)
+    for given in [torch.ones(()), torch.ones(0), torch.ones(3, 63), *(torch.ones(3, 64).to(dtype) for dtype in (
+        torch.int32, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn))]:  # fmt: skip
+        with pytest.raises(CanopyError) as refused:
+            quantized(given)
+        assert str(given.dtype) in str(refused.value) and str(refused.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_threads_that_call_a_new_layer_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first lays the weight out, here slowly; the others wait for that."""
+    register = QuantizedLinear.register_buffer
+    monkeypatch.setattr(QuantizedLinear, "register_buffer", lambda *a, **k: (time.sleep(0.01), register(*a, **k))[1])
+    quantized, expected = layer_of(name), layer_of(name)(x(3))
+    start, found = threading.Barrier(4), []
+
+    def call() -> None:
+        start.wait()
+        with torch.no_grad():
+            found.append(quantized(x(3)))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(torch.equal(y, expected) for y in found)
+
+
+def pickled(layer: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(layer))
+
+
+def stored(layer: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(layer, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["new", "called"])
+@pytest.mark.parametrize("take", [copy.deepcopy, pickled, stored])
+@pytest.mark.parametrize("name", KINDS)
+def test_copies(name: str, take: Callable, called: bool) -> None:
+    if take is pickled and name in ("fp8", "nvfp4"):
+        pytest.skip("torch 2.13 does not read its own FP8 tensors back from a plain pickle")
+    quantized = layer_of(name)
+    with torch.no_grad():
+        expected = layer_of(name)(x(3))
+        if called:
+            quantized(x(3))
+        assert torch.equal(take(take(quantized))(x(3)), expected) and torch.equal(quantized(x(3)), expected)
+
+
+def test_workers_that_were_forked() -> None:
+    quantized = layer_of("w4a16-g32")
+    with torch.no_grad():
+        expected = quantized(x(3))
+        work = {"num_workers": 1, "multiprocessing_context": "fork"}
+        assert all(torch.equal(y, expected) for y in DataLoader([0, 1], collate_fn=lambda _: quantized(x(3)), **work))
