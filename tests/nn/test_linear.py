@@ -228,14 +228,20 @@ def test_it_says_what_it_is() -> None:
 
 # Where and how a layer is called -------------------------------------------------------------------------------------
 
-KINDS = ["w8a16", "w4a16-g32-asym", "w8a8", "fp8", "nvfp4"]
+KINDS = ["w8a16", "w4a16-g32", "w4a16-g32-asym", "w8a8", "fp8", "nvfp4"]
+
+
+def square(name: str) -> QuantizedLinear:
+    """64 → 64: of these shapes there are kernels that lay INT4 out in their own way."""
+    torch.manual_seed(0)
+    return QuantizedLinear.from_linear(nn.Linear(64, 64), (recipe := Recipe.parse(name)).weights, recipe.activations)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_any_number_of_rows_and_none(name: str) -> None:
-    quantized = layer_of(name)
+    quantized = square(name)
     for shape in [(0,), (2, 0), (), (1, 1, 1)]:
-        assert quantized(x(*shape)).shape == (*shape, 48)
+        assert quantized(x(*shape)).shape == (*shape, 64)
     for given in [torch.ones(()), torch.ones(0), torch.ones(3, 63), *(torch.ones(3, 64).to(dtype) for dtype in (
         torch.int32, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn))]:  # fmt: skip
         with pytest.raises(CanopyError) as refused:
@@ -248,7 +254,7 @@ def test_threads_that_call_a_new_layer_at_once(name: str, monkeypatch: pytest.Mo
     """The first lays the weight out, here slowly; the others wait for that."""
     register = QuantizedLinear.register_buffer
     monkeypatch.setattr(QuantizedLinear, "register_buffer", lambda *a, **k: (time.sleep(0.01), register(*a, **k))[1])
-    quantized, expected = layer_of(name), layer_of(name)(x(3))
+    quantized, expected = square(name), square(name)(x(3))
     start, found = threading.Barrier(4), []
 
     def call() -> None:
@@ -280,16 +286,16 @@ def stored(layer: nn.Module) -> nn.Module:
 def test_copies(name: str, take: Callable, called: bool) -> None:
     if take is pickled and name in ("fp8", "nvfp4"):
         pytest.skip("torch 2.13 does not read its own FP8 tensors back from a plain pickle")
-    quantized = layer_of(name)
+    quantized = square(name)
     with torch.no_grad():
-        expected = layer_of(name)(x(3))
+        expected = square(name)(x(3))
         if called:
             quantized(x(3))
         assert torch.equal(take(take(quantized))(x(3)), expected) and torch.equal(quantized(x(3)), expected)
 
 
 def test_workers_that_were_forked() -> None:
-    quantized = layer_of("w4a16-g32")
+    quantized = square("w4a16-g32")
     with torch.no_grad():
         expected = quantized(x(3))
         work = {"num_workers": 1, "multiprocessing_context": "fork"}
