@@ -38,7 +38,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test setup test-units test-fast test-browser notebooks book check-notebooks check-docs train-tutor lint \
-	clean sweep fuzz families serving test-lowest test-processors test-oldest test-real
+	clean sweep fuzz families serving types test-lowest test-processors test-oldest test-real
 
 help: ## Show this list
 	@echo "Canopy Quantization: make <target>"
@@ -74,6 +74,10 @@ serving: $(STAMP) ## Ask every tool what it makes of each recipe, and write docs
 		--no-deps --no-build-isolation --no-binary vllm vllm==$(VLLM)
 	$(RUN) -m pip download $(PIPFLAGS) -d build/servers --no-deps sglang==$(SGLANG)
 	$(RUN) tools/serving.py
+
+types: $(STAMP) ## Check with mypy that a program may call the whole public face, by the types that it promises
+	$(RUN) -m pip install $(PIPFLAGS) mypy==2.4.1
+	$(RUN) -m mypy --follow-imports=silent tests/typing/face.py
 
 test-lowest: $(STAMP) ## Unit tests of numbers only, as on a processor without AVX2 or anything newer
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 \

@@ -1041,6 +1041,26 @@ def test_a_gguf_file_is_quantized_and_examined(text: str, tmp_path: Path, canopy
     assert "nowhere.gguf" in failure(canopyq("eval", "nowhere.gguf", *options))
 
 
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [(b"Too short.", "window"), (b"\xe9t\xe9 " * 999, "UTF-8"), (None, "no file of text"), (b"", "no text")],
+    ids=["shorter than a window", "Latin-1", "a folder without text", "empty"],
+)
+def test_eval_says_what_is_no_text_to_evaluate_on(content: bytes | None, named: str, tmp_path: Path, canopyq) -> None:
+    place = tmp_path / "texts"
+    place.mkdir()
+    if content is not None:
+        (place / "text.txt").write_bytes(content)
+    assert named in failure(canopyq("eval", "tutor", "--recipe", "w8a16", "--text", str(place)))
+
+
+@pytest.mark.parametrize(("recipe", "named"), [("fp8", "fp8_e4m3"), ("w4a16-g16", "groups of 16")])
+def test_export_of_what_no_gguf_type_holds_writes_nothing(recipe: str, named: str, tmp_path: Path, canopyq) -> None:
+    assert canopyq("quantize", "tutor", "--recipe", recipe, "--out", str(tmp_path / "out")).code == 0
+    assert named in failure(canopyq("export", str(tmp_path / "out"), "--gguf", str(tmp_path / "out.gguf")))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 # Activations ----------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,11 @@ from canopyq.nn.sites import Site, put_layers, weight_holders
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    class LoadedModel(PreTrainedModel):
+        """What type checkers see of a model that was loaded: transformers' own class has no ``generate``."""
+
+        def generate(self, *inputs: Any, **options: Any) -> Any: ...
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,7 +40,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     *,
     strict: bool = True,
-) -> PreTrainedModel:
+) -> LoadedModel:
     """The model in a compressed-tensors checkpoint, ready to answer, its quantized layers packed (`QuantizedLinear`).
 
     Headers are compared with the config tensor by tensor before any data is read.
@@ -60,7 +65,7 @@ def load_as(
     *,
     strict: bool = True,
     attention: str | None = None,
-) -> PreTrainedModel:
+) -> LoadedModel:
     """`load` with a choice of transformers' attention implementation."""
     checks.flag("strict", strict)
     place = checks.device(device)

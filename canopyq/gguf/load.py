@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from canopyq.checkpoint.load import LoadedModel
+
 # GGUF's names of the families of `architectures`, whose files transformers was seen to read right.
 READ = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 SENTENCEPIECE = ("gemma2", "gemma3", "phi3")  # the families whose published models have such a tokenizer
@@ -27,7 +29,7 @@ MOST = 2**24  # of anything that a file counts; the longest contexts are of some
 
 def load_gguf(
     path: str | Path, dtype: torch.dtype | str = "float32"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[LoadedModel, PreTrainedTokenizerBase]:
     """The model in a GGUF file, and its tokenizer. Nothing is packed: `quantize_` does that, by any recipe.
 
     The weights lie on the grid of the file's types, such as four bits of Q4_K, and so are not those of the model that

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from canopyq.checkpoint.load import LoadedModel
+
 VARIABLE = "CANOPYQ_MODEL"
 TUTOR = "tutor"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -37,7 +39,7 @@ def source() -> str:
 
 def load(
     dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[LoadedModel, PreTrainedTokenizerBase]:
     """The model, ready to answer, and its tokenizer.
 
     It is the tutor model, read offline, unless ``CANOPYQ_MODEL`` names a folder or a model on the Hugging Face hub.
@@ -73,7 +75,7 @@ def source_folder() -> Path:
 
 def load_folder(
     folder: Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[LoadedModel, PreTrainedTokenizerBase]:
     """A model that the training script wrote. Its files are checked before any of them is read."""
     verify(folder)
     try:
@@ -139,7 +141,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def load_other(
     folder: Path, model_class: type[PreTrainedModel] | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[LoadedModel, PreTrainedTokenizerBase]:
     """Any model in a folder, in float32 on the CPU, and its tokenizer.
 
     Args:
@@ -161,7 +163,7 @@ def _read(
     dtype: torch.dtype | str | None,
     device: torch.device | str | None,
     model_class: type[PreTrainedModel] | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[LoadedModel, PreTrainedTokenizerBase]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
