@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from canopyq.calibration.data import Batch
+from canopyq.errors import CanopyError, one_line
 from canopyq.nn.offload import input_device
 
 PROBE = 8  # tokens on which running by blocks is compared with running whole
@@ -64,9 +66,11 @@ class Blocks:
 
     def work_on(self, batch: Batch) -> bool:
         """Whether running by blocks gives what the whole model gives, tried on a few tokens."""
-        row = int(batch.real.any(1).int().argmax())
-        ids = batch.ids[row][batch.real[row]][None, :PROBE]
-        probe, whole, order = Batch(ids, torch.ones_like(ids, dtype=torch.bool)), {}, []
+        probe, whole, order = batch, {}, []
+        if not batch.more:
+            row = int(batch.real.any(1).int().argmax())
+            ids = batch.ids[row][batch.real[row]][None, :PROBE]
+            probe = Batch(ids, torch.ones_like(ids, dtype=torch.bool))
         blocks = self._all()
         if len(set(blocks)) != len(blocks):
             return False
@@ -88,7 +92,10 @@ class Blocks:
             return False
         entering = None
         for number in order:
-            entering = self.run(probe, number, entering)
+            try:
+                entering = self.run(probe, number, entering)
+            except CanopyError:  # such as a block that takes what an earlier one has left beside its output
+                return False
             one, other = _hidden(entering), _hidden(whole[number])
             if one is None or other is None or one.shape != other.shape:
                 return False
@@ -113,12 +120,29 @@ def find_blocks(model: nn.Module, layers: Collection[str], batch: Batch) -> Bloc
 
 
 def call(model: nn.Module, batch: Batch) -> None:
-    """Run the model on a batch; only what its hooks see matters."""
+    """Run the model on a batch; only what its hooks see matters.
+
+    Raises:
+        CanopyError: if the model cannot be called so.
+    """
     device = input_device(model)
-    if hasattr(model, "config"):
-        model(**{name: tensor.to(device) for name, tensor in batch.arguments.items()}, use_cache=False)
-    else:
-        model(batch.ids.to(device))
+    taken = signature(model.forward).parameters
+    any_name = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in taken.values())
+    given = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in batch.arguments.items()}
+    try:
+        if "input_ids" not in taken and not any_name:
+            model(given["input_ids"])
+        elif "use_cache" in taken or any_name:
+            model(**given, use_cache=False)
+        else:
+            model(**given)
+    except (_Stop, CanopyError):
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CanopyError(
+            f"{type(model).__name__} does not run on the calibration data: {one_line(error)}; give batches of all that "
+            "it takes, by name"
+        ) from None
 
 
 @contextmanager

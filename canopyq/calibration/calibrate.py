@@ -273,6 +273,8 @@ class _Collector:
             raise CanopyError(f"{layers[0]}: {error}") from None
 
     def _sample_of(self, layer: str, rows: int, device: torch.device) -> Tensor:
+        if rows != len(self._sample) and bool((self._sample >= 0).all()) and rows % self._samples == 0:
+            return torch.arange(self._samples, device=device).repeat_interleave(rows // self._samples)
         if rows != len(self._sample):
             raise CanopyError(
                 f"{layer} gets {rows} rows for {len(self._sample)} tokens, so nothing says which of them are padding; "

@@ -138,7 +138,7 @@ def _log_probs(model: nn.Module, batches: list[Batch]) -> Tensor:
     device = next(model.parameters()).device
     found = []
     for batch in batches:
-        arguments = {name: tensor.to(device) for name, tensor in batch.arguments.items()}
+        arguments = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in batch.arguments.items()}
         logits = model(**arguments, use_cache=False).logits
         found.append(F.log_softmax(logits[batch.real.to(device)].float(), dim=-1))
     return torch.cat(found)

@@ -82,3 +82,83 @@ def test_texts_go_through_quantize() -> None:
 
     report = cq.quantize_(make("llama"), "w4a16-g128", calibration=["a bb ccc a", "dddd a a"], tokenizer=Words())
     assert all(0 < layer.output_error < 0.5 for layer in report.layers)
+
+
+class Nano(nn.Module):
+    """As nanoGPT writes it: a config of its own, and ids by place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = type("GPTConfig", (), {"block_size": 16, "n_embd": 8})()
+        self.wte, self.blocks = nn.Embedding(20, 8), nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.shared: dict[int, torch.Tensor] = {}
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.wte(idx)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Sharing(Nano):
+    """Later blocks take what the first left beside its output, as those of Gemma 4 take keys."""
+
+    class Block(nn.Module):
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.number, self.linear = number, nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, shared: dict[str, torch.Tensor]) -> torch.Tensor:
+            if self.number == 0:
+                shared["keys"] = self.linear(x)
+            return x + shared["keys"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Sharing.Block(number) for number in range(2))
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        x, shared = self.wte(idx), {}
+        for block in self.blocks:
+            x = block(x, shared)
+        return x
+
+
+def test_models_that_are_not_of_transformers() -> None:
+    assert cq.calibrate(Nano(), [IDS]).by_blocks
+    assert not cq.calibrate(Sharing(), [IDS]).by_blocks
+
+
+def test_further_inputs_reach_the_model_or_are_refused() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, **sizes))
+    answers = torch.arange(10).reshape(2, 5)
+    seen = cq.calibrate(t5, [{"input_ids": IDS, "decoder_input_ids": answers, "labels": answers}])
+    assert seen["decoder.block.0.layer.0.SelfAttention.q"].tokens == 10
+    assert seen["decoder.block.0.layer.1.EncDecAttention.k"].tokens == 6
+    with pytest.raises(CanopyError, match="T5ForConditionalGeneration does not run"):
+        cq.calibrate(t5, [IDS])
+
+    llama = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                         num_attention_heads=2, **sizes))  # fmt: skip
+    packed = {"input_ids": IDS.reshape(1, 6), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    given = []
+    llama.model.rotary_emb.register_forward_pre_hook(lambda module, args, kwargs: given.append((args, kwargs)),
+                                                     with_kwargs=True)  # fmt: skip
+    cq.calibrate(llama, [packed, packed])
+    assert all(packed["position_ids"].equal([*args, *kwargs.values()][1]) for args, kwargs in given)
+    with pytest.raises(CanopyError, match="pixel_values"):
+        cq.calibrate(llama, [{"input_ids": IDS, "pixel_values": torch.zeros(2, 3, 4, 4)}])
+
+
+def test_a_chat_that_brings_its_bos_keeps_one() -> None:
+    class Tokenizer(Words):
+        bos_token_id = 7
+
+        def encode(self, text: str) -> list[int]:
+            return [7, *(7 if word == "<s>" else 2 for word in text.split())]
+
+    [batch] = read_batches(["<s> a b", "a b c"], Model(), Tokenizer())
+    assert batch.ids.tolist() == [[7, 2, 2, 0], [7, 2, 2, 2]]
