@@ -11,13 +11,13 @@ from canopyq.lessons import gptq, human, pack
 from importlib import import_module
 from typing import Any
 
-from . import explore, plots
+from . import canvas, explore, plots
 from .capstone import capstone
 from .checkpoints import ten_checkpoints
 from .exercise import exercise
 from .html import table
 from .predict import predict
-from .progress import progress
+from .progress import progress, strip
 from .quiz import quiz
 from .recorded import recorded
 
@@ -47,10 +47,12 @@ _ROOMS = {  # loaded when one of its names is asked for
     "canopyq.calibration.static_range": ("static_range",),
     "canopyq.evaluate.stats": ("Share", "bootstrap"),
 }  # fmt: skip
+canvas.sharpen()
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
-    "capstone", "exercise", "explore", "plots", "predict", "progress", "quiz", "recorded", "table", "ten_checkpoints",
+    "capstone", "exercise", "explore", "plots", "predict", "progress", "quiz", "recorded", "strip", "table",
+    "ten_checkpoints",
     *_ROOM_OF,
 ]  # fmt: skip
 

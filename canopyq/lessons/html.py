@@ -123,6 +123,10 @@ _CSS = """
 .canopyq-waits + .canopyq-waits::after { content: none !important; }
 .canopyq-waits::after { content: "Opens with your guess."; font: italic 14px/2 var(--jp-ui-font-family, sans-serif);
   color: var(--jp-content-font-color1); padding-left: calc(var(--jp-cell-prompt-width, 64px) + 12px); }
+/* On a dark page: the boxes' colours turned round, and pictures with their lightness turned and their hues kept. */
+body[data-jp-theme-light="false"] .canopyq-box { filter: invert(.92) hue-rotate(180deg); }
+body[data-jp-theme-light="false"] :is(.canopyq-card, .jp-RenderedImage) img { filter: invert(.93) hue-rotate(180deg);
+  border-radius: 4px; }
 .canopyq-card .widget-readout { width: auto; min-width: 4em; max-width: none; overflow: visible; }
 .canopyq-card .jupyter-widgets-disconnected::before { content: none; }
 .canopyq-card.jupyter-widgets-disconnected::before {

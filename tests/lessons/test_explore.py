@@ -50,6 +50,7 @@ EXPLORERS = {
     "words": lambda: explore.words(X.reshape(15, 100)),
     "rounding": lambda: explore.rounding(0.4, 0.4),
     "static": lambda: explore.static(TOKENS),
+    "squeeze": lambda: explore.squeeze(),
 }
 MOVES = {
     "answers": ("bits", 2),
@@ -64,6 +65,7 @@ MOVES = {
     "words": ("word", 3),
     "rounding": ("correlation", -0.5),
     "static": ("reach", 0.1),
+    "squeeze": ("bits", 3),
 }
 
 
@@ -77,7 +79,7 @@ def test_moving_a_control_updates_and_prints_nothing(name: str, capsys: pytest.C
     assert explorer.line.value != line
     if name not in ("float-bits", "choose"):
         assert explorer.image.value != picture and bytes(explorer.image.value).startswith(b"\x89PNG")
-        assert len(explorer.image.value) < 60_000
+        assert len(explorer.image.value) < 150_000
     assert capsys.readouterr() == ("", "")
     assert not plt.get_fignums(), "no figure is left for the notebook to show"
     shown, other = explorer._repr_mimebundle_(), EXPLORERS[name]()
@@ -266,3 +268,22 @@ def test_two_weights_make_up_for_each_other_when_their_inputs_go_together() -> N
     assert best.error < 0.2 * alone.error
     alone, best = view.choices((0.4, 0.4), 0.0)
     assert alone == best and alone.error == pytest.approx(0.32)
+
+
+def test_an_answer_breaks_with_few_bits_and_is_mended_by_more_scales() -> None:
+    explorer = explore.squeeze()
+    explorer.widget()
+    assert "(right)" in explorer.line.value
+    explorer.controls["bits"].value = 3
+    assert "(wrong)" in explorer.line.value
+    explorer.controls["scale"].value = "g128"
+    assert "(right)" in explorer.line.value
+
+
+def test_a_picture_stays_where_it_is_while_a_slider_moves() -> None:
+    """The second drawing takes the places of the first: to find them takes longer than to draw."""
+    explorer = explore.clip(X)
+    explorer.widget()
+    before = explorer._places.copy()
+    explorer.controls["clip"].value = 0.5
+    assert len(before) == 1 and explorer._places == before

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from canopyq import disk, lessons
-from canopyq.lessons.store import Store, default_path
+from canopyq.lessons.progress import LESSONS
+from canopyq.lessons.store import Store, default_path, store
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -223,7 +224,15 @@ def test_the_table() -> None:
     lessons.quiz("budget").answer("a")
     lessons.predict("02-error", "?").say(0.3)
     lines = repr(lessons.progress()).splitlines()
-    assert len(lines) == 12
+    assert len(lines) == len(LESSONS)
     assert lines[0].split() == "00 Start here quizzes 0 of 1 exercises 0 of 1 guesses -".split()
     assert lines[1].split() == "01 Precision formats quizzes 1 of 1 exercises 0 of 1 guesses -".split()
     assert lines[2].endswith("guesses  1")
+
+
+def test_the_strip_counts_what_is_right_and_passed() -> None:
+    assert "01 0 of 2" in repr(lessons.strip())
+    store().record("quizzes", "memory", answer="c", right=True)
+    assert "01 1 of 2" in repr(lessons.strip()) and ">01 1/2<" in lessons.strip().static_html()
+    store().record("exercises", "01-round-to-format", passed=True)
+    assert "01 done" in repr(lessons.strip()) and ">01 2/2<" in lessons.strip().static_html()

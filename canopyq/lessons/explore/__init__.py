@@ -11,9 +11,10 @@ from .groups import Groups as groups
 from .outlier import Outlier as outlier
 from .rounding import Rounding as rounding
 from .speed import Speed as speed
+from .squeeze import Squeeze as squeeze
 from .static import Static as static
 from .turns import Turns as turns
 from .words import Words as words
 
 __all__ = ["Explorer", "answers", "bits", "choose", "clip", "context", "float_bits", "groups", "outlier", "rounding",
-           "speed", "static", "turns", "words"]  # fmt: skip
+           "speed", "squeeze", "static", "turns", "words"]  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from ipywidgets import FloatSlider, IntSlider, Widget
 from matplotlib.figure import Figure
 
-from ..canvas import BLUE, FAINT, GREEN, INK, RED, new_figure, numbers, styled
+from ..canvas import BLUE, FAINT, GREEN, INK, RED, SKY, new_figure, numbers, styled
 from ..html import box
 from ..saturation import Clipped, clipped
 from .explorer import Explorer
@@ -58,10 +58,11 @@ class Clip(Explorer):
     def _picture(self, figure: Figure, clip: float, bits: int) -> Figure:
         fig = new_figure(2.9, figure)
         left, right = fig.subplots(1, 2)
-        left.hist(numbers(self.values), bins=80, weights=numbers(self.counts), color="#9ecae1", log=True)
+        left.hist(numbers(self.values), bins=80, weights=numbers(self.counts), color=SKY, log=True)
         end = self.absmax.item() * clip
         for side in (-end, end):
             left.axvline(side, color=RED, linewidth=1.5, linestyle="--")
+        left.minorticks_off()
         left.set(xlabel="value (dashed: where the range ends)", ylabel="how many (log)")
         pairs = [(self.at(share, bits).clipping, self.at(share, bits).rounding) for share in SHARES]
         right.plot(SHARES, [c for c, _ in pairs], color=RED, label="clipping", marker="s", markersize=3)

@@ -60,7 +60,7 @@ class Context(Explorer):
         unit, divisor = ("GB", 1e9) if max(sizes.values()) >= 1e9 else ("MB", 1e6)
         colours = [BLUE if name.startswith("weights") else ORANGE for name in sizes]
         drawn = ax.barh(list(sizes), [size / divisor for size in sizes.values()], color=colours, height=0.62)
-        ax.bar_label(drawn, [human(size) for size in sizes.values()], padding=4, fontsize=8, color=INK)
+        ax.bar_label(drawn, [human(size) for size in sizes.values()], padding=4, fontsize=10, color=INK)
         ax.set_xlim(0, 1.15 * max(sizes.values()) / divisor)
         ax.invert_yaxis()
         ax.set_xlabel(unit)

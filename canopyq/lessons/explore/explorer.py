@@ -2,6 +2,9 @@
 
 A callback writes a PNG into ``Image.value`` and text into ``HTML.value``. It prints nothing and shows nothing, since
 output from a callback would land in a cell that is long finished.
+
+To find out where axes go takes matplotlib longer than to draw them. So it is done once for every choice of buttons;
+while a slider moves, axes stay where they are, and the picture does not jump.
 """
 
 from __future__ import annotations
@@ -9,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-from ipywidgets import HTML, HBox, Image, Layout, VBox, Widget
+from ipywidgets import HTML, GridBox, Image, Layout, ToggleButtons, VBox, Widget
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
-from ..canvas import detached, png
+from ..canvas import DPI, detached, png
 from ..html import Card, frame, heading, html_table, section
 from ..text import inline
 
@@ -55,21 +59,30 @@ class Explorer(Card):
         self.image = Image(format="png", layout=Layout(max_width="100%", width="768px", display="none"))
         self.line = HTML("")
         self.line.add_class("canopyq-line")
+        self._places: dict[tuple, list[Bbox]] = {}
         for control in self.controls.values():
             control.observe(self._changed, "value")
             if hasattr(control, "readout"):  # a slider: its label and what it reads are whole
-                control.layout.width, control.style.description_width = "370px", "initial"
+                control.layout.width, control.style.description_width = "auto", "initial"
         self._changed()
-        row = HBox(list(self.controls.values()), layout=Layout(flex_flow="row wrap", overflow="visible"))
-        live = [HTML(heading("Explore", self.title)), row, self.line, self.image]
+        grid = Layout(grid_template_columns="repeat(auto-fit, minmax(340px, 1fr))", grid_gap="2px 18px", width="100%")
+        controls = GridBox(list(self.controls.values()), layout=grid)
+        live = [HTML(heading("Explore", self.title)), controls, self.image, self.line]
         return frame(live, "canopyq-explore", f"canopyq-explore-{self.name}")
 
     def _changed(self, _change: object = None) -> None:
         figure = detached()
         self.line.value = self.draw(figure, **{name: control.value for name, control in self.controls.items()})
         if figure.axes:
-            self.image.value = png(figure)
+            buttons = [control.value for control in self.controls.values() if isinstance(control, ToggleButtons)]
+            kind = (*buttons, len(figure.axes), figure.get_figheight())
+            if kind in self._places:
+                figure.set_layout_engine("none")
+                for axes, place in zip(figure.axes, self._places[kind], strict=True):
+                    axes.set_position(place)
+            self.image.value = png(figure, 2 * DPI)
             self.image.layout.display = None
+            self._places.setdefault(kind, [axes.get_position() for axes in figure.axes])
 
     def static_html(self) -> str:
         head, rows = self.rows()

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from canopyq.tensor.granularity import Granularity
 from canopyq.tensor.quantized_tensor import quantize
 
-from ..canvas import BLUE, FAINT, INK, RED, new_figure, numbers, styled
+from ..canvas import BLUE, FAINT, INK, RED, SKY, new_figure, numbers, styled
 from ..html import box
 from .explorer import Explorer
 
@@ -88,7 +88,7 @@ class Groups(Explorer):
         spread = granularity.from_rows(reach.expand(granularity.rows(self.x).shape), self.x.shape)
         values, ends = numbers(self.x[self.row].abs())[:SHOWN], numbers(spread[self.row])[:SHOWN]
         place = np.arange(len(values))
-        ax.vlines(place, 0, values, color="#9ecae1", linewidth=0.8, label="size of each weight")
+        ax.vlines(place, 0, values, color=SKY, linewidth=0.8, label="size of each weight")
         ax.step(place, ends, where="mid", color=RED, linewidth=1.4, label="how far its scale reaches")
         ax.set_xlim(-1, len(values))
         ax.set_ylim(0, max(float(self.x.abs().max()) * 1.06, 1e-9))

@@ -49,7 +49,7 @@ class Turns(Explorer):
         largest = max(self.weights, *(rows[-1][1] for rows in self.caches.values())) / 1e6
         size = self.caches[cache][turn - 1][1]
         bars = left.bar(["weights", cache], [self.weights / 1e6, size / 1e6], color=[BLUE, ORANGE], width=0.6)
-        left.bar_label(bars, [human(self.weights), human(size)], padding=2, fontsize=8, color=INK)
+        left.bar_label(bars, [human(self.weights), human(size)], padding=2, fontsize=10, color=INK)
         left.set(ylim=(0, 1.12 * largest), ylabel="MB")
         left.tick_params(axis="x", length=0)
         for colour, (name, rows) in zip(COLOURS[1:], self.caches.items(), strict=False):

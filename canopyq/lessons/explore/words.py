@@ -86,12 +86,12 @@ class Words(Explorer):
         places: dict[int, list[int]] = {}
         for i, (bit, weight) in enumerate(zip(text, owner, strict=True)):
             ax.add_patch(Rectangle((i, y), 1, 0.4, facecolor=SHADES[weight % 2], edgecolor="white"))
-            ax.text(i + 0.5, y + 0.19, bit, ha="center", va="center", fontsize=8, family="monospace")
+            ax.text(i + 0.5, y + 0.19, bit, ha="center", va="center", fontsize=10, family="monospace")
             places.setdefault(weight, []).append(i)
         for weight, own in places.items():
             if weight < len(codes):
                 middle = (own[0] + own[-1] + 1) / 2
-                ax.text(middle, y + 0.54, codes[weight], ha="center", va="center", fontsize=8, fontweight="bold")
+                ax.text(middle, y + 0.54, codes[weight], ha="center", va="center", fontsize=10, fontweight="bold")
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         lines = []

@@ -43,7 +43,7 @@ def bars(
     drawn = ax.barh(names, sizes, color=[RED if o else BLUE for o in over], height=0.62)
     labels = [f"{size:{fmt}} {unit}{'  too much' if o else ''}".rstrip() for size, o in zip(sizes, over, strict=True)]
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    ax.bar_label(drawn, labels, padding=4, fontsize=8, color=INK, bbox=paper, zorder=4)
+    ax.bar_label(drawn, labels, padding=4, fontsize=10, color=INK, bbox=paper, zorder=4)
     ax.set_xlim(0, max([*sizes, budget or 0]) * 1.2 or 1)
     if budget is not None:
         ax.axvline(budget, color=INK, linewidth=1.2, linestyle="--")
@@ -98,7 +98,7 @@ def channels(magnitudes: Mapping[str, Any], title: str = "", figure: Figure | No
         ax.vlines(largest, 0, heights[largest], color=RED, linewidth=2, label="the largest" if not i else None)
         ax.axhline(np.median(heights), color=INK, linewidth=1, linestyle="--", label=None if i else "the median")
         ax.set(title=name, xlabel="channel", ylim=(0, 1.08 * max(heights.max(), 1e-9)))
-        ax.annotate(f"{largest}", (largest, heights[largest]), textcoords="offset points", xytext=(4, -2), fontsize=8)
+        ax.annotate(f"{largest}", (largest, heights[largest]), textcoords="offset points", xytext=(4, -2), fontsize=10)
     panels[0].set_ylabel("largest magnitude")
     legend_below(panels[0])
     return fig

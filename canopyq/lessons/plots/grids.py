@@ -16,6 +16,7 @@ from ..canvas import (
     FAINT,
     ORANGE,
     RED,
+    SKY,
     heading,
     legend_below,
     new_figure,
@@ -125,7 +126,7 @@ def histogram_with_grid(
     fig = new_figure(2.8, figure)
     heading(fig, title)
     ax = fig.subplots()
-    count, _, _ = ax.hist(data, bins=bins, color="#9ecae1", label=f"{len(data):,} values")
+    count, _, _ = ax.hist(data, bins=bins, color=SKY, label=f"{len(data):,} values")
     top = max(count.max(), 1)
     many = len(marks) > 64
     ax.vlines(

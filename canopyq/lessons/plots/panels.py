@@ -85,15 +85,15 @@ def _panel(
     if low == high:
         low, high = low - 0.5, high + 0.5
     image = ax.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto" if stacked else "equal")
-    ax.set_title(name, loc="left" if stacked else "center", fontsize=9)
+    ax.set_title(name, loc="left" if stacked else "center", fontsize=10)
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
     where = {"location": "right", "pad": 0.01, "aspect": 8} if stacked else {"location": "bottom", "pad": 0.03}
     bar = fig.colorbar(image, ax=ax, shrink=0.9, **where)
     bar.outline.set_visible(False)
-    bar.locator = MaxNLocator(nbins=2 if stacked else 3)
-    bar.ax.tick_params(labelsize=7, length=2)
+    bar.locator = MaxNLocator(nbins=2)
+    bar.ax.tick_params(labelsize=10, length=2)
     bar.update_ticks()
     if max(values.shape) <= NUMBERED:
         width = 0.82 * WIDTH if stacked else 0.235 * WIDTH if values.shape[1] <= 6 else 0.41 * WIDTH

@@ -50,7 +50,7 @@ def trade_off(
         top.plot(bits, damage, color=colour, marker=marker, markersize=5, linewidth=1.4, label=name)
         for label, x, y in zip(points, bits, damage, strict=True):
             offset, across, along = PLACES[(places or {}).get(label, "above")]
-            text = {"textcoords": "offset points", "xytext": offset, "ha": across, "va": along, "fontsize": 7.5}
+            text = {"textcoords": "offset points", "xytext": offset, "ha": across, "va": along, "fontsize": 10}
             top.annotate(label, (x, y), color=colour, **text)
         _with_intervals(below, bits, shares, colour, marker)
     top.set_yscale("log")
