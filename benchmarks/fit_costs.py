@@ -6,7 +6,7 @@ Shapes in `HELD_OUT` take no part: on them it is printed how far the model is of
 chooses take than the fastest that were measured. The tiles to choose from are few, taken in turn by what each adds, so
 that a prefill of any length compiles few kernels. For each of them the table has a factor by which the model is off,
 and for each shape that was not held out the fastest of them. What the table has for one token stays: whole decoding
-steps (`benchmarks.decode`) judge that.
+steps (`benchmarks.decode`) judge that. So does all that it has of recipes which the sweep leaves out.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ START = {
                  "copy": 1.2e5, "latency": 0.8, "store": 3e-5, "reduce": 5e-5, "split": 2.0, "memory": 3e6},
     "w8a8_wgmma": {"start": 3.5, "fill": 0.3, "operations": 1.4e7, "copy": 8e4, "latency": 0.1, "store": 1.8e-4,
                         "reduce": 1e-5, "cluster": 0.1, **CLUSTERS, "memory": 3.4e6},
+    "w4a8": {"start": 3.5, "fill": 0.3, "operations": 1.2e7, "copy": 8e4, "latency": 0.1, "group": 0.1,
+                     "alone": 2e-3, "store": 1.8e-4, "reduce": 1e-5, "cluster": 0.1, **CLUSTERS, "memory": 3.4e6},
     "wide_int8": {"start": 2.3, "fill": 0.2, "operations": 1.4e7, "copy": 1e5, "latency": 0.4, "store": 7e-5,
                   "memory": 3.2e6},
     "skinny": {"start": 2.5, "memory": 3.2e6, "fill": 3e-5},
@@ -240,7 +242,11 @@ def main() -> None:
             print(f"{recipe}, {len(few)} tiles, {name}: {mean:.3f} times the fastest, at the most {regret[-1]:.2f}")
         chosen[recipe] = [tiles.as_dict(tile) | {"factor": one} for tile, one in zip(few, factor, strict=True)]
         rows += measured(ours, few)
-    rows = one_token(rows, chosen, json.loads(selection.TABLE.read_text(encoding="utf-8")))
+    table = json.loads(selection.TABLE.read_text(encoding="utf-8"))
+    rows = one_token(rows, chosen, table)
+    constants |= {name: some for name, some in table["constants"].items() if name.split()[0] not in chosen}
+    rows = [row for row in table["measured"] if row["recipe"] not in chosen] + rows
+    chosen = {recipe: some for recipe, some in table["tiles"].items() if recipe not in chosen} | chosen
     gpu = json.loads(options.sweep.read_text(encoding="utf-8"))["gpu"]
     write(options.out, gpu, constants, chosen, rows)
     print(f"wrote {options.out}")

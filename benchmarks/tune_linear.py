@@ -29,8 +29,8 @@ import torch.nn.functional as F
 
 from benchmarks.linear import HELD_OUT, SHAPES
 from canopyq.errors import CanopyError
-from canopyq.evaluate.tune import FORMATS, Layer
-from canopyq.kernels.cuda import costs, nvrtc, selection, tiles, w8a8, weight_only
+from canopyq.evaluate.tune import CODES, FORMATS, Layer
+from canopyq.kernels.cuda import costs, nvrtc, selection, tiles, w4a8, w8a8, weight_only
 from canopyq.kernels.cuda.costs import Product
 from canopyq.kernels.cuda.tiles import (
     CodesTile,
@@ -38,6 +38,7 @@ from canopyq.kernels.cuda.tiles import (
     SkinnyTile,
     StreamKTile,
     Tile,
+    W4A8Tile,
     WarpgroupTile,
     Weight,
     WideTile,
@@ -51,11 +52,12 @@ MORE_SHAPES = [
 ]  # fmt: skip
 ROWS = {"w4a16": (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096),
         "w8a16": (1, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096),
+        "w4a8": (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096),
         "w8a8": (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096),
         "fp8": (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)}  # fmt: skip
-GROUP = {"w4a16": 128, "w8a16": 0}
+GROUP = {"w4a16": 128, "w8a16": 0, "w4a8": 128}
 REGISTERS, THREADS, PROCESSORS = 65536, 2048, 132
-MOST = {"decode": 60, "warpgroup": 9, "stream_k": 24, "w8a8_wgmma": 9}  # tiles of a kernel that are timed
+MOST = {"decode": 60, "warpgroup": 9, "stream_k": 24, "w4a8": 10, "w8a8_wgmma": 9}  # tiles of a kernel that are timed
 HOPELESS = 1.4  # times as long as the fastest by the model: what the table's tiles are not timed for
 SILENCE = 20  # seconds without a word after which a process is taken to hang
 WRONG = 4e-3  # a relative error beyond rounding
@@ -197,8 +199,26 @@ def codes_tiles(recipe: str, n: int, k: int, rows: int) -> Iterator[CodesTile | 
                     yield replace(tile, stages=tile.stages // 2)
 
 
+def w4a8_tiles(weight: Weight, rows: int) -> Iterator[W4A8Tile]:
+    wide = next((tokens for tokens in (8, 16, 32, 64) if rows <= tokens), 128)
+    for tokens in {wide} if rows <= 64 else {64, 96, 128} if rows < 256 else {96, 128}:
+        for warpgroups, per_sm, cluster in product((1, 2, 3, 4), (1, 2, 3), (1, 2, 3, 4, 6, 8)):
+            blocks = -(-rows // tokens) * -(-weight.slabs // warpgroups) * cluster
+            if (blocks < 60 and cluster < 4) or (cluster > 4 and blocks > 160):
+                continue  # too few for the GPU
+            if cluster > 1 and (weight.steps < 4 * cluster or blocks > 4 * PROCESSORS * per_sm):
+                continue
+            if warpgroups * per_sm > (2 if tokens > 64 else 3 if tokens > 32 else 6):
+                continue  # registers
+            tile = W4A8Tile(tokens, warpgroups, 20, cluster, per_sm).fitted(weight)
+            if tile.stages > 2:
+                yield tile
+            if tokens <= 64 and tile.stages >= 6:  # leaves room for the next kernel's blocks before the end
+                yield replace(tile, stages=tile.stages // 2)
+
+
 def product_of(recipe: str, k: int, n: int, rows: int) -> Product:
-    if recipe in FORMATS:
+    if recipe in CODES:
         return Product(recipe, n, k, rows)
     steps = -(-k // tiles.STEP)
     weight = Weight(n, -(-n // 64), steps, steps if GROUP[recipe] else 1, int(recipe[1]), GROUP[recipe], False)
@@ -210,6 +230,8 @@ def candidates(recipe: str, k: int, n: int, rows: int) -> list[Tile]:
     asked = product_of(recipe, k, n, rows)
     if asked.weight is None:
         found: Iterator[Tile] = codes_tiles(recipe, n, k, rows)
+    elif recipe in FORMATS:
+        found = w4a8_tiles(asked.weight, rows)
     else:
         weight = asked.weight
         found = (*decode_tiles(weight, rows), *warpgroup_tiles(weight, rows), *stream_k_tiles(weight, rows))
@@ -250,6 +272,12 @@ def compiles(job: tuple[str, Tile]) -> bool:
                 w8a8.wgmma_constants(FORMATS[recipe], torch.float32, BF16, tile),
             )
         found = nvrtc.compile(file, constants, "sm_90a", extra=tiles.codes_product_source(integers, tile.tokens))
+    elif isinstance(tile, W4A8Tile):
+        constants, extra = (
+            w4a8.constants(GROUP[recipe], False, BF16, BF16, tile),
+            tiles.w4a8_product_source(tile.tokens),
+        )
+        found = nvrtc.compile("w4a8.cu", constants, "sm_90a", extra=extra)
     elif isinstance(tile, SkinnyTile):
         found = nvrtc.compile("skinny.cu", w8a8.skinny_constants(FORMATS[recipe], 1, torch.float32, BF16), "sm_90a")
     else:
@@ -396,7 +424,7 @@ def main() -> None:
             "id": i,
             "cell": cell,
             "tiles": [tiles.as_dict(tile) for tile in some if (cell[0], compiled(tile)) in right],
-            "library": selection.LIBRARY in options.kernels and cell[0] != "w8a8" and cell[3] >= 64,
+            "library": selection.LIBRARY in options.kernels and cell[0] not in ("w4a8", "w8a8") and cell[3] >= 64,
         }
         for i, (cell, some) in enumerate(of_cell.items())
     ]

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from canopyq import checks
 from canopyq.errors import CanopyError
-from canopyq.kernels.cuda import launch, selection, w8a8, weight_only
+from canopyq.kernels.cuda import fragments, launch, selection, w4a8, w8a8, weight_only
 from canopyq.kernels.cuda.costs import Product
-from canopyq.kernels.cuda.fragments import prepack
 from canopyq.kernels.cuda.quantize_rows import quantize_rows
 from canopyq.kernels.cuda.selection import Choice
 from canopyq.kernels.cuda.tiles import DecodeTile, SkinnyTile, StreamKTile, Tile, Weight, WideTile
@@ -24,8 +23,10 @@ from canopyq.tensor.quantized_tensor import quantize
 from canopyq.tensor.scheme import Recipe
 from canopyq.utils import track
 
-RECIPES = {"w4a16-g128": "w4a16", "w8a16": "w8a16", "w8a8": "w8a8", "fp8": "fp8"}  # and what `selection` calls them
-FORMATS = {"w8a8": "int8", "fp8": "fp8_e4m3"}  # of 8-bit codes on both sides
+RECIPES = {"w4a16-g128": "w4a16", "w8a16": "w8a16", "w4a8-g128": "w4a8", "w8a8": "w8a8", "fp8": "fp8"}
+# … and what `selection` calls them.
+FORMATS = {"w4a8": "int8", "w8a8": "int8", "fp8": "fp8_e4m3"}  # of the input's codes
+CODES = ("w8a8", "fp8")  # whose weights have 8-bit codes too
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672))
 ROWS = tuple(rows for rows in selection.ROWS if 1 < rows <= 4096)  # of one token `selection` says why it is left out
 CANDIDATES = 8  # that are timed: the first by the model
@@ -64,14 +65,14 @@ class Layer:
         self.recipe, self.k, self.n = recipe, k, n
         weight = torch.randn(n, k, device="cuda") / k**0.5
         self.weight: Weight | None = None
-        if recipe in FORMATS:
+        if recipe in CODES:
             codes, scale = quantize_rows(weight.to(BF16), FORMATS[recipe])
             self.exact = codes.float() * scale
             first = (codes, scale)
         else:
             name = next(name for name, own in RECIPES.items() if own == recipe)
             quantized = quantize(weight, replace(Recipe.parse(name).weights, scale_dtype=BF16))
-            packed = prepack(quantized)
+            packed = (w4a8 if recipe in FORMATS else fragments).prepack(quantized)
             first = (packed["weight_fragments"], packed["weight_scale"])
             group = quantized.scheme.granularity.group_size or 0
             self.weight = weight_only.describe(*first, None, n, quantized.scheme.format.bits, group)
@@ -84,13 +85,15 @@ class Layer:
         return Product(self.recipe, self.n, self.k, rows, self.weight, sms, stored_by_copies=self.n % 8 == 0)
 
     def run(self, own: tuple[Tensor, Tensor], x: Tensor, tile: Tile | None) -> Tensor:
-        """x (rows, k) bfloat16 -> (rows, n); of 8-bit codes with the quantization of x."""
+        """x (rows, k) bfloat16 -> (rows, n), with the quantization of x if it has one."""
         if self.recipe not in FORMATS:
             if tile is None:
                 return F.linear(x, weight_only.run_dequantize(*own, None, self.weight, self.k, BF16))
             run = {DecodeTile: weight_only.run_decode, StreamKTile: weight_only.run_stream_k}
             return run.get(type(tile), weight_only.run_warpgroup)(x, *own, None, self.weight, tile)
         codes, scale = quantize_rows(x, FORMATS[self.recipe])
+        if self.weight is not None:
+            return w4a8.run(codes, scale, *own, None, self.weight, BF16, tile)
         if tile is None:
             scales = {"scale_a": scale, "scale_b": own[1].reshape(1, -1)}
             return torch._scaled_mm(codes, own[0].t(), **scales, out_dtype=BF16, use_fast_accum=True)
@@ -127,7 +130,7 @@ def tune(
 
     Args:
         shapes: (in_features, out_features) of the layers.
-        recipes: w4a16-g128 (for other groups, too), w8a16, w8a8 or fp8.
+        recipes: w4a16-g128 or w4a8-g128 (for other groups, too), w8a16, w8a8 or fp8.
         rows: numbers of tokens; each is rounded up to one of those that a choice is made for.
 
     Raises:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from canopyq.kernels import cpu_int4, cpu_int8, cpu_tiled, reference
-from canopyq.kernels.cuda import w8a8, weight_only
+from canopyq.kernels.cuda import w4a8, w8a8, weight_only
 from canopyq.kernels.cuda.fragments import FRAGMENTS
 from canopyq.kernels.reference import CHECKPOINT_LAYOUT
 from canopyq.kernels.spec import ANY_ROWS, ROW_LIMIT, LinearSpec, RowRanges, WeightLayout, up_to
@@ -73,6 +73,11 @@ KERNELS: dict[str, Kernel] = {
     ),
     "weight_only_dequantize": Kernel(
         "int4/int8 dequantized, then cuBLAS (CUDA)", "cuda", FRAGMENTS, weight_only.unsupported, weight_only.dequantize
+    ),
+    # int4 weights, int8 inputs, on a GPU
+    "w4a8": Kernel(
+        "int4 by int8 on warpgroups (CUDA)", "cuda", w4a8.INTEGER_FRAGMENTS,
+        w4a8.unsupported, w4a8.linear, ANY_ROWS, "w4a8-g128", takes_codes=True,
     ),
     # int4 and int8 weights on a processor, the latter with inputs of any kind
     "cpu_int4": Kernel(

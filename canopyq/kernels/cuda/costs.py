@@ -18,10 +18,11 @@ from canopyq.kernels.cuda.tiles import (
     SkinnyTile,
     StreamKTile,
     Tile,
+    W4A8Tile,
     WarpgroupTile,
     Weight,
     WideTile,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Product:
     """x (rows, k) · Wᵀ (k, n), as the model sees it.
 
     Attributes:
-        recipe: w4a16, w8a16, w8a8 or fp8.
-        weight: of 16-bit activations; None for 8-bit codes.
+        recipe: w4a16, w8a16, w4a8, w8a8 or fp8.
+        weight: of 4 bits, or under 16-bit activations; None for 8-bit codes on both sides.
         multiprocessors: of the GPU.
         stored_by_copies: whether the copy engine can store y: 16-bit floats, n a multiple of 8.
     """
@@ -55,7 +56,7 @@ class Product:
     @property
     def moved(self) -> float:
         """Bytes that memory moves at least: the weight, x, y."""
-        x = 2 if self.weight else 4  # codes are made of 16-bit floats, written and read
+        x = 4 if self.recipe in ("w4a8", "w8a8", "fp8") else 2  # codes are made of 16-bit floats, written and read
         return self.weight_bytes + self.rows * (self.k * x + 2 * self.n)
 
 
@@ -67,7 +68,7 @@ def _most(*times: float) -> float:
     return sum(time**4 for time in times) ** 0.25
 
 
-Blocks = WarpgroupTile | StreamKTile | CodesTile | WideTile
+Blocks = WarpgroupTile | StreamKTile | CodesTile | W4A8Tile | WideTile
 
 
 def _step(product: Product, tile: Blocks, blocks: int, c: Constants) -> float:
@@ -76,6 +77,11 @@ def _step(product: Product, tile: Blocks, blocks: int, c: Constants) -> float:
     if weight is None:
         copy = (tile.tokens + tile.rows) * STEP / c["copy"]
         return _most(blocks * 2 * area * STEP / c["operations"], blocks * copy, c["latency"])
+    if isinstance(tile, W4A8Tile):
+        copy = (tile.tokens * STEP + tile.rows / 16 * weight.step_bytes) / c["copy"]
+        # However many blocks there are: a warpgroup's products, then what it makes of their sums.
+        alone = c["group"] + tile.tokens * c["alone"]
+        return _most(blocks * 2 * area * STEP / c["operations"], blocks * copy, alone, c["latency"])
     sharing = tile.cluster if isinstance(tile, StreamKTile) else 1  # blocks of a cluster copy x together
     copy = (2 * tile.tokens * STEP / sharing + tile.rows / 16 * weight.step_bytes) / c["copy"]
     expand = tile.rows * STEP / c["expand"]
@@ -99,7 +105,7 @@ def decode(product: Product, tile: DecodeTile, c: Constants) -> float:
     return c["start"] + fill + end + _most(product.moved / c["memory"], turns * together * share / rate)
 
 
-def warpgroup(product: Product, tile: WarpgroupTile | CodesTile, c: Constants) -> float:
+def warpgroup(product: Product, tile: WarpgroupTile | CodesTile | W4A8Tile, c: Constants) -> float:
     sms = product.multiprocessors
     blocks = -(-product.rows // tile.tokens) * -(-product.n // tile.rows) * tile.cluster
     size = next((size for size in (3, 4, 6, 8) if tile.cluster <= size), 8)
@@ -169,6 +175,7 @@ MODELS = {
     WarpgroupTile: warpgroup,
     StreamKTile: stream_k,
     CodesTile: warpgroup,
+    W4A8Tile: warpgroup,
     WideTile: wide_int8,
     SkinnyTile: skinny,
 }

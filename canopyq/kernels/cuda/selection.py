@@ -26,7 +26,16 @@ from canopyq.disk import write_atomic
 from canopyq.errors import CanopyError
 from canopyq.kernels.cuda import costs, nvrtc, tiles
 from canopyq.kernels.cuda.costs import Product
-from canopyq.kernels.cuda.tiles import CodesTile, DecodeTile, SkinnyTile, StreamKTile, Tile, WarpgroupTile, WideTile
+from canopyq.kernels.cuda.tiles import (
+    CodesTile,
+    DecodeTile,
+    SkinnyTile,
+    StreamKTile,
+    Tile,
+    W4A8Tile,
+    WarpgroupTile,
+    WideTile,
+)
 from canopyq.kernels.spec import ROW_LIMIT
 
 TABLE = Path(__file__).with_name("tiles.json")
@@ -84,7 +93,7 @@ def candidates(product: Product) -> Iterator[Choice]:
     def estimated(tile: Tile | None, factor: float) -> Choice:
         return Choice(tile, factor * costs.microseconds(product, tile, constants()), measured=False)
 
-    if product.recipe != "w8a8":  # for INT8 cuBLAS writes int32 sums, which take longer than the product
+    if product.recipe not in ("w4a8", "w8a8"):  # of INT8 cuBLAS writes int32 sums, which take longer than the product
         yield estimated(None, 1.0)
     for unfitted, factor in palette(product.recipe):
         tile = fitted(unfitted, product)
@@ -114,18 +123,19 @@ def _choose(product: Product, kernel: str | None) -> Choice | None:
             if (tile is None) == (fits is None) and kernel in (None, tile.KERNEL if tile else LIBRARY):
                 return Choice(fits, us, measured=True)
     able = [choice for choice in candidates(product) if kernel in (None, choice.kernel)]
-    if product.rows == 1 and (near := fitted(_nearest(product), product)):
+    if product.rows == 1 and (nearest := _nearest(product)) and (near := fitted(nearest, product)):
         able = [choice for choice in able if choice.tile == near] or able
     return min(able, key=lambda choice: choice.us, default=None)
 
 
-def _nearest(product: Product) -> Tile:
-    """That of the nearest shape that was measured for one token."""
+def _nearest(product: Product) -> Tile | None:
+    """That of the nearest shape that was measured for one token, if any was."""
 
     def distance(key: Key) -> float:
         return abs(math.log(key[1] / product.k)) + abs(math.log(key[2] / product.n))
 
-    return _measured()[min((key for key in _measured() if key[0] == product.recipe and key[3] == 1), key=distance)][0]
+    near = min((key for key in _measured() if key[0] == product.recipe and key[3] == 1), key=distance, default=None)
+    return near and _measured()[near][0]
 
 
 def fitted(tile: Tile, product: Product) -> Tile | None:
@@ -138,7 +148,7 @@ def fitted(tile: Tile, product: Product) -> Tile | None:
         return tile if product.rows <= tile.MAX_ROWS else None
     if isinstance(tile, StreamKTile | WideTile) and not product.stored_by_copies:
         return None
-    if isinstance(tile, StreamKTile | WarpgroupTile):
+    if isinstance(tile, StreamKTile | WarpgroupTile | W4A8Tile):
         return tile.fitted(product.weight)
     return tile.fitted(product.k) if isinstance(tile, CodesTile) else tile
 

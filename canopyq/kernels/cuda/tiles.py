@@ -240,6 +240,40 @@ class CodesTile:
 
 
 @dataclass(frozen=True)
+class W4A8Tile:
+    """Constants of ``w4a8.cu``, named as there."""
+
+    KERNEL: ClassVar[str] = "w4a8"
+
+    tokens: int
+    warpgroups: int
+    stages: int
+    cluster: int
+    per_sm: int
+
+    @property
+    def rows(self) -> int:
+        """Of W."""
+        return 64 * self.warpgroups
+
+    @property
+    def threads(self) -> int:
+        return self.warpgroups * 128 + (128 if self.tokens > 64 and self.warpgroups > 1 else 64)
+
+    def stage_bytes(self, weight: Weight) -> int:
+        return -(-(self.tokens * STEP + self.rows // 16 * weight.step_bytes) // 1024) * 1024
+
+    def shared(self, weight: Weight) -> int:
+        """Bytes of shared memory: the ring, whose memory the sums take over, and what aligning it may cost."""
+        return max(self.stages * self.stage_bytes(weight), self.tokens * (self.rows + 4) * 4) + 1024
+
+    def fitted(self, weight: Weight) -> W4A8Tile:
+        """This tile with as many stages as fit, and no more blocks that split the columns than there are steps."""
+        most = (SHARED // self.per_sm - RESERVED - 1024 - 512) // self.stage_bytes(weight)
+        return replace(self, stages=min(self.stages, most), cluster=min(self.cluster, weight.steps))
+
+
+@dataclass(frozen=True)
 class WideTile:
     """Constants of ``wide_int8.cu``, named as there."""
 
@@ -274,8 +308,10 @@ class SkinnyTile:
     MAX_ROWS: ClassVar[int] = 16  # at most
 
 
-Tile = DecodeTile | WarpgroupTile | StreamKTile | CodesTile | WideTile | SkinnyTile
-KINDS = {kind.KERNEL: kind for kind in (DecodeTile, WarpgroupTile, StreamKTile, CodesTile, WideTile, SkinnyTile)}
+Tile = DecodeTile | WarpgroupTile | StreamKTile | CodesTile | W4A8Tile | WideTile | SkinnyTile
+KINDS = {
+    kind.KERNEL: kind for kind in (DecodeTile, WarpgroupTile, StreamKTile, CodesTile, W4A8Tile, WideTile, SkinnyTile)
+}
 
 
 def as_dict(tile: Tile) -> dict[str, int | str]:
@@ -325,5 +361,23 @@ __device__ __forceinline__ void codes_multiply_add({number} (&d)[{sums}], u64 w,
                  "wgmma.mma_async.sync.aligned.m64n{tokens}k32.{kind} "
                  "{{{d}}}, %{sums}, %{sums + 1}, add{signs};\\n\\t}}"
                  : {outputs} : "l"(w), "l"(x), "r"(u32(add)));
+}}
+"""
+
+
+def w4a8_product_source(tokens: int) -> str:
+    """``warpgroup_multiply_add`` as `product_source` has it, of int8: d (64, tokens) = a (64, 32) · b (32, tokens) in
+    int32, a in registers as for m16n8k32."""
+    sums = tokens // 2
+    d = ", ".join(f"%{i}" for i in range(sums))
+    a = ", ".join(f"%{sums + i}" for i in range(4))
+    outputs = ", ".join(f'"+r"(d[{i}])' for i in range(sums))
+    inputs = ", ".join(f'"r"(a[{i}])' for i in range(4))
+    return f"""
+__device__ __forceinline__ void warpgroup_multiply_add(int (&d)[{sums}], const u32 (&a)[4], u64 b, bool add) {{
+    asm volatile("{{\\n\\t.reg .pred add;\\n\\tsetp.ne.u32 add, %{sums + 5}, 0;\\n\\t"
+                 "wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.s8.s8 "
+                 "{{{d}}}, {{{a}}}, %{sums + 4}, add;\\n\\t}}"
+                 : {outputs} : {inputs}, "l"(b), "r"(u32(add)));
 }}
 """

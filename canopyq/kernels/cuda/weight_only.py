@@ -35,13 +35,19 @@ HOPPER = (9, 0)
 
 
 def unsupported(spec: LinearSpec) -> str | None:
-    fmt, granularity = spec.weights.format, spec.weights.granularity
+    fmt = spec.weights.format
     if reason := unavailable(spec.device):
         return reason
     if not (isinstance(fmt, IntFormat) and fmt.bits in (4, 8)):
         return f"it takes int4 and int8 weights; these are {fmt.name}"
     if spec.activations is not None:
         return "it leaves activations in 16 bits, and this recipe quantizes them"
+    return unsupported_weight(spec)
+
+
+def unsupported_weight(spec: LinearSpec) -> str | None:
+    """For its scales or its size."""
+    granularity = spec.weights.granularity
     if spec.weights.scale_dtype not in NARROW:
         return f"it takes bfloat16 and float16 scales; these are {spec.weights.scale_dtype}"
     if granularity.kind not in ("group", "channel") or granularity.axis != 0:
@@ -54,8 +60,10 @@ def unsupported(spec: LinearSpec) -> str | None:
 
 
 def unsupported_warpgroup(spec: LinearSpec) -> str | None:
-    if reason := unsupported(spec):
-        return reason
+    return unsupported(spec) or no_wgmma(spec)
+
+
+def no_wgmma(spec: LinearSpec) -> str | None:
     if (have := _capability(spec.device.index)) != HOPPER:
         return f"it uses products that only compute capability 9.0 has; this GPU has {have[0]}.{have[1]}"
     return None
@@ -292,7 +300,7 @@ def run_dequantize(
 # --- the operators ---------------------------------------------------------------------------------------------------
 
 
-def _check_weight(codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+def check_weight(codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
     for part in (codes, scale) if zero is None else (codes, scale, zero):
         if part.device.type != "cuda" or part.device != codes.device:
             raise CanopyError(f"the weight's tensors must be on one NVIDIA GPU; one is on {part.device}")
@@ -320,7 +328,7 @@ def decode_linear(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, bits: int, group: int
 ) -> Tensor:
     """x (M, K) · Wᵀ with ``decode.cu``: (M, n). Raises `CanopyError` for input that the kernel does not take."""
-    _check_weight(codes, scale, zero)
+    check_weight(codes, scale, zero)
     x = _check_input(x, codes, n)
     if not len(x):
         return x.new_empty(0, n)
@@ -335,7 +343,7 @@ def warpgroup_linear(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, bits: int, group: int
 ) -> Tensor:
     """x (M, K) · Wᵀ with ``warpgroup.cu``: (M, n). Raises `CanopyError` for input that the kernel does not take."""
-    _check_weight(codes, scale, zero)
+    check_weight(codes, scale, zero)
     x = _check_input(x, codes, n)
     if not len(x):
         return x.new_empty(0, n)
@@ -349,7 +357,7 @@ def stream_k_linear(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, bits: int, group: int
 ) -> Tensor:
     """x (M, K) · Wᵀ with ``stream_k.cu``: (M, n). Raises `CanopyError` for input that the kernel does not take."""
-    _check_weight(codes, scale, zero)
+    check_weight(codes, scale, zero)
     x = _check_input(x, codes, n)
     if n % 8:
         raise CanopyError(f"the stream-K kernel takes out_features in multiples of 8, not {n}")
@@ -365,7 +373,7 @@ def dequantize_fragments(
     codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, k: int, bits: int, group: int, dtype: torch.dtype
 ) -> Tensor:
     """The weight (n, k) in bfloat16, float16 or float32."""
-    _check_weight(codes, scale, zero)
+    check_weight(codes, scale, zero)
     weight = describe(codes, scale, zero, n, bits, group)
     return run_dequantize(codes, scale, zero, weight, k, dtype)
 
