@@ -166,31 +166,41 @@ def multiprocessors(device: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def matrix_map(pointer: int, rows: int, columns: int, item: int, box_rows: int, box_columns: int) -> bytes:
-    """Tells the copy engine where a matrix lies and in what boxes it comes or goes, swizzled by 128 bytes.
+def tensor_map(
+    pointer: int, element: str, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> bytes:
+    """Tells the copy engine where a tensor lies and in what boxes it comes or goes, swizzled by 128 bytes.
 
     Args:
-        item: bytes of an element, 1 or 2. A row takes a multiple of 16 bytes, a box 128 bytes across.
+        element: the driver's name for its type, such as ``"UINT8"`` or ``"BFLOAT16"``.
+        sizes, box: elements along each dimension of the tensor and of a box, which is 128 bytes across; the innermost
+            dimension, whose neighbours lie side by side, comes first.
+        strides: bytes from one element to the next along each dimension but the first, multiples of 16.
 
     Raises:
         CanopyError: if the driver does not accept it.
     """
     from cuda.bindings import driver as d
 
-    kinds = d.CUtensorMapDataType
     result, made = d.cuTensorMapEncodeTiled(
-        kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8 if item == 1 else kinds.CU_TENSOR_MAP_DATA_TYPE_UINT16,
-        2,
+        getattr(d.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{element}"),
+        len(sizes),
         pointer,
-        [d.cuuint64_t(columns), d.cuuint64_t(rows)],
-        [d.cuuint64_t(columns * item)],
-        [d.cuuint32_t(box_columns), d.cuuint32_t(box_rows)],
-        [d.cuuint32_t(1)] * 2,
+        [d.cuuint64_t(size) for size in sizes],
+        [d.cuuint64_t(stride) for stride in strides],
+        [d.cuuint32_t(size) for size in box],
+        [d.cuuint32_t(1)] * len(sizes),
         d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
         d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     if result != 0:
-        raise CanopyError(f"the driver does not describe a matrix of shape ({rows}, {columns}): {result.name}")
+        raise CanopyError(f"the driver does not describe a tensor of sizes {sizes}: {result.name}")
     return ctypes.string_at(made.getPtr(), 128)
+
+
+def matrix_map(pointer: int, rows: int, columns: int, item: int, box_rows: int, box_columns: int) -> bytes:
+    """`tensor_map` of a matrix (rows, columns) without gaps, ``item`` bytes (1 or 2) to an element."""
+    element = "UINT8" if item == 1 else "UINT16"
+    return tensor_map(pointer, element, (columns, rows), (columns * item,), (box_columns, box_rows))

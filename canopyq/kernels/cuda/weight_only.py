@@ -7,10 +7,9 @@ little: `dequantize` does, and torch multiplies. `selection` knows for which row
 
 from __future__ import annotations
 
-import ctypes
 import secrets
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache
 from itertools import count
 
 import torch
@@ -21,7 +20,7 @@ from canopyq.errors import CanopyError
 from canopyq.kernels.cuda import selection, tiles
 from canopyq.kernels.cuda.costs import Product
 from canopyq.kernels.cuda.fragments import SLAB, STEP, padded
-from canopyq.kernels.cuda.launch import Function, matrix_map, multiprocessors, unavailable
+from canopyq.kernels.cuda.launch import Function, matrix_map, multiprocessors, tensor_map, unavailable
 from canopyq.kernels.cuda.tiles import SHARED, DecodeTile, StreamKTile, WarpgroupTile, Weight
 from canopyq.kernels.spec import LinearSpec, PackedWeight, RowRanges, up_to
 from canopyq.tensor.formats import IntFormat
@@ -202,28 +201,11 @@ def _dequantize(bits: int, group: int, asymmetric: bool, out: torch.dtype, scale
     return Function("dequantize.cu", "dequantize", every, "PPPPiiiii", device, 256)
 
 
-@lru_cache(maxsize=4096)
-def _tensor_map(pointer: int, rows: int, k: int, dtype: torch.dtype, tokens: int, halves: int = 2) -> bytes:
+def _input_map(x: Tensor, tokens: int, halves: int = 2) -> bytes:
     """Tells the copy engine where x (rows, k) lies and that it comes in boxes, ``tokens`` rows by ``halves`` · 64."""
-    from cuda.bindings import driver as d
-
-    kind = d.CUtensorMapDataType
-    result, made = d.cuTensorMapEncodeTiled(
-        kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if dtype == torch.bfloat16 else kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        3,
-        pointer,
-        [d.cuuint64_t(64), d.cuuint64_t(rows), d.cuuint64_t(k // 64)],
-        [d.cuuint64_t(2 * k), d.cuuint64_t(128)],
-        [d.cuuint32_t(64), d.cuuint32_t(tokens), d.cuuint32_t(halves)],
-        [d.cuuint32_t(1)] * 3,
-        d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    if result != 0:
-        raise CanopyError(f"the driver does not describe an input of shape ({rows}, {k}): {result.name}")
-    return ctypes.string_at(made.getPtr(), 128)
+    rows, k = x.shape
+    element = "BFLOAT16" if x.dtype == torch.bfloat16 else "FLOAT16"
+    return tensor_map(x.data_ptr(), element, (64, rows, k // 64), (2 * k, 128), (64, tokens, halves))
 
 
 def describe(codes: Tensor, scale: Tensor, zero: Tensor | None, n: int, bits: int, group: int) -> Weight:
@@ -256,7 +238,7 @@ def run_warpgroup(
     y = x.new_empty(rows, weight.n)
     grid = (-(-rows // tile.tokens), -(-weight.slabs // (tile.rows // SLAB)), tile.cluster)
     sizes = (rows, weight.n, weight.slabs, weight.steps, weight.groups)
-    x_map = _tensor_map(x.data_ptr(), rows, k, x.dtype, tile.tokens)
+    x_map = _input_map(x, tile.tokens)
     function(grid, x_map, *_pointers(codes, scale, zero), y.data_ptr(), *sizes, shared=tile.shared(weight))
     return y
 
@@ -277,7 +259,7 @@ def run_stream_k(
     blocks = grid.clusters * tile.cluster
     sums = blocks * tile.rows * tile.tokens * 4 if grid.parts > 1 and grid.shared else 0
     space = torch.empty(sums + 8 * blocks * tile.warpgroups, dtype=torch.uint8, device=x.device)
-    x_map = _tensor_map(x.data_ptr(), rows, k, x.dtype, tile.tokens // tile.cluster, 1)
+    x_map = _input_map(x, tile.tokens // tile.cluster, 1)
     y_map = matrix_map(y.data_ptr(), rows, weight.n, 2, tile.BOX_TOKENS, 64)
     places = (*_pointers(codes, scale, zero), space.data_ptr(), space.data_ptr() + sums)
     sizes = (rows, weight.slabs, weight.steps, weight.groups, grid.across, grid.whole, grid.shared, grid.parts)
