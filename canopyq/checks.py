@@ -7,7 +7,9 @@ the cure. What lies behind a door trusts what was asked there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from numbers import Integral, Real
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -126,6 +128,14 @@ def with_values(name: str, x: Tensor) -> Tensor:
     if x.is_meta:
         raise CanopyError(f"{name} is a meta tensor of shape {tuple(x.shape)}, without values; load them first")
     return x
+
+
+def extra(package: str, name: str) -> ModuleType:
+    """A package that canopyq runs without, of the extra of this name."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise CanopyError(f"this needs {package}, which is not here ({error}); pip install 'canopyq[{name}]'") from None
 
 
 def module(name: str, model: object) -> nn.Module:

@@ -98,6 +98,24 @@ def prefixed(prefix: str) -> Iterator[None]:
         raise CanopyError(f"{prefix}{error}") from None
 
 
+@contextmanager
+def wrapped(what: str, cure: str = "", *kinds: type[BaseException]) -> Iterator[None]:
+    """Let another library or the system refuse, and say so in one line: ``"what (its message); cure"``.
+
+    Args:
+        kinds: of exceptions; any if none is named. A `CanopyError` says enough itself.
+    """
+    try:
+        yield
+    except CanopyError:
+        raise
+    except Exception as error:
+        if kinds and not isinstance(error, kinds):
+            raise
+        reason = (isinstance(error, OSError) and error.strerror) or one_line(error)
+        raise CanopyError(f"{what} ({reason})" + (f"; {cure}" if cure else "")) from error
+
+
 def and_more(names: Sequence[str]) -> str:
     """The first name, and how many others there are: ``"lm_head and 3 more"``."""
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -16,7 +16,7 @@ from torch import nn
 
 from canopyq import checks
 from canopyq.checkpoint.files import as_path
-from canopyq.errors import CanopyError, one_line, shown
+from canopyq.errors import CanopyError, shown, wrapped
 from canopyq.nn.embedding import QuantizedEmbedding
 from canopyq.nn.hadamard import online_hadamard
 from canopyq.nn.linear import QuantizedLinear, quantized_layers
@@ -52,10 +52,8 @@ def attach_lora(model: nn.Module, config: LoraConfig | None = None, adapter_name
     if config.target_modules == ALL:
         config.target_modules = sorted({name.rpartition(".")[2] for name in layers})
     _register(config)
-    try:
+    with wrapped("peft cannot attach this adapter", "change its config"):
         return peft.get_peft_model(model, config, adapter_name)
-    except Exception as error:  # whatever peft raises
-        raise CanopyError(f"peft cannot attach this adapter ({one_line(error)}); change its config") from error
 
 
 def load_lora(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> PeftModel:
@@ -76,25 +74,17 @@ def load_lora(model: nn.Module, folder: str | Path, *, trainable: bool = False) 
     if not (folder / "adapter_model.safetensors").is_file():  # peft would look for a pickle, and on the hub
         raise CanopyError(f"{folder} holds no adapter_model.safetensors; name a folder that save_pretrained wrote")
     peft = _peft()
-    try:
+    with wrapped(f"the adapter in {folder} does not go on this model"):
         config = peft.PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, peft.LoraConfig):
             raise CanopyError(f"{folder} holds {shown(config)}, and only LoRA adapters go on quantized layers")
         config.inference_mode = not trainable
         _register(config)
         return peft.PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
-    except CanopyError:
-        raise
-    except Exception as error:  # whatever peft raises
-        raise CanopyError(f"the adapter in {folder} does not go on this model ({one_line(error)})") from error
 
 
 def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise CanopyError("LoRA needs peft, which is not here; pip install 'canopyq[finetune]'") from None
-    return peft
+    return checks.extra("peft", "finetune")
 
 
 def _layers(model: nn.Module) -> dict[str, QuantizedLinear]:

@@ -1,4 +1,5 @@
-"""What many rooms share: a progress bar, and results that a notebook shows as they are printed."""
+"""What many rooms share: a progress bar, models in evaluation mode for a while, and results that a notebook shows as
+they are printed."""
 
 from __future__ import annotations
 
@@ -7,9 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from torch import nn
 
 T = TypeVar("T")
 EVERY = 10.0  # seconds between two lines of a log
@@ -52,6 +56,19 @@ def _logged(items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
             of = "" if total is None else f" of {total}"
             print(f"{what}: {count}{of} done, {now - start:.0f} s", file=sys.stderr, flush=True)
         yield item
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """No dropout; afterwards every module is in the mode that it was in."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 class Preformatted:

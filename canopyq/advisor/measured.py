@@ -10,7 +10,7 @@ from pathlib import Path
 
 from canopyq.checkpoint.files import as_path
 from canopyq.disk import write_atomic
-from canopyq.errors import CanopyError, one_line, shown
+from canopyq.errors import CanopyError, shown, wrapped
 from canopyq.evaluate.quality import Comparison
 from canopyq.evaluate.stats import Share
 from canopyq.tensor.scheme import Recipe
@@ -102,17 +102,11 @@ def read(path: str | Path) -> list[Measurement]:
         CanopyError: for a file that does not hold them.
     """
     path = as_path(path)
-    try:
+    wanted = '{"source": …, "rows": [{"recipe": …, "kl": …, "right": …, "n": …}]}'
+    with wrapped(f"{path} does not hold measurements", f"name a file of {wanted}"):
         content = json.loads(path.read_text(encoding="utf-8"))
         shared = {key: content[key] for key in ("source", "model") if key in content}
         return [Measurement(**(shared | row)) for row in content["rows"]]
-    except CanopyError:
-        raise
-    except OSError as error:
-        raise CanopyError(f"{path} cannot be read ({error.strerror}); name a file of measurements") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        wanted = '{"source": …, "rows": [{"recipe": …, "kl": …, "right": …, "n": …}]}'
-        raise CanopyError(f"{path} does not hold measurements ({one_line(error)}); it should be {wanted}") from error
 
 
 def write(path: str | Path, measurements: Iterable[Measurement], **about: object) -> None:

@@ -140,14 +140,10 @@ def byte_count(text: str | int | float) -> int:
         CanopyError: for anything else, and for less than a byte.
     """
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?(?:e\d{1,2})?)\s*([kmgt]?)(i?)b?\s*", _words(text).lower())
-    if not match:
-        raise CanopyError(f"{shown(text)} is no amount of memory; write it as 8GB, 6.5GiB or 500MB")
-    number, unit, binary = match.groups()
-    if binary and not unit:
-        raise CanopyError(f"{shown(text)} is no amount of memory; write it as 8GB, 6.5GiB or 500MB")
+    number, unit, binary = match.groups() if match else ("0", "", "")
     count = round(float(number) * (1024 if binary else 1000) ** "_kmgt".find(unit or "_"))
-    if count < 1:
-        raise CanopyError(f"a memory budget of {shown(text)} holds nothing; write it as 8GB, 6.5GiB or 500MB")
+    if count < 1 or (binary and not unit):
+        raise CanopyError(f"{shown(text)} is no amount of memory; write it as 8GB, 6.5GiB or 500MB")
     return count
 
 

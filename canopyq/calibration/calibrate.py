@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from canopyq import checks
 from canopyq.calibration.blocks import call, find_blocks
 from canopyq.calibration.data import Batch, read_batches
-from canopyq.calibration.mode import eval_mode
 from canopyq.calibration.statistics import ActivationStats, Seen
-from canopyq.errors import CanopyError, by_reason, unknown
+from canopyq.errors import CanopyError, by_reason, prefixed, unknown
 from canopyq.nn.kinds import Kind
 from canopyq.nn.sites import Site, output_heads, weight_sites
-from canopyq.utils import progress
+from canopyq.utils import eval_mode, progress
 
 SETTLED = 0.05  # a range that the second half of the data widens by less than this is called settled
 
@@ -259,7 +258,7 @@ class _Collector:
         layers = [layer for layer in layers if layer in self.watched]
         if not layers:
             return
-        try:
+        with prefixed(f"{layers[0]}: "):
             if self._last is None or self._last[0] is not x:
                 sample = self._sample_of(layers[0], x[..., 0].numel(), x.device) if sample is None else sample
                 self._last = (x, Seen(x, sample, self._samples))
@@ -269,8 +268,6 @@ class _Collector:
                     self.statistics[layer] = ActivationStats.empty(x.shape[-1], x.device, hessian=self.hessian)
                 if seen.tokens:
                     self.statistics[layer].add(seen, **self.options)
-        except CanopyError as error:
-            raise CanopyError(f"{layers[0]}: {error}") from None
 
     def _sample_of(self, layer: str, rows: int, device: torch.device) -> Tensor:
         if rows != len(self._sample) and bool((self._sample >= 0).all()) and rows % self._samples == 0:

@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from canopyq.calibration.blocks import call
 from canopyq.calibration.data import Batch
-from canopyq.calibration.mode import eval_mode
 from canopyq.nn.linear import QuantizedLinear
 from canopyq.nn.targets import Target
-from canopyq.utils import track
+from canopyq.utils import eval_mode, track
 
 
 @torch.no_grad()

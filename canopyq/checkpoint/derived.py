@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from canopyq.checkpoint.files import Checkpoint, Derived
 from canopyq.checkpoint.layout import FLOAT, from_disk
 from canopyq.checkpoint.names import Names, part_shape
-from canopyq.errors import CanopyError, one_line, shown
+from canopyq.errors import CanopyError, shown, wrapped
 from canopyq.nn.sites import Site
 from canopyq.tensor.scheme import Scheme
 
@@ -222,13 +222,11 @@ class _Conversion:
         converter = copy.deepcopy(self.converter)
         for name, own, pattern in self.parts:
             converter.add_tensor(self.key, own, pattern, read(name))
-        try:
+        with wrapped(
+            f"{self.source.folder}: transformers cannot make {self.key} of {shown(self.sources[0])}",
+            "the files do not fit config.json",
+        ):  # whatever an operation raises on tensors of other shapes
             found = converter.convert(self.key, model=self.model, config=self.model.config)
-        except Exception as error:  # whatever an operation raises on tensors of other shapes
-            raise CanopyError(
-                f"{self.source.folder}: transformers cannot make {self.key} of {shown(self.sources[0])} "
-                f"({one_line(error)}); the files do not fit config.json"
-            ) from error
         return {name: x[0] if isinstance(x, list) else x for name, x in found.items()}
 
     def shapes(self) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from canopyq.errors import CanopyError, one_line, shown, unknown
+from canopyq.errors import CanopyError, shown, unknown, wrapped
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
@@ -153,17 +153,13 @@ class Checkpoint:
         if (how := self.derived.get(name)) is not None:
             return how.read(at)
         file, _ = self.tensors[name]
-        try:
+        with wrapped(
+            f"{file}: tensor {shown(name)} cannot be read", "was the file changed meanwhile?"
+        ):  # safetensors has its own exception, the system others
             # Opened anew each time: as long as a mapping lives, all that was read through it counts as memory in use.
             with safe_open(file, framework="pt") as opened:
                 own = self.in_files.get(name, name)
                 return opened.get_tensor(own) if at is None else opened.get_slice(own)[at]
-        except CanopyError:
-            raise
-        except Exception as error:  # safetensors has its own exception, the system others
-            raise CanopyError(
-                f"{file}: tensor {shown(name)} cannot be read ({one_line(error)}); was the file changed meanwhile?"
-            ) from None
 
 
 class Reader:
@@ -289,7 +285,9 @@ def read_header(path: Path | str) -> dict[str, TensorInfo]:
         CanopyError: for a file that the library refuses, or with a header out of proportion.
     """
     path = Path(path)
-    try:
+    with wrapped(
+        f"{path} cannot be read", "copy or download it again", OSError, MemoryError, SafetensorError
+    ):  # a sparse file may be larger than what can be mapped
         with open_ordinary(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)
@@ -308,8 +306,6 @@ def read_header(path: Path | str) -> dict[str, TensorInfo]:
                     raise unknown(f"dtype of {path}: tensor {shown(name)}", dtype, DTYPES)
                 end += math.prod(shape) * DTYPES[dtype].itemsize
                 header[name] = TensorInfo(dtype, shape, start, end)
-    except (OSError, MemoryError, SafetensorError) as error:  # a sparse file may be larger than what can be mapped
-        raise CanopyError(f"{path} cannot be read ({one_line(error)}); copy or download it again") from None
     return header
 
 
@@ -376,11 +372,9 @@ def parse_json(raw: bytes, path: Path, *, finite: bool = False) -> dict[str, Any
             raise ValueError(f"{name} is no number of JSON")
         return float(name)
 
-    try:
+    with wrapped(f"{path} holds no valid JSON", "copy or download it again", ValueError, RecursionError):
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=once, parse_constant=constant)
         _raise_deep(content)
-    except (ValueError, RecursionError) as error:
-        raise CanopyError(f"{path} holds no valid JSON ({one_line(error)}); copy or download it again") from None
     if not isinstance(content, dict):
         raise CanopyError(f"{path} holds a JSON {type(content).__name__}, not an object; copy or download it again")
     return content

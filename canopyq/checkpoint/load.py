@@ -19,7 +19,7 @@ from canopyq.checkpoint.layout import check, from_disk, input_from_disk
 from canopyq.checkpoint.names import Names, names_of, part_shape, tied, without_place
 from canopyq.checkpoint.pretrained import teach_transformers
 from canopyq.checkpoint.skeleton import build, compute_buffers, quiet, read_model_config
-from canopyq.errors import CanopyError, and_more, one_line, prefixed
+from canopyq.errors import CanopyError, and_more, prefixed, wrapped
 from canopyq.nn.linear import QuantizedLinear
 from canopyq.nn.sites import Site, put_layers, weight_holders
 
@@ -336,8 +336,6 @@ def _generation(model: PreTrainedModel, folder: Path) -> None:
     if not (folder / GENERATION).exists():
         return
     read_json(folder / GENERATION)  # that it is one
-    try:
+    with wrapped(f"{folder / GENERATION} is not understood"):
         with quiet():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise CanopyError(f"{folder / GENERATION} is not understood ({one_line(error)})") from error

@@ -20,7 +20,7 @@ from canopyq.checkpoint.readers import readers
 from canopyq.checkpoint.skeleton import build, read_model_config
 from canopyq.errors import CanopyError, and_more, by_reason, prefixed, shown
 from canopyq.memory import human
-from canopyq.nn.fused import fused
+from canopyq.nn.fused_linear import fused
 from canopyq.nn.targets import few, find_targets
 from canopyq.tensor.quantized_tensor import quantize
 from canopyq.tensor.scheme import Recipe

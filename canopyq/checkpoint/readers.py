@@ -16,7 +16,7 @@ from canopyq.checkpoint.config import Group, Quantization
 from canopyq.checkpoint.layout import INT, MXFP4, NVFP4, PACKED
 from canopyq.checkpoint.skeleton import quiet
 from canopyq.errors import one_line
-from canopyq.nn.fused import FUSED
+from canopyq.nn.fused_linear import FUSED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

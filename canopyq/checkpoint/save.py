@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from canopyq import checks
-from canopyq.calibration.mode import eval_mode
 from canopyq.checkpoint.config import Quantization, write_config
 from canopyq.checkpoint.contents import Contents, bare_config, contents, own_memory, tensors_of, widest
 from canopyq.checkpoint.files import CONFIG, INDEX, SINGLE, as_path
@@ -29,9 +28,10 @@ from canopyq.checkpoint.names import tied
 from canopyq.checkpoint.output import refuse_not_empty, whole_or_absent
 from canopyq.checkpoint.readers import readers, tried_by_transformers
 from canopyq.checkpoint.skeleton import quiet
-from canopyq.errors import CanopyError, one_line
+from canopyq.errors import CanopyError, wrapped
 from canopyq.memory import human
 from canopyq.nn.linear import QuantizedLinear, quantized_layers
+from canopyq.utils import eval_mode
 
 NOTE = "canopyq.json"  # what canopyq itself says of a checkpoint
 MOST = 0.05  # of the logits' norm: from run to run kernels differ by less, and another model by more
@@ -130,7 +130,7 @@ def save(
     stored = dtype or (torch.bfloat16 if _lossless(plain, torch.bfloat16) else None)
     config = _config(model, held, stored or widest(plain))
     recipe = ", ".join(dict.fromkeys(map(word, held.groups)))
-    try:
+    with wrapped(f"{folder} could not be written", "nothing was left behind", OSError, SafetensorError):
         with whole_or_absent(folder) as work:
             nbytes = _write_tensors(work, tensors_of(model, held, stored), max_shard_bytes)
             _write_json(work / CONFIG, config)
@@ -143,8 +143,6 @@ def save(
             if try_others:
                 tools["transformers"] = _try_transformers(work, model, tools["transformers"])
             _write_json(work / NOTE, _note(recipe, found))
-    except (OSError, SafetensorError) as error:
-        raise CanopyError(f"{folder} could not be written ({one_line(error)}); nothing was left behind") from error
     return Saved(folder, recipe, nbytes, getattr(torch, config["dtype"]), found, tools)
 
 
@@ -214,12 +212,10 @@ def _umask() -> int:
 def _check_generation(model: nn.Module) -> None:
     """Raise `CanopyError` for settings of generation that transformers would refuse to write in the end."""
     generation = getattr(model, "generation_config", None)
-    try:
+    with wrapped("model.generation_config is not valid", "mend it first", ValueError):
         if generation is not None:
             with quiet():
                 generation.validate(strict=True)
-    except ValueError as error:
-        raise CanopyError(f"model.generation_config is not valid ({one_line(error)}); mend it first") from error
 
 
 def _write_others(work: Path, model: nn.Module, tokenizer) -> None:
@@ -268,13 +264,9 @@ def read_back(model: nn.Module, folder: Path, plain: Mapping[str, Tensor], dtype
         _compare_plain(name, tensor, loaded, dtype)
     example = _example(model)
     with eval_mode(model):
-        try:
+        what = f"the file could not be judged, and was removed: {type(model).__name__} gives no answer to "
+        with wrapped(what + f"{' and '.join(example)} alone", "save it with check=False"):
             before, kind = _answer(model, example)
-        except Exception as error:  # whatever a model raises that wants more than one input
-            raise CanopyError(
-                f"{type(model).__name__} gives no answer to {' and '.join(example)} alone ({one_line(error)}), so the "
-                "file could not be judged, and was removed; save it with check=False"
-            ) from error
         after, _ = _answer(loaded, example)
         for name, tensor in plain.items():  # now both compute with the same numbers, and only their code can differ
             module, _, leaf = name.rpartition(".")

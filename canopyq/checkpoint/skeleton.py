@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from canopyq.errors import CanopyError, cut, one_line, shown
+from canopyq.errors import CanopyError, cut, shown, wrapped
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -47,16 +47,12 @@ def read_model_config(folder: Path, content: Mapping[str, Any], tensors: int) ->
     _check_numbers(content, max(tensors, MANY))
     if content.get("auto_map") and content.get("model_type") not in CONFIG_MAPPING:
         raise _code_beside(content.get("model_type"))
-    try:
+    with wrapped(f"{folder / 'config.json'} is no model's config", "mend it"):
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         layers = getattr(config, "num_hidden_layers", 0)
         if type(layers) is not int or not 0 <= layers <= tensors:
             raise CanopyError(f"config.json says {shown(layers)} layers, and the files hold {tensors} tensors")
-    except CanopyError:
-        raise
-    except Exception as error:  # whatever the configuration classes raise
-        raise CanopyError(f"{folder / 'config.json'} is no model's config ({one_line(error)}); mend it") from error
     for name in ("quantization_config", "compression_config"):
         if hasattr(config, name):
             delattr(config, name)
@@ -187,12 +183,8 @@ def _unset(dtype: torch.dtype) -> float | int | bool:
 
 @contextmanager
 def _understood() -> Iterator[None]:
-    try:
+    with wrapped("config.json makes no model", "mend it"):
         yield
-    except CanopyError:
-        raise
-    except Exception as error:  # whatever the model classes raise
-        raise CanopyError(f"config.json makes no model ({one_line(error)}); mend it") from error
 
 
 def _refuse_larger(model: nn.Module, most: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from canopyq.cli.output import JsonFlag, print_json, print_plain
-from canopyq.errors import CanopyError, one_line, shown
+from canopyq.errors import shown, wrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,11 +26,9 @@ def export(
     as_json: JsonFlag = False,
 ) -> None:
     """Write a model as one GGUF file for llama.cpp and Ollama, its codes exactly as they are."""
-    from canopyq.checkpoint.files import as_path
-    from canopyq.gguf.export import export_gguf
+    from canopyq.gguf.export import export_gguf, new_file
 
-    if as_path(gguf).exists():  # said before the model is loaded
-        raise CanopyError(f"{shown(str(gguf))} exists; name a file that does not, or remove it first")
+    new_file(gguf)  # before the model is loaded
     loaded, tokenizer = _load(model, with_tokenizer=base is None)
     done = export_gguf(loaded, gguf, tokenizer, base=base, requantize=requantize)
     if as_json:
@@ -52,7 +50,7 @@ def _load(model: str, *, with_tokenizer: bool) -> tuple[PreTrainedModel, PreTrai
     source = Checkpoint(model)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
+    with wrapped(f"{shown(model)} cannot be loaded", "check its files"):
         if source.config.get("quantization_config"):
             loaded = cq.load(source.folder)
         else:
@@ -60,7 +58,3 @@ def _load(model: str, *, with_tokenizer: bool) -> tuple[PreTrainedModel, PreTrai
         if not with_tokenizer:
             return loaded, None
         return loaded, AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    except CanopyError:
-        raise
-    except Exception as error:  # whatever transformers raises
-        raise CanopyError(f"{shown(model)} cannot be loaded ({one_line(error)}); check its files") from None

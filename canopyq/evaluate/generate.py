@@ -300,17 +300,17 @@ def _check_request(model: nn.Module, input_ids: Tensor, max_new_tokens: int, eos
 def _check(model: nn.Module) -> None:
     config = checks.language_model("model", model).config
     family = getattr(config, "model_type", type(model).__name__)
-    if family not in FAMILIES:
-        raise CanopyError(f"fast_generate knows {', '.join(FAMILIES)}, not {family}; use model.generate")
     rope = (getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}).get("rope_type")
-    if rope in ("dynamic", "longrope"):
-        raise CanopyError(
-            f"fast_generate needs rotary tables that stay the same, not rope_type {shown(rope)}; use generate"
-        )
-    if config.hidden_act != "silu":
-        raise CanopyError(f"fast_generate knows gated SiLU, not {config.hidden_act}; use model.generate")
     windows = getattr(config, "layer_types", None) or []
-    if "sliding_attention" in windows or (family == "mistral" and getattr(config, "sliding_window", None)):
-        raise CanopyError(
-            "fast_generate attends to all tokens, and this model has a sliding window; use model.generate"
-        )
+    activation = getattr(config, "hidden_act", None)
+    for misfit, reason in (
+        (family not in FAMILIES, f"knows {', '.join(FAMILIES)}, not {family}"),
+        (rope in ("dynamic", "longrope"), f"needs rotary tables that stay the same, not rope_type {shown(rope)}"),
+        (activation != "silu", f"knows gated SiLU, not {activation}"),
+        (
+            "sliding_attention" in windows or (family == "mistral" and getattr(config, "sliding_window", None)),
+            "attends to all tokens, and this model has a sliding window",
+        ),
+    ):
+        if misfit:
+            raise CanopyError(f"fast_generate {reason}; use model.generate")

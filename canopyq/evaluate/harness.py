@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from canopyq import checks
-from canopyq.errors import CanopyError
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -31,9 +30,8 @@ def harness(model: nn.Module, tokenizer: Any, *, batch_size: int = 8, max_length
     checks.count("batch_size", batch_size, 1)
     if max_length is not None:
         checks.count("max_length", max_length, 2, checks.context(model) or 10**9)
-    try:
-        from lm_eval.models.huggingface import HFLM
-    except ImportError:
-        raise CanopyError("this needs lm-eval, which is not here; pip install 'canopyq[eval]'") from None
+    backend = checks.extra("lm_eval.models.huggingface", "eval")
     device = next(model.parameters()).device
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, device=str(device))
+    return backend.HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, device=str(device)
+    )

@@ -20,14 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from canopyq import checks
-from canopyq.calibration.mode import eval_mode
 from canopyq.errors import CanopyError
 from canopyq.evaluate.predictions import CacheMaker, cache_maker, full_cache_bytes, kl_divergences, log_probs_of
 from canopyq.evaluate.stats import Share, mcnemar
 from canopyq.memory import bytes_held, human
 from canopyq.tutor.chat import encode
 from canopyq.tutor.exam import Question
-from canopyq.utils import Preformatted, track
+from canopyq.utils import Preformatted, eval_mode, track
 
 BATCH_TOKENS = 8192  # padded tokens a batch, or fewer where the vocabulary is large: one logit takes 4 bytes
 BATCH_LOGITS = 2**27

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from canopyq import checks
-from canopyq.calibration.mode import eval_mode
 from canopyq.evaluate.predictions import CacheMaker, cache_maker, full_cache_bytes, kl_divergences, log_probs_of
 from canopyq.evaluate.stats import bootstrap
 from canopyq.evaluate.texts import windows
 from canopyq.memory import bytes_held, human
-from canopyq.utils import Preformatted, track
+from canopyq.utils import Preformatted, eval_mode, track
 
 TOKENS = 8192  # of a text: sixteen windows, enough to order recipes; a minute for a small model on a CPU
 

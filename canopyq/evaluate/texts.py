@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from canopyq import checks
 from canopyq.checkpoint.files import as_path
-from canopyq.errors import CanopyError, one_line, shown
+from canopyq.errors import CanopyError, shown, wrapped
 
 LENGTH = 512  # tokens of a window
 SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl")
@@ -48,10 +48,8 @@ def read_texts(path: str | Path) -> list[str]:
 
 
 def _read(file: Path, field: str) -> list[str]:
-    try:
+    with wrapped(f"{file} cannot be read as text in UTF-8", "", OSError, UnicodeDecodeError):
         content = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CanopyError(f"{file} cannot be read as text in UTF-8 ({one_line(error)})") from None
     if file.suffix.lower() != ".jsonl":
         return [content]
     lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from canopyq.checkpoint.files import as_path
-from canopyq.errors import CanopyError, one_line
+from canopyq.errors import CanopyError, wrapped
 from canopyq.gguf.tensors import FileTensor, library
 from canopyq.nn.linear import QuantizedLinear
 
@@ -37,7 +37,7 @@ def read(path: str | Path) -> gguf.GGUFReader:
     path = as_path(path)
     if not path.is_file():
         raise CanopyError(f"{path} is no file; name a GGUF file")
-    try:
+    with wrapped(f"{path} is no whole GGUF file", "copy or download it again"):
         reader = Reader(path)
         for name, found in reader.fields.items():
             if found.contents() is None:
@@ -45,8 +45,6 @@ def read(path: str | Path) -> gguf.GGUFReader:
         if not isinstance(reader.fields["general.architecture"].contents(), str):
             raise ValueError("it names no architecture")
         return reader
-    except Exception as error:  # whatever the library raises on damaged files
-        raise CanopyError(f"{path} is no whole GGUF file ({one_line(error)}); copy or download it again") from None
 
 
 def copy_fields(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:

@@ -50,6 +50,20 @@ class Exported(Preformatted):
         )
 
 
+def new_file(path: str | Path) -> Path:
+    """A path at which nothing is yet, in a folder that exists.
+
+    Raises:
+        CanopyError: if that is not so.
+    """
+    path = as_path(path)
+    if path.exists():
+        raise CanopyError(f"{path} exists; name a file that does not, or remove it first")
+    if not path.parent.is_dir():
+        raise CanopyError(f"{path.parent} is no folder; make it first")
+    return path
+
+
 def export_gguf(
     model: PreTrainedModel,
     path: str | Path,
@@ -78,11 +92,7 @@ def export_gguf(
             exists. Nothing is written then.
     """
     gguf = library()
-    path = as_path(path)
-    if path.exists():
-        raise CanopyError(f"{path} exists; name a file that does not, or remove it first")
-    if not path.parent.is_dir():
-        raise CanopyError(f"{path.parent} is no folder; make it first")
+    path = new_file(path)
     if requantize is not None:
         checks.choice("GGUF type", requantize.lower() if isinstance(requantize, str) else requantize, REQUANTIZED)
     if tokenizer is not None:

@@ -10,7 +10,7 @@ import torch
 from canopyq import checks
 from canopyq.checkpoint.files import as_path, raise_not_finite
 from canopyq.checkpoint.skeleton import quiet
-from canopyq.errors import CanopyError, one_line, shown
+from canopyq.errors import CanopyError, shown, wrapped
 from canopyq.gguf.base import read
 
 if TYPE_CHECKING:
@@ -50,14 +50,12 @@ def load_gguf(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
-    try:
+    with wrapped(f"{path} cannot be loaded", "download it again"):
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
             model, report = AutoModelForCausalLM.from_pretrained(
                 path.parent, dtype=dtype, output_loading_info=True, **options
             )
-    except Exception as error:  # whatever transformers and the gguf library raise
-        raise CanopyError(f"{path} cannot be loaded ({one_line(error)}); download it again") from None
     for problem in ("missing_keys", "mismatched_keys"):
         if names := sorted(report.get(problem) or (), key=str):
             raise CanopyError(f"{path} does not hold what it describes ({problem}: {names[0]}); download it again")

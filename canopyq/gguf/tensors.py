@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from canopyq import checks
 from canopyq.errors import CanopyError, prefixed, unknown
 from canopyq.gguf.architectures import Architecture
 from canopyq.gguf.blocks import Blocks, to_blocks
@@ -68,11 +69,7 @@ class Tally:
 
 def library() -> Any:
     """The gguf package. Raises `CanopyError` without it."""
-    try:
-        import gguf
-    except ImportError:
-        raise CanopyError('GGUF files need the gguf package; pip install "canopyq[gguf]"') from None
-    return gguf
+    return checks.extra("gguf", "gguf")
 
 
 def tensors_of(model: PreTrainedModel, architecture: Architecture) -> Iterator[FileTensor]:

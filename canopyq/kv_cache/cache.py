@@ -19,13 +19,14 @@ from canopyq.errors import CanopyError
 from canopyq.kv_cache.layers import (
     RECURRENT_KINDS,
     QuantizedCacheLayer,
+    check_heads,
     heads_of,
     layer_kinds,
     make_layer,
     state_tensors,
     states_of,
 )
-from canopyq.tensor.formats import KV_BLOCK, KV_RESIDUAL_LENGTH, CacheFormat, get_cache_format, kv_group_size
+from canopyq.tensor.formats import KV_BLOCK, KV_RESIDUAL_LENGTH, CacheFormat, get_cache_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -86,7 +87,7 @@ class QuantizedCache(Cache):
         self.recurrent = [i for i, (kind, _) in enumerate(kinds) if kind in RECURRENT_KINDS]
         self.shapes = [heads_of(each) if i in self.attention else None for i, each in enumerate(configs)]
         for _, head_dim in filter(None, self.shapes):
-            self._check_head(head_dim)
+            check_heads(self.format, head_dim, self.group_size)
         # Which parts of which layers the pass under way has reached, and the states of recurrent ones before it.
         self._reached: dict[int, set[str]] = {}
         self._states: dict[int, dict] = {}
@@ -246,11 +247,6 @@ class QuantizedCache(Cache):
                 f"layer {self.recurrent[0]} has a recurrent state, of which transformers repeats and selects no "
                 "sequences; use reorder_cache, or a cache for each"
             )
-
-    def _check_head(self, head_dim: int) -> None:
-        kv_group_size(head_dim, self.group_size)
-        if head_dim * self.format.bits % 8:
-            raise CanopyError(f"heads of {head_dim} codes of {self.format.bits} bits fill no whole bytes; use kv8")
 
     def _shape(self, layer_idx: int, name: str) -> tuple[int, int] | None:
         """Heads, and numbers a head, of a layer's keys or values. Latents have what the first pass brings; before that

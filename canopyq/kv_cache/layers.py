@@ -291,6 +291,13 @@ def heads_of(config: PreTrainedConfig) -> tuple[int, int] | None:
     return kv_heads, own or config.hidden_size // heads
 
 
+def check_heads(format: CacheFormat, head_dim: int, group_size: int | None = None) -> None:
+    """Raise `CanopyError` unless the codes of a head fill whole bytes, and groups of channels whole heads."""
+    kv_group_size(head_dim, group_size)
+    if head_dim * format.bits % 8:
+        raise CanopyError(f"heads of {head_dim} codes of {format.bits} bits fill no whole bytes; use kv8")
+
+
 def layer_kinds(config: PreTrainedConfig) -> list[tuple[str, dict[str, Any]]]:
     """What transformers calls each layer from the view of a cache, and the options that such a layer takes.
 

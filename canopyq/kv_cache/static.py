@@ -17,7 +17,7 @@ from canopyq import checks
 from canopyq.errors import CanopyError
 from canopyq.kernels.cuda import kv_append
 from canopyq.kernels.cuda.attention import MAX_QUERY_TOKENS
-from canopyq.kv_cache.layers import heads_of
+from canopyq.kv_cache.layers import check_heads, heads_of
 from canopyq.kv_cache.quantized_kv import KVView, QuantizedKV
 from canopyq.tensor.formats import KV_BLOCK, KV_RESIDUAL_LENGTH, CacheFormat, get_cache_format, kv_group_size
 
@@ -190,8 +190,7 @@ class StaticQuantizedCache(Cache):
         if (shape := heads_of(config)) is None:
             raise CanopyError(f"a cache of fixed size holds no latents, as {config.model_type} has; use QuantizedCache")
         heads, head_dim = shape
-        if head_dim * self.format.bits % 8:
-            raise CanopyError(f"heads of {head_dim} codes of {self.format.bits} bits fill no whole bytes; use kv8")
+        check_heads(self.format, head_dim)
         # Tokens held, and what that was when the pass began that is under way.
         self.count, self.before = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))
         super().__init__(layers=[StaticCacheLayer(self, (batch, heads, head_dim), dtype, device) for _ in types])

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from canopyq import checks
 from canopyq.calibration.data import Batch, read_batches
-from canopyq.calibration.mode import eval_mode
-from canopyq.errors import CanopyError, shown
+from canopyq.errors import CanopyError, prefixed, shown
 from canopyq.nn.targets import Target, find_targets
 from canopyq.tensor.quantized_tensor import quantize_unpacked, quantized_bytes
 from canopyq.tensor.scheme import Recipe
-from canopyq.utils import track
+from canopyq.utils import eval_mode, track
 
 CHOICES = ("w2a16-g64", "w4a16-g128", "w8a16-g128")
 
@@ -119,10 +118,8 @@ def _costs(model: nn.Module, targets: list[Target], batches: list[Batch]) -> dic
     with eval_mode(model):
         reference = _log_probs(model, batches)
         for target in track(targets, "quantizing each layer alone", len(targets)):
-            try:
+            with prefixed(f"{target.name}: "):
                 rounded = quantize_unpacked(target.weight, target.scheme).dequantize(target.weight.dtype)
-            except CanopyError as error:
-                raise CanopyError(f"{target.name}: {error}") from None
             original = target.weight.clone()
             try:
                 target.weight.copy_(rounded)

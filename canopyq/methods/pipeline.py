@@ -20,7 +20,7 @@ from canopyq.methods.registry import Method
 from canopyq.methods.smoothquant import smooth_scales
 from canopyq.methods.structure import scale_pairs
 from canopyq.methods.transaction import Transaction
-from canopyq.nn.fused import fused
+from canopyq.nn.fused_linear import fused
 from canopyq.nn.targets import Target
 from canopyq.tensor.quantized_tensor import QuantizedTensor, UnpackedTensor, global_scale_of, quantize_unpacked, sqnr_db
 from canopyq.tensor.scheme import Recipe, Scheme

@@ -20,7 +20,6 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from canopyq.calibration.mode import eval_mode
 from canopyq.errors import CanopyError
 from canopyq.methods.equivalence import ScalePair, turn_inputs, turn_outputs
 from canopyq.methods.structure import probe_ids, scale_pairs
@@ -30,6 +29,7 @@ from canopyq.nn.hadamard import OnlineHadamard, hadamard, largest_power_of_two
 from canopyq.nn.sites import Site, output_heads, weight_sites
 from canopyq.tensor.formats import BlockFormat
 from canopyq.tensor.scheme import Recipe
+from canopyq.utils import eval_mode
 
 
 def random_rotation(

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from canopyq.calibration.blocks import call, find_blocks
 from canopyq.calibration.data import Batch
-from canopyq.calibration.mode import eval_mode
 from canopyq.errors import CanopyError, one_line
 from canopyq.methods.equivalence import ScalePair, divide, rescale, turn_inputs, turn_outputs
 from canopyq.methods.transaction import Transaction
 from canopyq.methods.trial import Group, Trial, reads
 from canopyq.nn.offload import input_device
 from canopyq.nn.sites import weight_holders, weight_sites
+from canopyq.utils import eval_mode
 
 PROBE = 16  # tokens that a block is tried on
 KEPT = 1e-3  # of what one side of a change does alone: if both do no more, they cancel out

@@ -14,7 +14,7 @@ from canopyq.calibration.data import read_batches
 from canopyq.calibration.output_error import output_errors
 from canopyq.calibration.static_range import LOUD, is_loud, static_scale
 from canopyq.checkpoint.groups import cache_note, check_recipe
-from canopyq.errors import CanopyError
+from canopyq.errors import CanopyError, prefixed
 from canopyq.memory import bytes_of, meta_ties
 from canopyq.methods.pipeline import RoundingResult, round_weights
 from canopyq.methods.registry import Method
@@ -46,7 +46,7 @@ def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
     layers = {}
     for target in targets:
         shape = tuple(target.weight.shape)
-        with _naming(target.name):
+        with prefixed(f"{target.name}: "):
             after = quantized_bytes(target.weight.shape, target.scheme, target.weight.dtype)
         layers[target.name] = (shape, target.weight.numel() * target.weight.element_size(), after)
     before = bytes_of(model)
@@ -169,20 +169,6 @@ def _parse(model: nn.Module, recipe: str | Recipe) -> Recipe:
     return recipe
 
 
-class _naming:
-    """Puts the layer's name before an error's message."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, CanopyError):
-            raise CanopyError(f"{self.name}: {error}") from None
-
-
 def _of_files(model: nn.Module, recipe: Recipe, how: Method) -> list[str]:
     """What to know before such a model is saved, in lines: said before the work."""
     if not hasattr(model, "save_pretrained"):
@@ -215,7 +201,7 @@ def _input_scale(target: Target, seen: Calibration | None, recipe: Recipe) -> tu
             f"{target.name} takes {target.weight.shape[1]} features and was calibrated with {len(seen[target.name].lo)}"
             "; calibrate this model"
         )
-    with _naming(target.name):
+    with prefixed(f"{target.name}: "):
         scale, zero_point = static_scale(seen[target.name], recipe.activations)
     device = torch.device("cpu") if target.weight.is_meta else target.weight.device
     return scale.to(device), None if zero_point is None else zero_point.to(device)

@@ -6,11 +6,24 @@ memory, and the single ones come to look into it, so that a model that was fused
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from canopyq.nn.linear import QuantizedLinear
 from canopyq.tensor.quantized_tensor import QuantizedTensor
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # what servers compute as one
+
+
+def fused(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Each of ``names`` -> those of them that are computed in one with it, itself included."""
+    together: dict[tuple[str, tuple[str, ...] | str], list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        together.setdefault((parent, next((part for part in FUSED if leaf in part), leaf)), []).append(name)
+    return {name: tuple(alike) for alike in together.values() for name in alike}
 
 
 class UnfusedLinears(nn.Module):

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from canopyq.errors import CanopyError, one_line
+from canopyq.errors import CanopyError, wrapped
 from canopyq.nn.linear import QuantizedLinear
 
 
@@ -53,12 +53,10 @@ def values(module: nn.Module) -> dict[str, Tensor]:
     own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
     if is_away(module):
         stored = _offloading(module).weights_map
-        try:
+        with wrapped(
+            "its weights lie elsewhere and cannot be read", "load the model again"
+        ):  # safetensors has its own exception, the system others
             return {name: stored[name] if tensor.is_meta else tensor for name, tensor in own.items()}
-        except Exception as error:  # safetensors has its own exception, the system others
-            raise CanopyError(
-                f"its weights lie elsewhere and cannot be read ({one_line(error)}); load the model again"
-            ) from error
     return own
 
 
@@ -102,15 +100,11 @@ class Replacing:
         if not folder:
             raise CanopyError(f"{name} lies on disk, and its packed weight needs a folder there; load the model with "
                               "offload_folder=…")  # fmt: skip
-        try:
+        with wrapped(f"{name} could not be written to {folder}", "the model is as it was"):
             if self.folder is None:
                 self.folder = Path(tempfile.mkdtemp(prefix="canopyq-", dir=folder))
             file = self.folder / f"{name}.safetensors"
             save_file({leaf: tensor.contiguous() for leaf, tensor in tensors.items()}, file)
-        except Exception as error:
-            raise CanopyError(
-                f"{name} could not be written to {folder} ({one_line(error)}); the model is as it was"
-            ) from error
         index = {leaf: {"safetensors_file": str(file), "weight_name": leaf} for leaf in tensors}
         return OffloadedWeightsLoader(index=index)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from canopyq import checks
-from canopyq.errors import CanopyError, one_line, shown
+from canopyq.errors import CanopyError, shown, wrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,12 +94,10 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
-    try:
+    with wrapped(
+        "the tokenizer's chat template cannot write this chat", "use another model"
+    ):  # whatever the template does
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except Exception as error:  # whatever the template does
-        raise CanopyError(
-            f"the tokenizer's chat template cannot write this chat ({one_line(error)}); use another model"
-        ) from error
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, history: Sequence[Turn], question: str) -> str:
@@ -113,10 +111,8 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, history: Sequence[Turn], questio
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a prompt. A chat template has written the start token already; plain text still needs it."""
-    try:
+    with wrapped("the tokenizer cannot read a text", "use another model"):
         ids = tokenizer.encode(text, add_special_tokens=False)
-    except Exception as error:  # whatever the values of its files lead to
-        raise CanopyError(f"the tokenizer cannot read a text ({one_line(error)}); use another model") from error
     if not tokenizer.chat_template and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
     return ids

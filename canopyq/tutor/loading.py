@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from canopyq import checks
-from canopyq.errors import CanopyError, one_line, shown
+from canopyq.errors import CanopyError, shown, wrapped
 
 if TYPE_CHECKING:
     import torch
@@ -51,14 +51,10 @@ def load(
     if source() == TUTOR:
         return load_folder(path(), dtype, device)
     folder = source_folder()
-    try:
+    cure = "name a folder or a hub id of a causal language model"
+    with _of_variable(), wrapped(f"{folder} cannot be loaded", cure):
         meta_model(Checkpoint(folder))  # it is one, no larger than its files, and runs no foreign code
         return _read(folder, dtype, device)
-    except CanopyError as error:
-        raise CanopyError(f"{VARIABLE}={shown(source())}: {error}; or unset {VARIABLE}") from None
-    except Exception as error:
-        cure = f"name a folder or a hub id of a causal language model, or unset {VARIABLE}"
-        raise CanopyError(f"{VARIABLE}={shown(source())} cannot be loaded ({one_line(error)}); {cure}") from error
 
 
 def source_folder() -> Path:
@@ -67,10 +63,17 @@ def source_folder() -> Path:
 
     if (name := source()) == TUTOR:
         return path()
-    try:
+    with _of_variable():
         return model_folder(name)
+
+
+@contextmanager
+def _of_variable() -> Iterator[None]:
+    """Say whose value it was that led to an error."""
+    try:
+        yield
     except CanopyError as error:
-        raise CanopyError(f"{VARIABLE}={shown(name)}: {error}; or unset {VARIABLE}") from None
+        raise CanopyError(f"{VARIABLE}={shown(source())}: {error}; or unset {VARIABLE}") from None
 
 
 def load_folder(
@@ -78,38 +81,23 @@ def load_folder(
 ) -> tuple[LoadedModel, PreTrainedTokenizerBase]:
     """A model that the training script wrote. Its files are checked before any of them is read."""
     verify(folder)
-    try:
+    with wrapped(f"the tutor model in {folder} cannot be loaded", "reinstall canopyq"):
         return _read(folder, dtype, device)
-    except CanopyError:
-        raise
-    except Exception as error:
-        raise CanopyError(
-            f"the tutor model in {folder} cannot be loaded ({one_line(error)}); reinstall canopyq"
-        ) from error
 
 
 def verify(folder: Path) -> None:
     """Raise a ``CanopyError`` unless every file is the one that the training script wrote."""
     cure = "reinstall canopyq, or train anew with make train-tutor"
-    try:
+    with wrapped(f"{folder / MANIFEST} of the tutor model is missing or damaged", cure):
         entries = json.loads((folder / MANIFEST).read_text())
         expected = {name: (int(entries[name]["bytes"]), entries[name]["sha256"]) for name in CHECKED}
-    except FileNotFoundError:
-        raise CanopyError(f"the tutor model is missing: no {MANIFEST} in {folder}; {cure}") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CanopyError(f"{folder / MANIFEST} is damaged; {cure}") from None
     for name, (size, digest) in expected.items():
-        file = folder / name
-        if not file.is_file():
-            raise CanopyError(f"the tutor model is incomplete: no {name} in {folder}; {cure}")
-        if file.stat().st_size != size:
-            raise CanopyError(f"{file} has {file.stat().st_size:,} bytes instead of {size:,}: it is damaged; {cure}")
-        try:
-            found = sha256(file)
-        except OSError as error:
-            raise CanopyError(f"{file} cannot be read ({error.strerror}); allow reading it, or {cure}") from None
-        if found != digest:
-            raise CanopyError(f"{file} does not have the SHA-256 that {MANIFEST} names: it is damaged; {cure}")
+        with wrapped(f"{folder / name} of the tutor model is missing, damaged or not to be read", cure):
+            found = (folder / name).stat().st_size
+            if found != size:
+                raise ValueError(f"it has {found:,} bytes instead of {size:,}")
+            if sha256(folder / name) != digest:
+                raise ValueError(f"it does not have the SHA-256 that {MANIFEST} names")
 
 
 def sha256(file: Path) -> str:
@@ -132,11 +120,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     if not has_tokenizer(folder):
         raise CanopyError(f"{folder} holds no tokenizer; save the model's own there: tokenizer.save_pretrained(folder)")
-    try:
+    with wrapped(f"the tokenizer in {folder} cannot be loaded", "write it again"):
         with _quiet():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise CanopyError(f"the tokenizer in {folder} cannot be loaded ({one_line(error)}); write it again") from error
 
 
 def load_other(
@@ -150,12 +136,8 @@ def load_other(
     Raises:
         CanopyError: if transformers cannot read it without running code from the folder.
     """
-    try:
+    with wrapped(f"{folder} cannot be loaded as a model with a tokenizer"):
         return _read(folder, None, None, model_class)
-    except CanopyError:
-        raise
-    except Exception as error:
-        raise CanopyError(f"{folder} cannot be loaded as a model with a tokenizer ({one_line(error)})") from error
 
 
 def _read(

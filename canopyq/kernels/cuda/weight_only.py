@@ -233,7 +233,7 @@ def run_decode(
 def run_warpgroup(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Weight, tile: WarpgroupTile
 ) -> Tensor:
-    device, (rows, k) = x.device.index, x.shape
+    device, rows = x.device.index, len(x)
     function = _warpgroup(weight.bits, weight.group, weight.asymmetric, x.dtype, scale.dtype, tile, device)
     y = x.new_empty(rows, weight.n)
     grid = (-(-rows // tile.tokens), -(-weight.slabs // (tile.rows // SLAB)), tile.cluster)
@@ -250,7 +250,7 @@ def run_stream_k(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Weight, tile: StreamKTile
 ) -> Tensor:
     """Takes an n that is a multiple of 8."""
-    device, (rows, k) = x.device.index, x.shape
+    device, rows = x.device.index, len(x)
     function = _stream_k(
         weight.bits, weight.group, weight.asymmetric, x.dtype, scale.dtype, replace(tile, parts=1), device
     )
