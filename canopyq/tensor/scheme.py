@@ -63,23 +63,18 @@ class Scheme:
         if not isinstance(self.observer, str) or self.observer not in OBSERVERS + SAMPLE_OBSERVERS:
             raise unknown("observer", self.observer, OBSERVERS)
         has_block_scales = fmt.scale_dtype is not None
-        is_integer, is_minmax = isinstance(fmt, IntFormat), self.observer == "minmax"
-        for wrong, reason in (
-            (self.restricted and not (is_integer and self.symmetric),
-             f"restricted range is a choice of symmetric integers; {self} has none to make"),
-            (not self.symmetric and not is_integer,
-             f"{fmt.name} is a signed grid around zero and has no zero point; use symmetric=True"),
-            (has_block_scales and self.granularity != Granularity("group", fmt.block_size),
-             f"{fmt.name} fixes its blocks at {fmt.block_size} values; leave granularity out"),
-            (has_block_scales and not is_minmax,
-             f"{fmt.name} derives its scales from each block's absmax; use observer='minmax'"),
-            (self.is_plain_cast and not (self.granularity.kind == "tensor" and is_minmax),
-             f"{fmt.name} needs no scale: it is a plain cast; leave granularity and observer out"),
-            (self.scale_dtype is not None and (self.is_plain_cast or has_block_scales),
-             f"{fmt.name} leaves no choice of scales; leave scale_dtype out"),
-        ):  # fmt: skip
-            if wrong:
-                raise CanopyError(reason)
+        if self.restricted and not (isinstance(fmt, IntFormat) and self.symmetric):
+            raise CanopyError(f"restricted range is a choice of symmetric integers; {self} has none to make")
+        if not self.symmetric and not isinstance(fmt, IntFormat):
+            raise CanopyError(f"{fmt.name} is a signed grid around zero and has no zero point; use symmetric=True")
+        if has_block_scales and self.granularity != Granularity("group", fmt.block_size):
+            raise CanopyError(f"{fmt.name} fixes its blocks at {fmt.block_size} values; leave granularity out")
+        if has_block_scales and self.observer != "minmax":
+            raise CanopyError(f"{fmt.name} derives its scales from each block's absmax; use observer='minmax'")
+        if self.is_plain_cast and (self.granularity.kind != "tensor" or self.observer != "minmax"):
+            raise CanopyError(f"{fmt.name} needs no scale: it is a plain cast; leave granularity and observer out")
+        if self.scale_dtype is not None and (self.is_plain_cast or has_block_scales):
+            raise CanopyError(f"{fmt.name} leaves no choice of scales; leave scale_dtype out")
 
     @property
     def is_plain_cast(self) -> bool:
