@@ -83,9 +83,7 @@ class Needs:
         name, shape = find_shape(model)
         limit = None if memory is None else byte_count(memory)
         capability = None if gpu is None else find_capability(gpu)
-        return cls(
-            name, _words(model), shape, limit, token_count(context), batch, accuracy, capability, priority
-        )
+        return cls(name, _words(model), shape, limit, token_count(context), batch, accuracy, capability, priority)
 
     def __str__(self) -> str:
         words = [f"priority {self.priority}"]

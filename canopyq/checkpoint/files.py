@@ -174,14 +174,12 @@ class Reader:
 
     def __call__(self, name: str) -> Tensor:
         file, info = self.checkpoint.tensors[name]
-        try:
+        with wrapped(f"{file}: tensor {shown(name)} cannot be read", "copy or download it again"):
             if file != self.file or self.bytes + info.nbytes > self.MOST:
                 self.opened = None  # the old mapping goes before the new one comes
                 self.opened, self.file, self.bytes = safe_open(file, framework="pt"), file, 0
             self.bytes += info.nbytes
             return self.opened.get_tensor(self.checkpoint.in_files.get(name, name))
-        except Exception as error:  # safetensors has its own exception, the system others
-            raise CanopyError(f"{file}: tensor {shown(name)} cannot be read ({one_line(error)})") from None
 
 
 def raise_not_finite(tensor: Tensor, name: str) -> None:

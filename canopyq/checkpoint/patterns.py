@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from canopyq.errors import CanopyError, one_line, shown
+from canopyq.errors import CanopyError, shown, wrapped
 
 try:  # Python 3.11 and newer
     from re import _constants as sre
@@ -42,15 +42,9 @@ def check(pattern: str) -> Sequence:
     """
     if len(pattern) > LONGEST:
         raise CanopyError(f"the regular expression {shown(pattern)} has {len(pattern):,} characters; name the layers")
-    try:
+    with wrapped(f"{shown(pattern)} is no regular expression that canopyq reads", "name the layers in config.json"):
         parsed = sre_parse.parse(pattern)
         _check(parsed)
-    except (sre.error, RecursionError, OverflowError) as error:
-        raise CanopyError(f"{shown(pattern)} is no regular expression ({one_line(error)}); mend config.json") from None
-    except NotImplementedError as error:
-        raise CanopyError(
-            f"the regular expression {shown(pattern)} has a {error}, which canopyq does not read; name the layers"
-        ) from None
     if parsed.state.flags & ~sre.SRE_FLAG_UNICODE:
         raise CanopyError(
             f"the regular expression {shown(pattern)} sets flags, which canopyq does not read; leave them"
@@ -92,7 +86,8 @@ def _check(parts: Iterable) -> None:
         elif op in (sre.ASSERT, sre.ASSERT_NOT):
             _check(argument[1])
         elif op is not sre.AT:
-            raise NotImplementedError("group with flags" if op is sre.SUBPATTERN else str(op).lower())
+            what = "group with flags" if op is sre.SUBPATTERN else str(op).lower()
+            raise NotImplementedError(f"a {what} is not read")
 
 
 class _Text:

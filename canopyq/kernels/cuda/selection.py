@@ -23,7 +23,7 @@ import torch
 
 from canopyq import __version__
 from canopyq.disk import write_atomic
-from canopyq.errors import CanopyError
+from canopyq.errors import wrapped
 from canopyq.kernels.cuda import costs, nvrtc, tiles
 from canopyq.kernels.cuda.costs import Product
 from canopyq.kernels.cuda.tiles import (
@@ -214,12 +214,9 @@ def keep(found: dict[Key, tuple[Tile | None, float]]) -> Path:
         {"recipe": recipe, "k": k, "n": n, "rows": count, "tile": tile and tiles.as_dict(tile), "us": us}
         for (recipe, k, n, count), (tile, us) in (_tuned() | found).items()
     ]
-    try:
+    with wrapped(f"{path} cannot be written", f"name another folder in {nvrtc.VARIABLE}", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(rows, indent=1).encode())
-    except OSError as error:
-        cure = f"name another folder in {nvrtc.VARIABLE}"
-        raise CanopyError(f"{path} cannot be written: {error.strerror}; {cure}") from None
     _tuned.cache_clear()
     _choose.cache_clear()
     return path
