@@ -130,6 +130,15 @@ def with_values(name: str, x: Tensor) -> Tensor:
     return x
 
 
+def operand(name: str, x: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor as a kernel reads it: of a shape, in which None stands for any size, a dtype and a device."""
+    fits = len(x.shape) == len(shape) and all(due in (None, size) for size, due in zip(x.shape, shape, strict=True))
+    if not fits or (x.dtype, x.device) != (dtype, device):
+        due = ", ".join("…" if size is None else str(size) for size in shape)
+        raise CanopyError(f"{name} is {shown(x)} on {x.device}; it has to be {dtype} ({due}) on {device}")
+    return x
+
+
 def extra(package: str, name: str) -> ModuleType:
     """A package that canopyq runs without, of the extra of this name."""
     try:

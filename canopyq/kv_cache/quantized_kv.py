@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from canopyq import checks
 from canopyq.errors import CanopyError
 from canopyq.tensor.formats import KV_BLOCK, KV_GROUP_SIZE, CacheFormat, e4m3_to_float, get_format
 from canopyq.tensor.packing import pack_bytes, unpack_bytes
@@ -221,7 +222,7 @@ class KVView:
         if codes is not None:
             self._check_codes(codes, self.quantized_values)
         if self.before is not None:
-            _expect("before", self.before, (1,), torch.int32, keys.device)
+            checks.operand("before", self.before, (1,), torch.int32, keys.device)
         if self.residual_length < 0 or (self.before is not None and keys.shape[2] % KV_BLOCK):
             raise CanopyError(
                 f"a ring of recent tokens is a multiple of {KV_BLOCK} long, and what stays in it 0 or more; got "
@@ -245,10 +246,10 @@ class KVView:
                 what = "is missing" if kv.offset is None else "is for integer codes only"
                 raise CanopyError(f"{name}_offset {what} with {format.name}")
             row = head_dim * format.bits // 8
-            _expect(f"{name}_codes", kv.codes, (batch, heads, tokens, row), format.code_dtype, device)
-            _expect(f"{name}_scale", kv.scale, (batch, heads, *scales), torch.float16, device)
+            checks.operand(f"{name}_codes", kv.codes, (batch, heads, tokens, row), format.code_dtype, device)
+            checks.operand(f"{name}_scale", kv.scale, (batch, heads, *scales), torch.float16, device)
             if kv.offset is not None:
-                _expect(f"{name}_offset", kv.offset, (batch, heads, *scales), torch.float16, device)
+                checks.operand(f"{name}_offset", kv.offset, (batch, heads, *scales), torch.float16, device)
 
     @property
     def tokens(self) -> int:
@@ -289,13 +290,6 @@ def _dequantized(quantized: QuantizedKV | None, recent: Tensor) -> Tensor:
     quantized.dequantize(out[:, :, : quantized.tokens])
     out[:, :, quantized.tokens :] = recent
     return out
-
-
-def _expect(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    if tuple(x.shape) != shape or x.dtype != dtype:
-        raise CanopyError(f"{name} should be {dtype} {shape}, got {x.dtype} {tuple(x.shape)}")
-    if x.device != device:
-        raise CanopyError(f"{name} lies on {x.device} and the recent tokens on {device}; move them together")
 
 
 def _words(x: Tensor) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from canopyq import checks
 from canopyq.errors import CanopyError
 from canopyq.kernels.cuda import launch
 from canopyq.tensor.formats import CACHE_FORMATS, KV_BLOCK, KV_GROUP_SIZE, CacheFormat, get_cache_format
@@ -164,9 +165,8 @@ def _functions(format: CacheFormat, head_dim: int, dtype: torch.dtype, tiles: in
 
 def _check(query: Tensor, cache: list[Tensor], format: CacheFormat, scaling: float, starts: Tensor | None) -> None:
     """Refuse what the kernel cannot read, and queries that do not fit the cache; a `KVView` has checked itself."""
-    if query.dim() != 4:
-        raise CanopyError(f"queries have four dimensions: batch, heads, tokens, channels; got {tuple(query.shape)}")
     recent, value_scale = cache[-1], cache[3 if format.is_float else 4]
+    checks.operand("query", query, (len(recent), None, None, recent.shape[3]), recent.dtype, recent.device)
     batch, heads, tokens, head_dim = query.shape
     group_size = recent.shape[3] // value_scale.shape[3]
     if reason := unsupported_reason(format, head_dim, query.dtype, "channel", group_size, query.device):
@@ -176,17 +176,11 @@ def _check(query: Tensor, cache: list[Tensor], format: CacheFormat, scaling: flo
     kv_heads = recent.shape[1]
     if not (kv_heads and heads % kv_heads == 0 and heads // kv_heads <= 128):
         raise CanopyError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
-    known = (batch, head_dim, query.dtype, query.device, recent.shape)
-    if known != (len(recent), recent.shape[3], recent.dtype, recent.device, cache[-2].shape):
-        raise CanopyError(
-            f"queries are {query.dtype} {tuple(query.shape)} on {query.device}, and the cache holds {recent.dtype} "
-            f"{tuple(recent.shape)} on {recent.device}"
-        )
+    checks.operand("recent keys", cache[-2], recent.shape, recent.dtype, recent.device)
     if not (math.isfinite(scaling) and scaling > 0):
         raise CanopyError(f"the scaling of scores must be a positive number, got {scaling}")
-    given = starts is not None and (starts.dtype, tuple(starts.shape), starts.device)
-    if given and given != (torch.int32, (batch,), query.device):
-        raise CanopyError(f"starts should be torch.int32 {(batch,)} on {query.device}, got {given}")
+    if starts is not None:
+        checks.operand("starts", starts, (batch,), torch.int32, query.device)
     for x in cache:
         if not x.is_contiguous() or x.data_ptr() % 16:
             raise CanopyError(
