@@ -809,7 +809,7 @@ def test_advise_in_json_adds_up(canopyq) -> None:
         (["--model", "70B", "--memory", "8GB"], "more memory"),
         (["--model", "7B", "--memory", "lots"], "no amount of memory"),
         (["--model", "7B", "--priority", "cheap"], "unknown priority 'cheap'"),
-        (["--model", "7B", "--measurements", "/nowhere.json"], "cannot be read"),
+        (["--model", "7B", "--measurements", "/nowhere.json"], "/nowhere.json"),
     ],
 )
 def test_advise_says_in_one_line_what_is_wrong(canopyq, words: list[str], message: str) -> None:
