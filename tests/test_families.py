@@ -68,7 +68,8 @@ def test_files_that_transformers_converts(families, name: str, tmp_path: Path) -
 VERDICTS = {"aria_text": "no", "granitemoe_swa": "no", "gpt_oss": "no", "jetmoe": "no", "minimax_m3_vl_text": "no",
             "inkling2_text": "no", "afmoe": "only", "falcon": "only", "gpt_bigcode": "only", "nanochat": "only",
             "modernbert-decoder": "only", "recurrent_gemma": "only", "gpt2": "no", "bert": "yes", "phimoe": "yes",
-            "llama4_text": "yes", "deepseek_v3": "yes", "hrm_text": "yes", "olmo_hybrid": "yes"}  # fmt: skip
+            "llama4_text": "yes", "deepseek_v3": "yes", "hrm_text": "yes", "olmo_hybrid": "yes",
+            "kimi_linear": "yes"}  # fmt: skip
 
 
 @pytest.mark.skipif(not tf.__version__.startswith("5.23"), reason="verdicts are those of the version that was tried")

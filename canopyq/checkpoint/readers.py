@@ -24,13 +24,11 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, int]]  # quantized module -> (N, K)
 Groups = Mapping[str, Group | None]  # module -> its group
 
-# Families whose experts lie in files in one tensor, and which transformers leaves at random numbers, or ends with an
-# error on, once they are quantized one by one.
-FUSED_EXPERTS = ("aria_text", "dbrx", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared",
-                 "hy_v4", "inkling2_text", "inkling_text", "jetmoe", "longcat_flash", "minimax_m3_vl_text")  # fmt: skip
 # Families whose code gives layers first values that have no weight while they are packed.
-INITIALIZED = ("afmoe", "falcon", "gpt_bigcode", "modernbert-decoder", "nanochat", "phi4_multimodal",
-               "recurrent_gemma", "rwkv")  # fmt: skip
+INITIALIZED = (
+    "afmoe", "falcon", "gpt_bigcode", "kosmos-2", "longt5", "modernbert", "modernbert-decoder", "modernvbert", "mt5",
+    "nanochat", "phi4_multimodal", "pix2struct", "recurrent_gemma", "rwkv", "switch_transformers", "t5", "t5gemma2",
+    "udop", "ultravbert", "umt5", "xlstm")  # fmt: skip
 MARLIN_GROUPS = (32, 64, 128)
 PACKED_ALL = (PACKED, NVFP4, MXFP4)
 YES = "yes, by its layout, with the compressed-tensors package"
@@ -56,10 +54,11 @@ def readers(
         config: the content of config.json.
     """
     types = _model_types(config or {})
-    if (found := types & set(FUSED_EXPERTS)) and any(map(_is_expert, quantized)):
+    if (expert := next(filter(_is_expert, quantized), None)) is not None and types and not _merged(expert, types):
+        family = (config or {}).get("model_type")
         return {
-            "transformers": f"no: it does not put the quantized experts of {min(found)} together",
-            "vLLM": f"not tried: it may name the experts of {min(found)} otherwise",
+            "transformers": f"no: it does not put the quantized experts of {family} together",
+            "vLLM": f"not tried: it may name the experts of {family} otherwise",
         }
     fused = _fused_names(quantized)
     groups = groups_of([*quantized, *(name for names in fused for name in names)], quantization)
@@ -73,6 +72,19 @@ def _model_types(config: Mapping[str, object]) -> set[str]:
     """Of a model and of its parts."""
     parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
     return {str(part["model_type"]) for part in parts if part.get("model_type")}
+
+
+def _merged(expert: str, types: set[str]) -> bool:
+    """Whether transformers puts experts together that a file holds one by one; others it leaves at random numbers."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    if "llama4_text" in types:  # whose experts it takes apart when they are quantized
+        return True
+    rules = [rule for each in sorted(types) for rule in get_checkpoint_conversion_mapping(each) or ()]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    return rename_source_key(f"{expert}.weight", renamings, converters)[1] is not None
 
 
 def tried_by_transformers(folder: Path, model: PreTrainedModel, verdict: str, answer: Callable, most: float) -> str:

@@ -127,6 +127,7 @@ def _maker(config: PretrainedConfig) -> Callable[..., PreTrainedModel]:
     """
     import transformers
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+    from transformers.models.auto import modeling_auto
 
     names = config.architectures if isinstance(config.architectures, list) else []
     name = str(next(iter(names), ""))
@@ -135,6 +136,9 @@ def _maker(config: PretrainedConfig) -> Callable[..., PreTrainedModel]:
     if is_class and named.config_class is type(config):
         return named._from_config
     if is_class and MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not named:
+        every = (mapping for name, mapping in vars(modeling_auto).items() if re.fullmatch("MODEL_.*MAPPING", name))
+        if any(mapping.get(type(config), None) is named for mapping in every):
+            return named._from_config
         raise CanopyError(
             f"config.json says that the model is a {name}, and that its model_type is {shown(config.model_type)}, of "
             "which there is no such class; mend it"

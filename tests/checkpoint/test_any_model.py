@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 import warnings
@@ -61,7 +62,7 @@ CLASSES = {
     "base": lambda: tf.LlamaModel(LLAMA),
     "decoder that classifies": lambda: tf.LlamaForSequenceClassification(LLAMA),
     "t5": lambda: tf.T5ForConditionalGeneration(T5),
-    "t5 encoder": lambda: tf.T5EncoderModel(T5),
+    "t5 encoder": lambda: tf.T5EncoderModel(copy.deepcopy(T5)),  # which writes into its config
     "whisper": lambda: tf.WhisperForConditionalGeneration(WHISPER),
     "images": lambda: tf.ViTForImageClassification(VIT),
 }
@@ -121,6 +122,23 @@ def test_an_image_is_seen_as_before(tmp_path: Path) -> None:
     given = {"input_ids": torch.tensor([[1, 90, 90, 90, 90, 5, 6]]), "pixel_values": torch.randn(1, 3, 28, 28)}
     assert torch.equal(loaded(**given).logits, model(**given).logits)
     assert not torch.equal(model(**given).logits, model(given["input_ids"]).logits)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.skipif(not tf.__version__.startswith("5.23"), reason="verdicts are those of the version that was tried")
+@pytest.mark.parametrize(("name", "recipe", "verdict"), [
+    ("encoder", "w4a16-g32", "yes"), ("classifier", "w8a8", "yes"), ("base", "w8a16", "yes"),
+    ("t5", "w4a16-g32", "only"), ("t5 encoder", "w4a16-g32", "only"), ("t5", "w8a8", "yes"), ("whisper", "fp8", "yes"),
+    ("images", "w8a16", "yes"), ("gemma 3", "w4a16-g32", "yes"), ("qwen 2.5 vl", "w8a8", "yes"),
+])  # fmt: skip
+def test_transformers_reads_a_model_of_any_class(name: str, recipe: str, verdict: str, tmp_path: Path) -> None:
+    """T5's code gives its layers first values, for which packed ones have no weight."""
+    pytest.importorskip("compressed_tensors")
+    model = make((CLASSES | SEEING)[name])
+    cq.quantize_(model, recipe)
+    saved = cq.save(model, tmp_path / "saved", check="transformers")
+    assert saved.readers["transformers"].startswith(verdict) and "tried" in saved.readers["transformers"]
+    assert cq.inspect(tmp_path / "saved").tools["transformers"].startswith(verdict)
 
 
 def test_a_model_that_wants_two_inputs_is_saved_unjudged_or_not(tmp_path: Path) -> None:
