@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-COURSE = ("README.md", "notebooks/*.ipynb", "benchmarks/results/*.json", "jupyter/**/*.json")
+COURSE = ("README.md", "notebooks/*.ipynb", "notebooks/more/*.ipynb", "benchmarks/results/*.json", "jupyter/**/*.json")
 
 
 class WithCourse(build_py):

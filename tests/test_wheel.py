@@ -49,7 +49,9 @@ def test_the_wheel_carries_the_course(installed: Path) -> None:
     done = outside(installed, "-m", "canopyq", "course", "lessons", "--no-lab")
     assert done.returncode == 0, done.stderr
     lessons = installed.parent / "lessons" / "notebooks"
-    assert {file.name for file in lessons.iterdir()} == {file.name for file in (ROOT / "notebooks").glob("*.ipynb")}
+    all_of = {file.relative_to(ROOT / "notebooks") for file in (ROOT / "notebooks").rglob("*.ipynb")}
+    all_of = {file for file in all_of if ".ipynb_checkpoints" not in file.parts}
+    assert {file.relative_to(lessons) for file in lessons.rglob("*.ipynb")} == all_of
     code = (
         "import canopyq as cq; from pathlib import Path; print(Path(cq.__file__).parents[1]);"
         "print(len(cq.lessons.recorded('linear_w4a16')), len(cq.tutor.questions(3)))"

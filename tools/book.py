@@ -130,7 +130,8 @@ def page_of(notebook: Path, recordings: dict[str, Any]) -> nbformat.NotebookNode
     lesson = nbformat.read(notebook, as_version=4)
     guesses: dict[str, str] = {}
     for cell in lesson.cells:
-        cell.source = cell.source.replace("](../README.md#the-map)", "](../index.md)").replace("](../docs/", "](../")
+        cell.source = re.sub(r"\]\(((?:\.\./)+)README\.md#the-map\)", r"](\1index.md)", cell.source)
+        cell.source = cell.source.replace("](../docs/", "](../")
         for output in cell.get("outputs", []):
             if "data" in output and (form := interactive(output, cell.source, guesses, recordings)):
                 output.data["text/html"] = form
@@ -157,10 +158,12 @@ def reference() -> str:
 def stage(sources: Path, lessons: list[str] | None) -> None:
     """Write what Sphinx reads; ``lessons`` are those whose explorers are recorded, None for all."""
     shutil.copytree(MAKER, sources)
-    (sources / "lessons").mkdir()
-    for notebook in track(sorted((ROOT / "notebooks").glob("*.ipynb")), "recording explorers"):
+    (sources / "lessons" / "more").mkdir(parents=True)
+    folder = ROOT / "notebooks"
+    notebooks = [*sorted(folder.glob("*.ipynb")), *sorted(folder.glob("more/*.ipynb"))]
+    for notebook in track(notebooks, "recording explorers"):
         recordings = record(notebook) if lessons is None or notebook.name[:2] in lessons else {}
-        nbformat.write(page_of(notebook, recordings), sources / "lessons" / notebook.name)
+        nbformat.write(page_of(notebook, recordings), sources / "lessons" / notebook.relative_to(folder))
     (sources / "reference.md").write_text(reference(), encoding="utf-8")
     for page in PAGES:
         shutil.copy(ROOT / "docs" / page, sources / page)

@@ -3,7 +3,8 @@
     python tools/notebooks.py execute [files]     run, clean, write back; stops at the first cell that raises
     python tools/notebooks.py check [files]       the guards, without running anything
 
-Without files, all of ``notebooks/``. Both print a line a notebook and exit with 1 when something is wrong.
+Without files, all of ``notebooks/``, the appendices in ``notebooks/more/`` included. Both print a line a notebook and
+exit with 1 when something is wrong.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
+APPENDICES = FOLDER / "more"
 MAX_BYTES = 1 << 20
 MIN_SHARE_WITH_OUTPUT = 0.6
 CELL_TIMEOUT = 300
@@ -235,6 +237,29 @@ def ignores_output(cell: NotebookNode) -> bool:
     return "nbval-ignore-output" in cell.metadata.get("tags", []) or "# NBVAL_IGNORE_OUTPUT" in cell.source
 
 
+def is_checks(cell: NotebookNode) -> bool:
+    """Whether a cell only asserts what the cells above have shown: its source is collapsed, and it has no output."""
+    return cell.cell_type == "code" and "checks" in cell.metadata.get("tags", [])
+
+
+def is_hidden(cell: NotebookNode) -> bool:
+    """Whether JupyterLab and the book show a cell's source only to those who open it."""
+    return bool(cell.metadata.get("jupyter", {}).get("source_hidden"))
+
+
+def asserted_names(source: str) -> set[str]:
+    """The names that a cell's asserts read."""
+    tree = parse(source)
+    asserts = [node for node in ast.walk(tree) if isinstance(node, ast.Assert)] if tree else []
+    return {name.id for node in asserts for name in ast.walk(node) if isinstance(name, ast.Name)}
+
+
+def set_names(source: str) -> set[str]:
+    """The names that a cell gives a value."""
+    tree = parse(source)
+    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} if tree else set()
+
+
 def texts(output: NotebookNode) -> Iterator[str]:
     """Everything in an output that a reader sees as text."""
     yield output.get("text", "")
@@ -244,14 +269,17 @@ def texts(output: NotebookNode) -> Iterator[str]:
             yield value
 
 
-def cell_problems(cell: NotebookNode) -> Iterator[str]:
-    """What is wrong with one code cell and its stored outputs."""
+def cell_problems(cell: NotebookNode, checked: set[str] = frozenset()) -> Iterator[str]:
+    """What is wrong with one code cell and its stored outputs; ``checked`` are the names that later checks assert."""
     tags = cell.metadata.get("tags", [])
     if "nbval-skip" in tags or "skip-execution" in tags:
         yield "is tagged to be skipped, so nothing checks it; use nbval-ignore-output and an assert"
     tree = parse(cell.source)
-    if ignores_output(cell) and not (tree and any(isinstance(node, ast.Assert) for node in ast.walk(tree))):
-        yield "is tagged nbval-ignore-output and asserts nothing, so nothing checks it"
+    asserts = tree and any(isinstance(node, ast.Assert) for node in ast.walk(tree))
+    if ignores_output(cell) and not asserts and not set_names(cell.source) & checked:
+        yield "is tagged nbval-ignore-output, and neither it nor a cell of checks asserts anything of it"
+    if is_checks(cell) and not (asserts and is_hidden(cell) and not cell.outputs):
+        yield "is tagged checks: it has to assert something, to show nothing, and to be collapsed"
     if not cell.outputs and "silent" not in tags and must_show(cell.source):
         yield "holds no output; execute the notebook, or end the last line with ; or tag the cell silent"
     for output in cell.outputs:
@@ -299,12 +327,14 @@ def problems(path: Path) -> list[str]:
     if counts != list(range(1, len(cells) + 1)):
         wrong = next(i for i, count in enumerate(counts) if count != i + 1)
         found.append(f"was not executed top to bottom: code cell {wrong + 1} has execution count {counts[wrong]}")
-    shown = sum(bool(cell.outputs) for cell in cells)
-    if not cells or shown < MIN_SHARE_WITH_OUTPUT * len(cells):
-        found.append(f"holds outputs in {shown} of {len(cells)} code cells; at least 60 % should show something")
+    teaching = [cell for cell in cells if not is_checks(cell)]
+    shown = sum(bool(cell.outputs) for cell in teaching)
+    if not cells or shown < MIN_SHARE_WITH_OUTPUT * len(teaching):
+        found.append(f"holds outputs in {shown} of {len(teaching)} code cells; at least 60 % should show something")
     for index, cell in enumerate(nb.cells):
         if cell.cell_type == "code":
-            found += [f"cell {index} {problem}" for problem in cell_problems(cell)]
+            later = (asserted_names(c.source) for c in nb.cells[index + 1 :] if is_checks(c))
+            found += [f"cell {index} {problem}" for problem in cell_problems(cell, set().union(*later))]
     return found
 
 
@@ -316,7 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("action", choices=["execute", "check"])
     parser.add_argument("files", nargs="*", type=Path, help="notebooks; default: all of notebooks/")
     options = parser.parse_args(arguments)
-    files = options.files or sorted(FOLDER.glob("*.ipynb"))
+    files = options.files or [*sorted(FOLDER.glob("*.ipynb")), *sorted(APPENDICES.glob("*.ipynb"))]
     if not files:
         print(f"no notebooks in {FOLDER}")
         return 1

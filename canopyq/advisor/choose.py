@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 
 from canopyq import checks
 from canopyq.advisor.measured import ORIGINAL, Measurement, recorded
-from canopyq.advisor.needs import FLOOR, GPUS, PRIORITIES, Needs, misfit, refuse, speed_remarks
+from canopyq.advisor.needs import FLOOR, GPUS, PRIORITIES, Needs, misfit, not_served, refuse, speed_remarks
 from canopyq.errors import CanopyError, shown
 from canopyq.memory import ModelBytes, cache_bytes, human, model_bytes
 from canopyq.utils import Preformatted
@@ -41,7 +41,7 @@ class Option:
         measured: its quality.
         weights: bytes of the model: codes, scales, zero points, and what stays in 16 bits.
         cache: bytes of the KV cache.
-        refused: why no kernel takes it, or none of the GPU, or None.
+        refused: why no kernel takes it, or none of the GPU or the server, or None.
         here: whether the quality was measured on the model that is asked about. If not, it orders recipes and no more.
     """
 
@@ -63,7 +63,8 @@ class Option:
     def of(cls, measured: Measurement, needs: Needs) -> Option:
         recipe, cache = measured.parts
         held = cache_bytes(needs.shape, needs.context, needs.batch, cache)
-        refused = misfit(recipe, needs.shape) or refuse(recipe, cache, needs.capability)
+        refused = misfit(recipe, needs.shape) or not_served(recipe, cache, needs.server, needs.capability)
+        refused = refused or refuse(recipe, cache, needs.capability)
         if refused is None and needs.priority == "throughput" and (recipe is None or recipe.activations is None):
             refused = "throughput asks for 8-bit activations, and this recipe computes in 16 bits"
         here = measured.model in (None, needs.model)
@@ -177,6 +178,7 @@ def advise(
     accuracy: float | None = None,
     gpu: str | float | None = None,
     priority: str = "balanced",
+    server: str | None = None,
     measurements: Iterable[Measurement] | None = None,
 ) -> Advice:
     """Recommend a recipe.
@@ -184,6 +186,7 @@ def advise(
     Args:
         model, memory, context, batch, gpu: see `Needs.parse`; or `Needs` alone.
         accuracy: the least share of right answers, as measured on this model; None asks for 0.98 where there are such.
+        server: ``"vllm"`` recommends only what vLLM runs; None also what canopyq alone does.
         priority: ``"accuracy"``, ``"balanced"``, ``"compression"``, or ``"throughput"`` (8-bit activations only).
         measurements: of this model, to choose from: `measure` makes them from a text. None takes those that ship with
             canopyq, of the tutor. They order the recipes of another model as they order the tutor's, and no quality is
@@ -194,7 +197,7 @@ def advise(
             to give, and by how much.
     """
     known = list(recorded() if measurements is None else _measurements(measurements))
-    words = {"memory": memory, "context": context, "batch": batch, "accuracy": accuracy, "gpu": gpu}
+    words = {"memory": memory, "context": context, "batch": batch, "accuracy": accuracy, "gpu": gpu, "server": server}
     needs = model if isinstance(model, Needs) else Needs.parse(model, **words, priority=priority)
     needs = replace(needs, accuracy=_floor(needs, known))
     if not needs.context:  # no chat was named: whatever cache there will be is not part of the question

@@ -21,6 +21,7 @@ from canopyq.tensor.scheme import Recipe
 # Lesson 06 divides the damage that a step avoids by the memory that it costs, both in per cent. A priority is the rate
 # at which a step is worth taking: "balanced" pays one per cent of memory if at least 10 % of the damage go away.
 PRIORITIES = {"accuracy": 1.0, "balanced": 10.0, "compression": 50.0, "throughput": 1.0}
+SERVERS = {"vllm": "vLLM"}  # whose formats are known here; canopyq runs whatever it has measured
 FLOOR = 0.98  # the share of right answers that is asked for where nobody says
 MANY = 10_000  # layers: more than any model has
 FARTHEST = 1.25  # a count names the nearest known shape, if the two are at most this factor apart
@@ -42,6 +43,7 @@ class Needs:
         accuracy: the least share of right answers, between 0 and 1; None: what `advise` asks for by itself.
         capability: of the GPU, such as 8.9; 0 for a CPU; None if it is not known.
         priority: one of `PRIORITIES`.
+        server: one of `SERVERS`, which has to run the recipe; None for canopyq itself.
     """
 
     model: str
@@ -53,6 +55,7 @@ class Needs:
     accuracy: float | None = None
     capability: float | None = None
     priority: str = "balanced"
+    server: str | None = None
 
     @classmethod
     def parse(
@@ -65,6 +68,7 @@ class Needs:
         accuracy: float | None = None,
         gpu: str | float | None = None,
         priority: str = "balanced",
+        server: str | None = None,
     ) -> Needs:
         """Needs from words.
 
@@ -74,16 +78,21 @@ class Needs:
             memory: ``"8GB"`` (10^9 bytes), ``"8GiB"`` (2^30), or a number of bytes.
             context: tokens, or ``"32k"``, which is 32 · 1024.
             gpu: a GPU such as ``"h100"``, a compute capability such as ``8.9``, or ``"cpu"``.
+            server: ``"vllm"``, or None for canopyq itself.
 
         Raises:
             CanopyError: for anything that cannot be read, with what can.
         """
         checks.choice("priority", priority, PRIORITIES), checks.count("batch", batch, 1, 10**6)
         accuracy = None if accuracy is None else float(checks.number("accuracy", accuracy, 0, 1))
+        if server is not None:
+            checks.choice("server", server, SERVERS)
         name, shape = find_shape(model)
         limit = None if memory is None else byte_count(memory)
         capability = None if gpu is None else find_capability(gpu)
-        return cls(name, _words(model), shape, limit, token_count(context), batch, accuracy, capability, priority)
+        return cls(
+            name, _words(model), shape, limit, token_count(context), batch, accuracy, capability, priority, server
+        )
 
     def __str__(self) -> str:
         words = [f"priority {self.priority}"]
@@ -93,6 +102,8 @@ class Needs:
             words.append(f"{self.batch} x {self.context:,} tokens of context")
         if self.capability is not None:
             words.append(f"GPU of compute capability {self.capability}" if self.capability else "on a CPU")
+        if self.server is not None:
+            words.append(f"served by {SERVERS[self.server]}")
         return ", ".join(words)
 
 
@@ -205,6 +216,26 @@ def refuse(recipe: Recipe | None, cache: str | None, capability: float | None) -
     return f"{what} need compute capability {needed}, " + (f"and this is {capability}" if capability else "not a CPU")
 
 
+def not_served(
+    recipe: Recipe | None, cache: str | None, server: str | None, capability: float | None = None
+) -> str | None:
+    """Why a server does not run a recipe and a cache; None if it does, or none was named. On a CPU (a capability of 0)
+    group sizes are not those of Marlin."""
+    if server is None:
+        return None
+    if cache not in (None, "kv-fp8"):
+        return f"+{cache} is a cache of canopyq's; vLLM has others of its own, by --kv-cache-dtype"
+    if recipe is None or recipe.activations is not None:
+        return None
+    group = recipe.weights.granularity.group_size
+    if capability != 0 and group not in (None, 32, 64, 128):
+        return f"vLLM's fast kernels (Marlin) read groups of 32, 64 or 128, or whole rows, and none of {group}"
+    if isinstance(recipe.weights.format, IntFormat) and recipe.weights.format.bits not in (4, 8):
+        bits = recipe.weights.format.bits
+        return f"of vLLM's kernels only Humming takes {bits}-bit weights, from version 0.33 on; canopyq runs them"
+    return None
+
+
 def speed_remarks(recipe: Recipe | None, cache: str | None, capability: float | None, batch: int) -> list[str]:
     """What to know of the speed of a recipe."""
     said = []
@@ -220,12 +251,5 @@ def speed_remarks(recipe: Recipe | None, cache: str | None, capability: float | 
             if isinstance(recipe.activations.format, FloatFormat)
             else "INT8 needs compute capability 7.5 (Turing) to 9.0 (Hopper); name the GPU with gpu="
         )
-    if cache in ("kv8", "kv4", "kv2"):
-        said.append(f"+{cache} is a cache of canopyq's; vLLM has others of its own, by --kv-cache-dtype")
-    group = recipe.weights.granularity.group_size if weight_only else None
-    if group not in (None, 32, 64, 128) and capability != 0:
-        said.append(f"vLLM's fast kernels (Marlin) read groups of 32, 64 or 128, or whole rows, and none of {group}")
-    if weight_only and isinstance(recipe.weights.format, IntFormat) and recipe.weights.format.bits not in (4, 8):
-        bits = recipe.weights.format.bits
-        said.append(f"of vLLM's kernels only Humming takes {bits}-bit weights, from version 0.33 on; canopyq runs them")
-    return said
+    reasons = not_served(None, cache, "vllm"), not_served(recipe, None, "vllm", capability)
+    return said + [reason for reason in reasons if reason is not None]

@@ -98,6 +98,7 @@ def advise(
     ] = None,
     gpu: Annotated[str | None, typer.Option(help="A GPU (h100), a compute capability (8.9), or cpu.")] = None,
     priority: Annotated[str, typer.Option(help="accuracy, balanced, compression or throughput.")] = "balanced",
+    server: Annotated[str | None, typer.Option(help="vllm: only what vLLM runs.")] = None,
     measurements: Annotated[
         Path | None, typer.Option(help="A JSON file with measurements of this model; default: those of the tutor.")
     ] = None,
@@ -125,7 +126,7 @@ def advise(
         known = None if measurements is None else advisor.read(measurements)
     found = advisor.advise(
         model, memory=memory, context=context, batch=batch, accuracy=accuracy, gpu=gpu, priority=priority,
-        measurements=known,
+        server=server, measurements=known,
     )  # fmt: skip
     if as_json:
         print_json(found.to_dict())

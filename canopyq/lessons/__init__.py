@@ -16,6 +16,7 @@ from .capstone import capstone
 from .checkpoints import ten_checkpoints
 from .exercise import exercise
 from .html import table
+from .inputs import inputs_of
 from .predict import predict
 from .progress import progress, strip
 from .quiz import quiz
@@ -33,7 +34,7 @@ _ROOMS = {  # loaded when one of its names is asked for
     "canopyq.kv_cache.layers": ("QuantizedCacheLayer",),
     "canopyq.kv_cache.quantized_kv": ("QuantizedKV",),
     "canopyq.tensor.formats": ("get_cache_format",),
-    "canopyq.lessons.roofline": ("H200", "crossover", "linear_work"),
+    "canopyq.lessons.roofline": ("H200", "Machine", "crossover", "linear_work"),
     "canopyq.evaluate.machine": ("describe",),
     "canopyq.memory": ("MODEL_SHAPES", "bytes_held", "cache_bytes", "human", "model_bytes", "tensors_held",
                        "weight_bytes"),
@@ -51,8 +52,8 @@ canvas.sharpen()
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
-    "capstone", "exercise", "explore", "plots", "predict", "progress", "quiz", "recorded", "strip", "table",
-    "ten_checkpoints",
+    "capstone", "exercise", "explore", "inputs_of", "plots", "predict", "progress", "quiz", "recorded", "strip",
+    "table", "ten_checkpoints",
     *_ROOM_OF,
 ]  # fmt: skip
 

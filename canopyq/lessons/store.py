@@ -31,8 +31,8 @@ def default_path() -> Path:
     if named := os.environ.get(VARIABLE):
         return Path(os.path.expanduser(named))
     here = Path.cwd()
-    folder = here / "notebooks"
-    return (folder if any(folder.glob("0*.ipynb")) else here) / FILE_NAME
+    places = (here / "notebooks", here.parent)  # opened from the project's folder, or an appendix in notebooks/more
+    return next((folder for folder in places if any(folder.glob("00_*.ipynb"))), here) / FILE_NAME
 
 
 class Store:

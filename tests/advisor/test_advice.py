@@ -20,12 +20,13 @@ from canopyq.memory import MODEL_SHAPES, cache_bytes, model_bytes
 
 NAMES = st.sampled_from(sorted(MODEL_SHAPES))
 NEEDS = st.builds(
-    lambda name, memory, context, batch, accuracy, priority: Needs(
+    lambda name, memory, context, batch, accuracy, priority, server: Needs(
         name, name, MODEL_SHAPES[name], memory and round(memory * 2 * MODEL_SHAPES[name].parameters), context, batch,
-        accuracy if name == "tutor" else None, None, priority,
+        accuracy if name == "tutor" else None, None, priority, server,
     ),
     NAMES, st.none() | st.floats(0.2, 3), st.sampled_from([0, 100, 4096, 32768]), st.sampled_from([1, 3, 16]),
     st.sampled_from([0.0, 0.9, 0.98, 0.995]), st.sampled_from(sorted(advisor.PRIORITIES)),
+    st.sampled_from([None, "vllm"]),
 )  # fmt: skip
 
 
@@ -47,6 +48,12 @@ def test_the_recommendation_meets_the_needs(needs: Needs) -> None:
     assert not found.best.here or found.best.measured.accuracy.value >= (needs.accuracy or 0)
     assert found.best.here == (needs.model == "tutor")
     assert needs.memory is None or found.best.total <= needs.memory
+    if needs.server == "vllm":
+        recipe, cache = found.best.measured.parts
+        assert cache in (None, "kv-fp8")
+        if recipe is not None and recipe.activations is None:
+            assert recipe.weights.granularity.group_size in (None, 32, 64, 128)
+            assert recipe.weights.format.bits in (4, 8)
     if needs.priority == "throughput":
         assert found.best.measured.parts[0].activations is not None
 

@@ -10,7 +10,8 @@ import pytest
 
 from canopyq import lessons
 
-NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+FOLDER = Path(__file__).parents[2] / "notebooks"
+NOTEBOOKS = [*sorted(FOLDER.glob("*.ipynb")), *sorted((FOLDER / "more").glob("*.ipynb"))]
 
 
 @pytest.mark.parametrize("name", lessons.__all__)

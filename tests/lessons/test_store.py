@@ -217,6 +217,9 @@ def test_where_the_file_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "00_start_here.ipynb").touch()
     assert default_path() == tmp_path / "notebooks" / ".canopyq-progress.json"
+    (tmp_path / "notebooks" / "more").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks" / "more")
+    assert default_path() == tmp_path / "notebooks" / ".canopyq-progress.json"
 
 
 def test_the_table() -> None:

@@ -20,7 +20,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from tests.notebooks.nbval_plugin import without_blank_streams
 from tools import notebooks
 
-NOTEBOOKS = sorted(notebooks.FOLDER.glob("*.ipynb"))
+NOTEBOOKS = [*sorted(notebooks.FOLDER.glob("*.ipynb")), *sorted(notebooks.APPENDICES.glob("*.ipynb"))]
 
 
 def shown(source: str, text: str, count: int) -> NotebookNode:
@@ -38,6 +38,37 @@ def good() -> NotebookNode:
         new_markdown_cell("## Recap\n1. Two is even."),
     ]
     return new_notebook(cells=cells)
+
+
+def checks(source: str = "assert seconds > 0") -> NotebookNode:
+    """A collapsed cell that asserts."""
+    return new_code_cell(source, execution_count=4, metadata={"tags": ["checks"], "jupyter": {"source_hidden": True}})
+
+
+def with_ignored_output(*more: NotebookNode) -> NotebookNode:
+    nb = good()
+    nb.cells[3].source = "seconds = 1.2\nprint(seconds)"
+    nb.cells[3].metadata["tags"] = ["nbval-ignore-output"]
+    nb.cells[4:4] = more
+    return nb
+
+
+def test_a_cell_of_checks_may_stand_for_an_assert_in_view(tmp_path: Path) -> None:
+    assert notebooks.problems(save(with_ignored_output(checks()), tmp_path)) == []
+    for nothing in ((), (checks("assert x == 2"),)):
+        found = notebooks.problems(save(with_ignored_output(*nothing), tmp_path))
+        assert len(found) == 1 and "cell 3 is tagged nbval-ignore-output" in found[0]
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda cell: cell.update(source="seconds"), lambda cell: cell.metadata.pop("jupyter"),
+    lambda cell: cell.outputs.append(new_output("stream", name="stdout", text="1")),
+])  # fmt: skip
+def test_a_cell_of_checks_asserts_shows_nothing_and_is_collapsed(spoil: Callable, tmp_path: Path) -> None:
+    spoil(cell := checks("assert x == 2"))
+    nb = good()
+    nb.cells.insert(4, cell)
+    assert "cell 4 is tagged checks" in " ".join(notebooks.problems(save(nb, tmp_path)))
 
 
 def save(nb: NotebookNode, folder: Path, name: str = "lesson.ipynb") -> Path:

@@ -20,6 +20,7 @@ MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b", "llama-2-7b", "mistral
 CONTEXTS = {"none": 0, "4k": 4096, "32k": 32768, "128k": 131072}
 BUDGETS = (4e9, 6e9, 8e9, 16e9, 24e9)
 MEMORY = {f"{gb} GB": float(gb) for gb in (1, 2, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192)}
+SERVED_BY = {"vLLM": "vllm", "canopyq": None}
 SMALL = 0.1  # a cache below this share of the memory is not worth a thought
 TREE = """\
 <ol style="margin:4px 0;padding-left:22px">
@@ -27,8 +28,8 @@ TREE = """\
 on.</li>
 <li><b>What matters most?</b> Accuracy: 8-bit weights, <code>w8a16</code>. A middle ground: <code>w4a16-g128</code>.
 Size: <code>w4a16-g256</code>.</li>
-<li><b>Does that fit?</b> Yes: take it. No: take the best of what does fit; if nothing does, one of the needs has to
-give.</li>
+<li><b>Does that fit, and does the server run it?</b> Yes: take it. No: take the best of what does; if nothing does, one
+of the needs has to give.</li>
 <li><b>Is the cache more than a tenth of it?</b> Yes: quantize the cache too. No: leave it in 16 bits.</li>
 </ol>"""
 
@@ -46,13 +47,15 @@ class Choose(Explorer):
     def make_controls(self) -> dict[str, Widget]:
         return {
             "priority": buttons([priority for _, priority, _ in ROWS if priority], "balanced"),
+            "server": buttons(list(SERVED_BY), "vLLM"),
             "model": SelectionSlider(options=MODELS, value="mistral-7b", description="model"),
             "memory": SelectionSlider(options=MEMORY, value=8.0, description="memory"),
             "context": SelectionSlider(options=CONTEXTS, value=32768, description="context"),
         }
 
-    def draw(self, figure: Figure, priority: str, model: str, memory: float, context: int) -> str:
-        needs = Needs.parse(model, memory=round(memory * 1e9), context=context, priority=priority)
+    def draw(self, figure: Figure, priority: str, server: str, model: str, memory: float, context: int) -> str:
+        memory = round(memory * 1e9)
+        needs = Needs.parse(model, memory=memory, context=context, priority=priority, server=SERVED_BY[server])
         steps = "".join(f"<li>{question} {answer}</li>" for question, answer in self.steps(needs))
         return f'<ol style="margin:4px 0;padding-left:22px;line-height:1.6">{steps}</ol>{self.leaf(needs)}'
 
@@ -63,7 +66,8 @@ class Choose(Explorer):
         row = self.option(recipe, needs)
         said = [(f"<b>In 16 bits?</b> {_sum(plain)}", _fits(plain, needs))]
         said.append(("<b>What matters most?</b>", f"{needs.priority}: <code>{recipe}</code>"))
-        said.append((f"<b>Does that fit?</b> {_sum(row)}", _fits(row, needs)))
+        served = "" if row.refused is None else f"; but {html.escape(row.refused)}"
+        said.append((f"<b>Does that fit, and is it served?</b> {_sum(row)}", _fits(row, needs) + served))
         share = row.cache / row.total
         large = f"{share:.0%} of it: " + ("<b>yes</b>, quantize it" if share > SMALL else "<b>no</b>, leave it")
         said.append(("<b>Is the cache more than a tenth?</b>", large))
@@ -94,12 +98,12 @@ class Choose(Explorer):
         for budget in BUDGETS:
             cells = []
             for priority in priorities:
-                needs = Needs.parse("mistral-7b", memory=budget, context="32k", priority=priority)
+                needs = Needs.parse("mistral-7b", memory=budget, context="32k", priority=priority, server="vllm")
                 try:
                     cells.append(advise(needs, measurements=self.known).best.name)
                 except CanopyError:
                     cells.append("nothing fits")
-            lines.append([f"mistral-7b, 32k tokens, {human(budget)}", *cells])
+            lines.append([f"mistral-7b, 32k tokens, {human(budget)}, vLLM", *cells])
         return ["needs", *priorities], lines
 
 
