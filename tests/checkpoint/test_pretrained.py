@@ -94,6 +94,7 @@ def test_transformers_reads_it(name: str, recipe: str, tmp_path: Path, logits: C
     model = quantized(name, recipe)
     model.save_pretrained(tmp_path)
     loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    # transformers multiplies dense weights, kernels here may round inputs to bfloat16: five steps of 2^-8.
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0.02, atol=0.02)
 
 
