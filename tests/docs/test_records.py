@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import kv_answers, linear, recipes
+from benchmarks import kv_answers, linear, real_models, recipes
 from benchmarks.quality_table import FP4, RESULT, SETTINGS, Cells, best, cells, fp4_words, pairs, summary, table
 
 README = Path(__file__).parents[2] / "README.md"
@@ -109,6 +109,14 @@ def test_readme_shows_the_recorded_figures() -> None:
     """The table is what the last recorded run measured, line by line."""
     recorded = record_of("recipes")
     assert recipes.markdown(recorded) in README.read_text(encoding="utf-8")
+
+
+def test_readme_shows_what_a_real_model_lost() -> None:
+    rows = record_of("real_models")["rows"]
+    assert real_models.table(rows) in README.read_text(encoding="utf-8")
+    assert len({(row["model"], row["text"], row["tokens"]) for row in rows}) == 1  # else they are not to be compared
+    runs = [(row["recipe"], row["method"]) for row in rows]
+    assert len(set(runs)) == len(runs)
 
 
 def test_readme_shows_the_recorded_speed() -> None:
