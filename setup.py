@@ -6,7 +6,8 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-COURSE = ("README.md", "notebooks/*.ipynb", "notebooks/more/*.ipynb", "benchmarks/results/*.json", "jupyter/**/*.json")
+COURSE = ("README.md", "docs/when-it-goes-wrong.md", "notebooks/*.ipynb", "notebooks/more/*.ipynb",
+          "benchmarks/results/*.json", "jupyter/**/*.json")  # fmt: skip
 
 
 class WithCourse(build_py):

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from canopyq.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("canopyq", "notebooks", "jupyter", "benchmarks", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md",
-         "LICENSE")  # fmt: skip
+PARTS = ("canopyq", "notebooks", "jupyter", "benchmarks", "docs", "pyproject.toml", "setup.py", "MANIFEST.in",
+         "README.md", "LICENSE")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,7 @@ def test_the_wheel_carries_the_course(installed: Path) -> None:
     all_of = {file.relative_to(ROOT / "notebooks") for file in (ROOT / "notebooks").rglob("*.ipynb")}
     all_of = {file for file in all_of if ".ipynb_checkpoints" not in file.parts}
     assert {file.relative_to(lessons) for file in lessons.rglob("*.ipynb")} == all_of
+    assert (lessons.parent / "docs" / "when-it-goes-wrong.md").is_file(), "lessons lead to it"
     code = (
         "import canopyq as cq; from pathlib import Path; print(Path(cq.__file__).parents[1]);"
         "print(len(cq.lessons.recorded('linear_w4a16')), len(cq.tutor.questions(3)))"

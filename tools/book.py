@@ -125,6 +125,14 @@ def record(notebook: Path) -> dict[str, Any]:
     return {recording["name"]: recording for recording in recordings}
 
 
+def alternative(cell: Any) -> str:
+    """What a picture of matplotlib's says to those who do not see it: its title, and the numbers printed beside it."""
+    title = re.search(r'title=\(?\s*f?"((?:[^"\\]|\\.)*)"', cell.source)
+    said = re.sub(r"\{[^{}]*\}", "…", title[1]) if title else ""
+    printed = " ".join(o.text for o in cell.outputs if o.output_type == "stream")
+    return " ".join(f"Chart. {said}. {printed}".replace("Chart. . ", "Chart. ").split())
+
+
 def page_of(notebook: Path, recordings: dict[str, Any]) -> nbformat.NotebookNode:
     """The lesson with its cards made to answer in the page."""
     lesson = nbformat.read(notebook, as_version=4)
@@ -132,6 +140,8 @@ def page_of(notebook: Path, recordings: dict[str, Any]) -> nbformat.NotebookNode
     for cell in lesson.cells:
         cell.source = re.sub(r"\]\(((?:\.\./)+)README\.md#the-map\)", r"](\1index.md)", cell.source)
         cell.source = cell.source.replace("](../docs/", "](../")
+        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
+            cell.metadata["mystnb"] = {"image": {"alt": alternative(cell)}}
         for output in cell.get("outputs", []):
             if "data" in output and (form := interactive(output, cell.source, guesses, recordings)):
                 output.data["text/html"] = form

@@ -40,7 +40,9 @@ def course(
         for name in ("notebooks", "jupyter"):
             unwanted = shutil.ignore_patterns(".*", "__pycache__")  # a reader's own progress, in a clone
             shutil.copytree(source / name, part / name, ignore=unwanted)
-        shutil.copyfile(source / "README.md", part / "README.md")
+        (part / "docs").mkdir()
+        for name in ("README.md", "docs/when-it-goes-wrong.md"):  # what lessons lead to
+            shutil.copyfile(source / name, part / name)
         if folder.exists():
             folder.rmdir()
         part.rename(folder)

@@ -41,6 +41,8 @@ def test_cards_answer(page, book: Path, lesson: str) -> None:
     page.goto((book / "lessons" / f"{lesson}.html").as_uri())
     forms = page.locator(".cq-quiz").all()
     assert len(forms) == 1
+    pictures = page.locator("article img:not(.cq-picture)").all()
+    assert not [alt for picture in pictures if not (alt := picture.get_attribute("alt")) or alt.endswith(".png")]
     for form in forms:
         quiz = quizzes.load(form.get_attribute("data-name"))
         verdict = form.locator(".cq-verdict")
