@@ -43,9 +43,9 @@ def find_targets(
         strict: refuse a matrix that would be kept though the recipe does not say so.
 
     Raises:
-        CanopyError: if the model is quantized already, has lazy weights, or nothing to quantize; for an entry of the
-            recipe's ignore list that fits no module, an exception that counts for no weight or does not fit it, and
-            what ``strict`` refuses.
+        CanopyError: if the model is quantized already, here or by transformers, has lazy weights, or nothing to
+            quantize; for an entry of the recipe's ignore list that fits no module, an exception that counts for no
+            weight or does not fit it, and what ``strict`` refuses.
     """
     targets: list[Target] = []
     kept: dict[str, str] = {}
@@ -54,6 +54,12 @@ def find_targets(
     _check_ignored(model, recipe, holders)
     if already := next(quantized_layers(model), None):
         raise CanopyError(f"{already[0] or 'the model'} is quantized already; start from a freshly loaded model")
+    if (held := getattr(getattr(model, "config", None), "quantization_config", None)) is not None:
+        method = held.get("quant_method") if isinstance(held, dict) else getattr(held, "quant_method", None)
+        raise CanopyError(
+            f"transformers holds the model quantized ({getattr(method, 'value', method)}); load it with "
+            "dequantize=True in its quantization_config, or start from the original"
+        )
     for holder in holders:
         label = holder.name or "the model"
         if wish := _wish(holder, recipe, heads, beside):

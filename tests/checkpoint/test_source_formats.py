@@ -156,6 +156,14 @@ def test_in_memory(name: str, tmp_path: Path) -> None:
                        loaded(torch.arange(3, 35)[None]).logits)  # fmt: skip
 
 
+def test_a_model_that_transformers_holds_quantized(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    source = write(tmp_path / "source", "llama", compressed, **COMPRESSED)
+    model = tf.AutoModelForCausalLM.from_pretrained(source)
+    with pytest.raises(CanopyError, match="compressed-tensors.*dequantize=True"):
+        cq.quantize_(model, "w4a16-g32")
+
+
 def test_what_stays_is_written_as_floats(tmp_path: Path) -> None:
     source = write(tmp_path / "source", "llama", blocks(32, 32), **FP8)
     original = theirs(source, None)
