@@ -121,12 +121,13 @@ def logits(model: nn.Module) -> torch.Tensor:
 def row(model_type: str) -> dict[str, str]:
     """What becomes of a family: column -> "yes" or what came instead."""
     with quiet():
+        found = {"family": model_type, "date": str(date.today())}
         try:
             model = build(model_type)
             logits(model)
         except Exception as error:
-            return {"family": model_type, "built": short(error)}
-        found = {"family": model_type, "built": type(model).__name__}
+            return found | {"built": short(error)}
+        found["built"] = type(model).__name__
         packed = copy.deepcopy(model)
         try:
             report = cq.quantize_(packed, RECIPE)
@@ -243,17 +244,23 @@ def page(rows: list[dict[str, str]]) -> str:
     """docs/families.md."""
     columns = ["family", "share", *CHECKS, "kept beside norms, embedding and head"]
     built = [row for row in rows if "share" in row]
-    counts = ", ".join(f"{name} {sum(row.get(name) == 'yes' for row in built)}" for name in CHECKS)
+    counts = ", ".join(
+        f"{name} {sum(row.get(name) == 'yes' for row in built)} of {sum(name in row for row in built)}"
+        for name in CHECKS
+    )
+    dates = sorted(row["date"] for row in rows)
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     lines = [
         "# Families", "",
-        f"Written by `make families` on {date.today()}, with transformers {tf.__version__} and torch "
+        f"Written by `make families`, {when}, with transformers {tf.__version__} and torch "
         f"{torch.__version__.split('+')[0]}: a tiny random model of",
         f"every causal LM class, quantized to `{RECIPE}`. *share* is that of the linear parameters; a check that is",
         "not *yes* says what came instead; a percentage is the share from disk to disk. *transformers* loads what was",
         "saved, without canopyq. *awq*, *smoothquant* and *rotation* are *yes* if what they do before rounding leaves",
-        "the logits within 1e-4, and if the first two scale at least half of the layers.", "",
+        "the logits within 1e-4, and if the first two scale at least half of the layers. What is empty was not",
+        "tried.", "",
         f"Tried: {len(rows)} of {len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)} model types; built at these sizes: "
-        f"{len(built)}. Of these, yes: {counts}.", "",
+        f"{len(built)}. Yes: {counts}.", "",
         "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
     ]  # fmt: skip
     for row in built:

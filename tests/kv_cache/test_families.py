@@ -8,7 +8,7 @@ from functools import cache as once
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Cache, DynamicCache
 
 from canopyq import checks
 from canopyq.errors import CanopyError
@@ -41,6 +41,8 @@ HYBRIDS = {
                    "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 8, "n_mamba_heads": 8,
                "mamba_headdim": 16, "num_key_value_heads": 4, "use_mamba_kernels": False, "num_mem_blocks": 1},
+    "kimi_linear": {**MLA, **MOE, "q_lora_rank": None, "num_experts_per_token": 2, "linear_attn_config": {
+        "full_attn_layers": [2, 4], "kda_layers": [1, 3], "head_dim": 16, "num_heads": 4, "short_conv_kernel_size": 4}},
 }  # fmt: skip
 FAMILIES = {
     **HYBRIDS,
@@ -52,7 +54,9 @@ FAMILIES = {
     "gemma4_text": {**SHARED, "global_head_dim": 32},
 }  # fmt: skip
 needs_states = pytest.mark.skipif(not RECURRENT, reason="this transformers does not ask the cache for recurrent states")
-EACH = [pytest.param(name, marks=needs_states if name in HYBRIDS else ()) for name in FAMILIES]
+EACH = [
+    pytest.param(name, marks=needs_states if name in HYBRIDS else ()) for name in FAMILIES if name in CONFIG_MAPPING
+]
 IDS = torch.randint(3, 99, (2, 300), generator=torch.Generator().manual_seed(1))
 PASSES = (150, 1, 1, 100, 1, 20, 1, 1, 25)
 
