@@ -269,7 +269,7 @@ class QuantizedCache(Cache):
                     "transformers' DynamicCache"
                 )
             if expected is None:
-                self._check_head(x.shape[3])
+                check_heads(self.format, x.shape[3], self.group_size)
         if _kind(keys) != _kind(values) or keys.shape[:3] != values.shape[:3] or not keys.is_floating_point():
             raise CanopyError(
                 f"keys are {_words(keys)} and values {_words(values)}; a cache takes both alike, as floats"
