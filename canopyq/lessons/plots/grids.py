@@ -14,6 +14,7 @@ from ..canvas import (
     BLUE,
     COLOURS,
     FAINT,
+    INK,
     ORANGE,
     RED,
     SKY,
@@ -133,7 +134,7 @@ def histogram_with_grid(
         marks,
         0,
         top * (0.08 if many else 1.0),
-        color=BLUE,
+        color=INK,
         linewidth=0.5 if many else 0.9,
         label=f"{len(marks)} levels",
     )
