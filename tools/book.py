@@ -30,7 +30,7 @@ from canopyq.utils import track
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKER = ROOT / "docs" / "book"
-PAGES = ("when-it-goes-wrong.md", "design.md")
+PAGES = ("when-it-goes-wrong.md", "serving.md", "design.md")
 MEASURED = re.compile(r"Measured: <b>(.*?)</b>")
 EXPLORER = re.compile(r"Explore ([\w-]+):")
 
