@@ -232,8 +232,8 @@ CALLS: dict[str, tuple[Callable, dict[str, Any], dict[str, str]]] = {
         "accuracy": "share or none", "gpu": "words or none", "priority": "name", "server": "name or none",
         "measurements": "questions-none"}),
     "Needs.parse": (Needs.parse, {"model": "7B"}, {
-        "model": "words", "memory": "words or none", "context": "words", "batch": "count+zero", "accuracy": "share",
-        "gpu": "words or none", "priority": "name", "server": "name or none"}),
+        "model": "words", "memory": "words or none", "context": "words", "batch": "count+zero",
+        "accuracy": "share or none", "gpu": "words or none", "priority": "name", "server": "name or none"}),
     "advisor.measure": (cq.advisor.measure, {"model": M, "tokenizer": T, "text": "one two three " * 20, "tokens": 32}, {
         "model": "module+no language model+meta", "tokenizer": "tokenizer", "tokens": "count+zero", "source": "text"}),
     "advisor.read": (cq.advisor.read, {"path": Folder("measurements")}, {"path": "path+absent"}),

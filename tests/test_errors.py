@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from canopyq.errors import CanopyError, and_more, by_reason, did_you_mean, one_line, prefixed, shown, unknown
+from canopyq.errors import CanopyError, and_more, by_reason, did_you_mean, one_line, prefixed, shown, unknown, wrapped
 from canopyq.utils import Preformatted
 
 VALUES = {
@@ -59,3 +59,29 @@ def test_results_are_shown_as_printed() -> None:
             return "1 < 2\n  & more"
 
     assert Result()._repr_html_() == "<pre>1 &lt; 2\n  &amp; more</pre>"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "a.json"), "No such file or directory"),
+        (KeyError("weight_scale"), "weight_scale"),
+        (RuntimeError("first line\nsecond line"), "first line second line"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_what_a_library_refuses_is_one_line(error: Exception, reason: str) -> None:
+    with pytest.raises(CanopyError) as caught, wrapped("a.json cannot be read", "copy it again"):
+        raise error
+    message = str(caught.value)
+    assert "a.json" in message and reason in message and "copy it again" in message and "\n" not in message
+    assert caught.value.__cause__ is error
+
+
+def test_an_error_of_another_kind_and_one_of_our_own_pass() -> None:
+    with pytest.raises(KeyError), wrapped("a.json cannot be read", "", OSError):
+        raise KeyError("weight_scale")
+    own = CanopyError("a.json is no file")
+    with pytest.raises(CanopyError) as caught, wrapped("the model cannot be loaded"):
+        raise own
+    assert caught.value is own
