@@ -139,10 +139,11 @@ def operand(name: str, x: Tensor, shape: tuple[int | None, ...], dtype: torch.dt
     return x
 
 
-def extra(package: str, name: str) -> ModuleType:
-    """A package that canopyq runs without, of the extra of this name."""
+def extra(module: str, name: str) -> ModuleType:
+    """A module of a package that canopyq runs without, of the extra of this name."""
+    package, _, _ = module.partition(".")
     try:
-        return import_module(package)
+        return import_module(module)
     except ImportError as error:
         raise CanopyError(f"this needs {package}, which is not here ({error}); pip install 'canopyq[{name}]'") from None
 
