@@ -165,3 +165,24 @@ def test_readme_shows_the_recorded_speed_of_8_bit_layers() -> None:
     assert f"are {min(few):.2f} to {max(few):.2f} times as fast as the fastest other" in words
     assert f"at {min(fp8):.0f} to {max(fp8):.0f} % of the faster one's speed" in words
     assert f"INT8 is at {min(int8):.0f} to {max(int8):.0f} % of CUTLASS's" in words
+
+
+def test_readme_shows_the_recorded_speed_of_w4a8() -> None:
+    us: dict[tuple, dict[str, float]] = {}
+    error: dict[str, float] = {}
+    for row in record_of("linear_w4a8")["results"]:
+        us.setdefault((row["k"], row["n"], row["rows"]), {})[row["name"]] = row["us"]
+        error[row["name"]] = max(error.get(row["name"], 0), row["relative_error"])
+    ours, full, vllm = "w4a8-g128", "bf16 (cuBLAS)", "int4 by fp8 (vLLM CUTLASS)"
+
+    def gains(other: str, rows: range) -> list[float]:
+        return [of[other] / of[ours] for (*_, count), of in us.items() if count in rows]
+
+    words = " ".join(README.read_text(encoding="utf-8").split())
+    few, many = range(1, 65), range(256, 4097)
+    assert f"it is {min(gains(full, few)):.2f} to {max(gains(full, few)):.2f} times as fast as bfloat16" in words
+    assert f"and {min(gains(vllm, few)):.2f} to {max(gains(vllm, few)):.2f} times as fast as vLLM's CUTLASS" in words
+    assert f"off by {100 * error[ours]:.1f} % at most where that is off by {100 * error[vllm]:.1f} %" in words
+    said = f"at {100 * min(gains(full, many)):.0f} to {100 * max(gains(full, many)):.0f} % of bfloat16's speed"
+    assert said in words and sum(gain > 1 for gain in gains(vllm, many)) < len(gains(vllm, many)) / 5
+    assert max(gains("w8a8", many)) < 1 and sum(gain > 1 for gain in gains("w4a16-g128", range(1, 2))) <= 2

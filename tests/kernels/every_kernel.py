@@ -2,8 +2,8 @@
 
     compute-sanitizer --tool memcheck python tests/kernels/every_kernel.py [linear|step|cache]   on an NVIDIA Hopper GPU
 
-racecheck reports hazards between `load_shared_16` and `bulk_copy` in warpgroup.cu and stream_k.cu: it does not see what
-orders them, see warpgroup.cu.
+racecheck reports hazards between `load_shared_16` and `bulk_copy` in warpgroup.cu and stream_k.cu. What orders them,
+and how that was shown, benchmarks/results/compute_sanitizer.txt says.
 """
 
 from __future__ import annotations

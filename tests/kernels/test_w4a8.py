@@ -221,7 +221,7 @@ class TestOnAGpu:
     def test_it_reads_what_the_kernel_before_it_wrote(self) -> None:
         """It starts before the quantization has ended."""
         weight = weight_of("g128", True, 512, 512).to("cuda")
-        exact_weight, layer = weight.dequantize(torch.float64).t(), QuantizedLinear(weight, activations=INT8).arrange()
+        exact_weight, layer = weight.dequantize(torch.float64).t(), QuantizedLinear(weight, activations=INT8).prepack()
         with torch.cuda.stream(torch.cuda.Stream()):
             for m in (1, 16, 64, 300):
                 for seed in range(20):
@@ -244,7 +244,7 @@ class TestOnAGpu:
         torch.library.opcheck(w4a8.w4a8_linear, (*codes, *layer.packed.values(), 64, 128, BF16))
 
     def test_bad_input_is_refused(self) -> None:
-        layer = QuantizedLinear(weight_of("g128", True, 64, 256).to("cuda"), activations=INT8).arrange()
+        layer = QuantizedLinear(weight_of("g128", True, 64, 256).to("cuda"), activations=INT8).prepack()
         parts = *layer.packed.values(), None, 64, 128
         x, scale = torch.ones(20, 256, dtype=torch.int8, device="cuda"), torch.ones(20, device="cuda")
         for arguments, words in (
