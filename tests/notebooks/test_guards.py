@@ -178,7 +178,7 @@ def home(nb: NotebookNode) -> None:
         (too_big, "the limit is 1 MiB"),
         (no_recap, "does not end in a recap"),
         (line_repr, "shows '[<matplotlib.lines.Line2D"),
-        (unchecked, "cell 2 is tagged nbval-ignore-output and asserts nothing"),
+        (unchecked, "cell 2 is tagged nbval-ignore-output"),
         (skipped, "cell 2 is tagged to be skipped"),
         (home, "cell 2 shows a path of the machine it ran on: /home/ada"),
     ],
