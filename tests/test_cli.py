@@ -598,7 +598,7 @@ def with_a_refusing_template(path: Path) -> None:
         (without_tokenizer, "cannot be loaded"),
         (of_another_kind, "shared.weight"),
         (with_foreign_code, "never run"),
-        (with_text_as_weights, "model.safetensors announces a header"),
+        (with_text_as_weights, "model.safetensors is a Git LFS pointer"),
         (with_nan, "down_proj.weight' holds NaN"),
         (with_a_refusing_template, "chat template cannot write this chat (one turn only)"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,12 +51,13 @@ SOON = {
     "tune": ["llama-2-7b", "--recipe", "w3a16"],
     "advise": ["--model", "7B"],
     "doctor": [],
+    "course": ["nowhere", "--no-lab"],
 }
 PLACES = [
     (name, option.opts[-1] if option.param_type_name == "option" else None)
     for name, command in get_command(cli.app).commands.items()
     for option in command.params
-    if option.name not in ("help", "as_json", "dry_run", "asymmetric")
+    if option.name not in ("help", "as_json", "dry_run", "asymmetric", "lab")
 ]
 
 
@@ -83,7 +85,13 @@ def test_no_value_of_any_option_ends_in_a_traceback(
     command: str, option: str | None, canopyq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(loading.VARIABLE, raising=False)
-    monkeypatch.chdir(tmp_path)
+    small, here = tmp_path / "small", tmp_path / "here"
+    for file in ("notebooks/00_start_here.ipynb", "jupyter/settings.json", "README.md", "docs/when-it-goes-wrong.md"):
+        (small / file).parent.mkdir(parents=True, exist_ok=True)
+        (small / file).write_text("{}")
+    monkeypatch.setattr("canopyq.lessons.files.course_folder", lambda: small)
+    here.mkdir()
+    monkeypatch.chdir(here)
     for name, value in BAD.items():
         words = [command, *SOON[command]]
         if option is None:
@@ -99,7 +107,10 @@ def test_no_value_of_any_option_ends_in_a_traceback(
             assert code == 2 and out == "" and err.count("\n") == 1, (name, out, err)
         else:
             assert not err or "Usage: " in err, (name, err)
-    assert list(tmp_path.iterdir()) == []
+        if command == "course" and code == 0:  # any name of a folder will do
+            for made in here.iterdir():
+                shutil.rmtree(made) if made.is_dir() else made.unlink()
+    assert list(here.iterdir()) == []
 
 
 @pytest.mark.parametrize("variable", [loading.VARIABLE, "CANOPYQ_PROGRESS"])

@@ -79,6 +79,22 @@ def test_a_folder_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.Monke
     assert [file.name for file in (tmp_path / "other").iterdir()] == ["thesis.txt"]
 
 
+def test_a_copy_that_was_cut_short_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rename_one(self: Path, target: Path, real=Path.rename) -> Path:
+        if list(tmp_path.glob("docs")):
+            raise OSError("no power")
+        return real(self, target)
+
+    before = tmp_path.stat().st_ino  # a shell may stand in it
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_one)
+        assert CliRunner().invoke(app, ["course", str(tmp_path), "--no-lab"]).exit_code
+    assert not (tmp_path / "notebooks").exists()
+    assert CliRunner().invoke(app, ["course", str(tmp_path), "--no-lab"]).exit_code == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"README.md", "docs", "jupyter", "notebooks"}
+    assert (tmp_path / "notebooks" / "00_start_here.ipynb").is_file() and tmp_path.stat().st_ino == before
+
+
 def test_jupyterlab_is_opened_on_the_first_lesson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -273,6 +275,19 @@ class TensorInfo:
         return DTYPES[self.dtype]
 
 
+@contextmanager
+def _mapped(path: Path, size: int) -> Iterator[Any]:
+    """An opened safetensors file. One of holes may be larger than what a process can map."""
+    try:
+        opened = safe_open(path, framework="pt")
+    except (OSError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "os error 12" in str(error) or error.errno == errno.ENOMEM:
+            raise CanopyError(f"{path} has {size:,} bytes, more than this process may map; is that its size?") from None
+        raise
+    with opened:
+        yield opened
+
+
 def read_header(path: Path | str) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file, in its order. The library checks the header: known dtypes, and shapes whose
     bytes fill the file without gap or overlap.
@@ -283,9 +298,7 @@ def read_header(path: Path | str) -> dict[str, TensorInfo]:
         CanopyError: for a file that the library refuses, or with a header out of proportion.
     """
     path = Path(path)
-    with wrapped(
-        f"{path} cannot be read", "copy or download it again", OSError, MemoryError, SafetensorError
-    ):  # a sparse file may be larger than what can be mapped
+    with wrapped(f"{path} cannot be read", "copy or download it again", OSError, SafetensorError):
         with open_ordinary(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)
@@ -296,7 +309,7 @@ def read_header(path: Path | str) -> dict[str, TensorInfo]:
             raise CanopyError(f"{path} announces a header of {length:,} bytes in a file of {size:,}; do not trust it")
         header: dict[str, TensorInfo] = {}
         end = 8 + length
-        with safe_open(path, framework="pt") as opened:
+        with _mapped(path, size) as opened:
             for name in opened.offset_keys():
                 tensor = opened.get_slice(name)
                 dtype, shape, start = tensor.get_dtype(), tuple(tensor.get_shape()), end

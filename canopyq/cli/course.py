@@ -15,6 +15,8 @@ import typer
 from canopyq.cli.output import print_plain
 from canopyq.errors import CanopyError
 
+PART = ".canopyq-course.part"  # a copy under way, in the folder that it is for
+
 
 def course(
     folder: Annotated[Path, typer.Argument(help="Where the course is kept; made if it is not there.")] = Path(
@@ -33,19 +35,20 @@ def course(
     if lab and importlib.util.find_spec("jupyterlab") is None:
         raise CanopyError('JupyterLab is not installed: pip install "canopyq[course]"')
     if not (folder / "notebooks" / first).is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        part = folder / PART
+        if folder.exists() and not part.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CanopyError(f"{folder} is there and is no folder of this course; name another")
-        part = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        for name in ("notebooks", "jupyter"):
+        for name in ("jupyter", "notebooks"):
             unwanted = shutil.ignore_patterns(".*", "__pycache__")  # a reader's own progress, in a clone
             shutil.copytree(source / name, part / name, ignore=unwanted)
         (part / "docs").mkdir()
         for name in ("README.md", "docs/when-it-goes-wrong.md"):  # what lessons lead to
             shutil.copyfile(source / name, part / name)
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
+        for name in ("README.md", "docs", "jupyter", "notebooks"):  # the lessons last: they say that all is there
+            if not (folder / name).exists():  # moved whole by a call that was cut short
+                (part / name).rename(folder / name)
+        shutil.rmtree(part)
     print_plain(f"the lessons lie in {folder / 'notebooks'}")
     if lab:
         settings = os.pathsep.join(filter(None, (str(folder / "jupyter"), os.environ.get("JUPYTER_CONFIG_PATH"))))

@@ -46,8 +46,8 @@ folder = "out/capstone"
 """
     hints: tuple[str, str, str] = (
         "The budget is for the file. How many bits may a weight of the blocks take, if the embedding stays as it is?",
-        "`w4a16-g128` is a little too large, so there have to be fewer scales. Groups of 256 have half as many, and "
-        "servers do not read them. What do they read that has fewer still?",
+        "`w4a16-g128` is a little too large, so there have to be fewer scales. Groups of 256 have half as many, but of "
+        "vLLM's kernels only the newest takes them. What do all read that has fewer still?",
         'Load the tutor anew, `cq.quantize_(model, "w4a16-channel")`, a scale a row, then '
         '`cq.save(model, "out/capstone", tokenizer)`.',
     )

@@ -142,7 +142,7 @@ def test_what_recurrent_states_cannot_do_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("mamba", {}, "mamba"),
+        ("mamba", {}, "MambaForCausalLM"),
         ("minimax", {"layer_types": ALTERNATE}, "minimax"),
         ("recurrent_gemma", {}, "recurrent_gemma"),
         ("llama", {"layer_types": ["full_attention", "hashed_attention"] * 2}, "layer 1 .* hashed_attention"),

@@ -21,7 +21,7 @@ SPEC = Capstone(questions=34)
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Checkpoints of the tutor by recipe."""
     root, made = tmp_path_factory.mktemp("made"), {}
-    for recipe in ("w4a16-g256", "w4a16-channel", "w8a16", "w2a16-g32"):
+    for recipe in ("w4a16-tensor", "w4a16-channel", "w8a16", "w2a16-g32"):
         model, tokenizer = cq.tutor.load()
         cq.quantize_(model, recipe)
         cq.save(model, root / recipe, tokenizer, check=False)
@@ -48,9 +48,9 @@ def test_a_method_of_better_rounding_passes_too(tmp_path: Path) -> None:
 
 def test_classic_failures_are_named(made: dict[str, Path], tmp_path: Path) -> None:
     assert verdict(made["w8a16"]) == ("mistake", "too large")
-    for unread in ("w2a16-g32", "w4a16-g256"):
-        assert verdict(made[unread]) == ("mistake", "the server does not take it as it is")
-    assert verdict(made["w4a16-g256"], started=4e9) == ("mistake", "an older file")
+    assert verdict(made["w4a16-tensor"]) == ("mistake", "the server does not take it as it is")
+    assert verdict(made["w2a16-g32"]) == ("mistake", "accuracy below the floor")
+    assert verdict(made["w4a16-tensor"], started=4e9) == ("mistake", "an older file")
     assert verdict(cq.tutor.path()) == ("mistake", "the original")
     model, tokenizer = cq.tutor.load()
     model.save_pretrained(tmp_path / "untouched")

@@ -343,6 +343,7 @@ def test_nbval_accepts_what_execute_stored_and_sees_what_is_wrong(
     command += ["--nbval-sanitize-with=tests/notebooks/sanitize.cfg", "-n", "1", "--dist", "loadfile"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     clean |= {"CANOPYQ_PROGRESS": str(progress), "CANOPYQ_MODEL": "another/model", "MPLBACKEND": "agg"}
+    clean["OMP_NUM_THREADS"] = "2"
     done = subprocess.run(
         [*command, "--nbval-cell-timeout=3"], cwd=notebooks.ROOT, env=clean, capture_output=True, text=True, timeout=300
     )
