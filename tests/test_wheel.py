@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,15 +98,42 @@ def test_a_copy_that_was_cut_short_is_finished(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "notebooks" / "00_start_here.ipynb").is_file() and tmp_path.stat().st_ino == before
 
 
-def test_jupyterlab_is_opened_on_the_first_lesson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    called = []
+LAB = """import json, os, pathlib, signal, sys, time
+said = pathlib.Path(os.environ["SAID"])
+def stop(*_):
+    time.sleep(0.6)
+    said.with_name("saved").write_text("")
+    sys.exit(7)
+signal.signal(signal.SIGINT, stop)
+said.with_name("part").write_text(json.dumps([sys.argv, os.environ["JUPYTER_CONFIG_PATH"]]))
+said.with_name("part").rename(said)
+while True:
+    time.sleep(0.05)"""
 
-    def run(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
-        called.append((arguments, env["JUPYTER_CONFIG_PATH"]))
-        return subprocess.CompletedProcess(arguments, 0)
 
-    monkeypatch.setattr(subprocess, "run", run)
-    assert CliRunner().invoke(app, ["course", str(tmp_path / "mine")]).exit_code == 0
-    [(arguments, settings)] = called
-    assert str(tmp_path / "mine" / "notebooks" / "00_start_here.ipynb") in arguments
-    assert settings.split(os.pathsep)[0] == str(tmp_path / "mine" / "jupyter")
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to a group of processes")
+def test_jupyterlab_is_opened_on_the_first_lesson_and_ends_in_its_own_time(tmp_path: Path) -> None:
+    (tmp_path / "jupyterlab.py").write_text(LAB, encoding="utf-8")
+    said, mine = tmp_path / "said", tmp_path / "mine"
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    course = subprocess.Popen(
+        [sys.executable, "-m", "canopyq", "course", str(mine)], start_new_session=True, stdout=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": path, "SAID": str(said)}, cwd=tmp_path,
+    )  # fmt: skip
+    try:
+        while not said.exists() and course.poll() is None:
+            time.sleep(0.05)
+        os.killpg(course.pid, signal.SIGINT)  # as a terminal does at Ctrl-C
+        assert course.wait(60) == 7 and (tmp_path / "saved").exists()
+    finally:
+        course.kill()
+    arguments, settings = json.loads(said.read_text())
+    assert str(mine / "notebooks" / "00_start_here.ipynb") in arguments
+    assert settings.split(os.pathsep)[0] == str(mine / "jupyter")
+
+
+def test_a_course_without_its_first_lesson_is_still_the_course(tmp_path: Path) -> None:
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "my_own.ipynb").write_text("{}")
+    assert CliRunner().invoke(app, ["course", str(tmp_path), "--no-lab"]).exit_code == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["notebooks"]

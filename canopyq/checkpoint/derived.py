@@ -57,11 +57,9 @@ def dequantized(source: Checkpoint) -> Checkpoint:
 def _check_readable(source: Checkpoint, given: object) -> None:
     config = given if isinstance(given, Mapping) else {}
     method, format = config.get("quant_method"), config.get("format")
-    groups = config.get("config_groups")
-    groups = list(groups.values()) if isinstance(groups, Mapping) else []
-    weights = [group.get("weights") for group in groups if isinstance(group, Mapping)]
+    weights = _weights_of_groups(config)
     if method == "compressed-tensors" and format in (FLOAT, "naive-quantized") and weights:
-        if all(isinstance(each, Mapping) and each.get("type") == "float" for each in weights):
+        if all(each.get("type") == "float" for each in weights):
             return
     if method in READABLE:
         return
@@ -70,6 +68,14 @@ def _check_readable(source: Checkpoint, given: object) -> None:
         f"{source.folder} is quantized already{f' ({shown(how)})' if how else ''}, and only FP8 and MXFP4 can be a "
         "source: coarser codes have lost too much; start from the original checkpoint"
     )
+
+
+def _weights_of_groups(config: Mapping[str, object]) -> list[Mapping[str, object]]:
+    """What compressed-tensors' groups say of weights; nothing of what is no such group."""
+    groups = config.get("config_groups")
+    groups = [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
+    weights = [group.get("weights") for group in groups]
+    return [each if isinstance(each, Mapping) else {} for each in weights]
 
 
 def _dtype(config: Mapping[str, object]) -> torch.dtype:
@@ -106,7 +112,8 @@ def _fp8(name: str, scale: str, source: Checkpoint, config: Mapping[str, object]
         whole, factors = source.read(name, at), source.read(scale, None if math.prod(found) == 1 else at)
         if factors.dtype == torch.uint8:  # exponents of two
             factors = torch.exp2(factors.float() - 127)
-        factors = factors.float().reshape(*whole.shape[:-2], -1, factors.shape[-1] if columns else 1)
+        before = whole.shape[:-2] if factors.numel() > 1 else (1,) * (whole.dim() - 2)
+        factors = factors.float().reshape(*before, -1, factors.shape[-1] if columns else 1)
         out = torch.empty(whole.shape, dtype=dtype)
         for first in range(0, whole.shape[-2], ROWS):
             part = whole[..., first : first + ROWS, :].float()
@@ -129,8 +136,8 @@ def _blocks(shape: tuple, scale: tuple, config: Mapping[str, object]) -> tuple[i
     if scale in ((*shape[:-1], 1), shape[:-1]):
         return 1, 0
     block = config.get("weight_block_size")
-    for group in (config.get("config_groups") or {}).values():
-        block = block or group["weights"].get("block_structure")
+    for weights in _weights_of_groups(config):
+        block = block or weights.get("block_structure")
     if isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block):
         if scale == (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1])):
             return block[0], block[1]
@@ -195,8 +202,9 @@ def converted(source: Checkpoint, model: nn.Module, files: Names) -> Checkpoint:
             gathered.setdefault(key, []).append((name, own, pattern))
     derived: dict[str, Derived] = {}
     gone: list[str] = []
+    last = [(None, None)]
     for key, parts in gathered.items():
-        convert = _Conversion(of[parts[0][2]], key, parts, source, model)
+        convert = _Conversion(of[parts[0][2]], key, parts, source, model, last)
         found = convert.shapes()
         room = sum(2 * tensor.nbytes for tensor in found.values())  # one of each before an operation, and after it
         for name, tensor in found.items():
@@ -210,12 +218,17 @@ def converted(source: Checkpoint, model: nn.Module, files: Names) -> Checkpoint:
 
 
 class _Conversion:
-    """One use of a converter of transformers. Of what it gave last, all is kept until another one is asked."""
+    """One use of a converter of transformers.
 
-    last: tuple[_Conversion, dict[str, Tensor]] | None = None
+    Attributes:
+        last: what the last of a checkpoint's conversions gave, kept until another one is asked: [(it, its tensors)].
+    """
 
-    def __init__(self, converter, key: str, parts: list[tuple[str, str, str]], source: Checkpoint, model: nn.Module):
+    def __init__(
+        self, converter, key: str, parts: list[tuple[str, str, str]], source: Checkpoint, model: nn.Module, last: list
+    ) -> None:
         self.converter, self.key, self.parts, self.source, self.model = converter, key, parts, source, model
+        self.last = last
         self.sources = tuple(name for name, _, _ in parts)
 
     def run(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -236,10 +249,12 @@ class _Conversion:
 
     def reader(self, name: str, part: int, count: int) -> Callable[[int | None], Tensor]:
         def read(at: int | None) -> Tensor:
-            if _Conversion.last is None or _Conversion.last[0] is not self:
-                _Conversion.last = None
-                _Conversion.last = self, self.run(self.source.read)
-            tensor = _Conversion.last[1][name]
+            whose, tensors = self.last[0]
+            if whose is not self:
+                tensors, self.last[0] = None, (None, None)  # let go before the new ones come
+                tensors = self.run(self.source.read)
+                self.last[0] = self, tensors
+            tensor = tensors[name]
             tensor = tensor if count == 1 else tensor.reshape(count, -1, tensor.shape[-1])[part]
             return tensor if at is None else tensor[at]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -34,7 +35,7 @@ def course(
         raise CanopyError(f"{source} holds no lessons; install canopyq from a wheel, or open a clone by make lab")
     if lab and importlib.util.find_spec("jupyterlab") is None:
         raise CanopyError('JupyterLab is not installed: pip install "canopyq[course]"')
-    if not (folder / "notebooks" / first).is_file():
+    if not any(folder.glob("notebooks/*.ipynb")):
         part = folder / PART
         if folder.exists() and not part.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CanopyError(f"{folder} is there and is no folder of this course; name another")
@@ -53,5 +54,11 @@ def course(
     if lab:
         settings = os.pathsep.join(filter(None, (str(folder / "jupyter"), os.environ.get("JUPYTER_CONFIG_PATH"))))
         as_root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-        command = [sys.executable, "-m", "jupyterlab", str(folder / "notebooks" / first), *as_root]
-        raise typer.Exit(subprocess.run(command, env=os.environ | {"JUPYTER_CONFIG_PATH": settings}).returncode)
+        opened = folder / "notebooks" / first
+        opened = opened if opened.is_file() else opened.parent  # a reader may rename a lesson
+        command = [sys.executable, "-m", "jupyterlab", str(opened), *as_root]
+        with subprocess.Popen(command, env=os.environ | {"JUPYTER_CONFIG_PATH": settings}) as running:
+            while running.poll() is None:
+                with contextlib.suppress(KeyboardInterrupt):  # JupyterLab asks whether to stop, and saves
+                    running.wait()
+        raise typer.Exit(running.returncode)

@@ -136,10 +136,17 @@ KERNELS: dict[str, Kernel] = {
 
 
 def candidates(spec: LinearSpec) -> tuple[Kernel, ...]:
-    """The kernels that share the best layout for a spec, fastest first, with ranges for their ``rows``. The reference
-    is always among them, or a kernel of its layout that takes any number of rows."""
-    fastest = next(kernel for kernel in KERNELS.values() if kernel.unsupported_reason(spec) is None)
-    return candidates_in_layout(spec, fastest.layout)
+    """The kernels that share the best layout for a spec, fastest first, with ranges for their ``rows``, which together
+    are any number of rows."""
+    layouts = dict.fromkeys(kernel.layout for kernel in KERNELS.values() if kernel.unsupported_reason(spec) is None)
+    return next(found for layout in layouts if _take_all(found := candidates_in_layout(spec, layout)))
+
+
+def _take_all(kernels: tuple[Kernel, ...]) -> bool:
+    left = ANY_ROWS
+    for kernel in kernels:
+        left = _without(left, kernel.rows)
+    return not left
 
 
 def candidates_in_layout(spec: LinearSpec, layout: WeightLayout) -> tuple[Kernel, ...]:

@@ -22,12 +22,18 @@ from canopyq.kernels.spec import LinearSpec, PackedWeight, WeightLayout
 from canopyq.tensor.granularity import Granularity
 from canopyq.tensor.scheme import Scheme
 
+MOST_ELEMENTS = 2**31 - 1
 LAYOUTS = {kernel.layout.name: kernel.layout for kernel in dispatch.KERNELS.values()}
 
 
 def is_traced(x: Tensor) -> bool:
     """Whether a graph is being made of what happens to ``x``, so that nothing may change but what the graph says."""
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor) or torch.jit.is_tracing()
+
+
+def most_rows(spec: LinearSpec) -> int:
+    """Rows of x that any kernel takes at once: each counts elements in 32 bits."""
+    return MOST_ELEMENTS // max(spec.n, spec.k, 1)
 
 
 def multiply(
@@ -43,7 +49,12 @@ def multiply(
     last bits, where the kernels round to less."""
     if not len(x):
         return x.new_empty(0, spec.n)
-    kernel, scheme = dispatch.select(kernels, len(x)), spec.activations
+    scheme, most = spec.activations, most_rows(spec)
+    by_rows = scheme is None or input_scale is not None or scheme.granularity.kind == "token"
+    if len(x) > most and by_rows:
+        parts = (multiply(part, packed, spec, kernels, input_scale, input_zero_point) for part in x.split(most))
+        return torch.cat([*parts])
+    kernel = dispatch.select(kernels, len(x))
     if x.dtype == torch.float64:
         given = x if scheme is None else activations.rounded(x, scheme, input_scale, input_zero_point)
         return given @ kernel.layout.unpack(packed, spec).dequantize(x.dtype).t()

@@ -152,9 +152,9 @@ class QuantizedLinear(nn.Module):
         if self._kernels is None:
             self.prepack()
         dynamic = self.activations is not None and self.input_scale is None
-        return (
-            dynamic and dispatch.select(self._kernels, len(x)).takes_codes and quantize_rows.takes(x, self.activations)
-        )
+        if not dynamic or len(x) > operator.most_rows(self.spec):
+            return False
+        return dispatch.select(self._kernels, len(x)).takes_codes and quantize_rows.takes(x, self.activations)
 
     def multiply(self, x: QuantizedTensor) -> Tensor:
         """What `forward` gives for an input whose codes, in the scheme of ``activations``, are known:

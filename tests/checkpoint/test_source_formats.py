@@ -193,10 +193,28 @@ def test_scales_of_any_shape(scale: str, tmp_path: Path) -> None:
                 assert made.read(name)[i, j] == (codes[i, j] * factors[place]).to(torch.bfloat16), name
 
 
+@pytest.mark.parametrize("groups", [["FP8"], {"group_0": 8}, {"group_0": {}}, 3])
+def test_groups_that_are_none_are_passed_over(groups: object, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", "llama", blocks(32, 32), **FP8 | {"config_groups": groups})
+    quantize_checkpoint(source, "w4a16-g32", tmp_path / "out")
+    assert cq.load(tmp_path / "out").config.model_type == "llama"
+
+
+def test_experts_with_one_scale_for_all(tmp_path: Path) -> None:
+    codes = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    save_file({"experts": codes, "experts_scale_inv": torch.tensor([0.5])}, tmp_path / SINGLE)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": FP8}))
+    read = dequantized(Checkpoint(tmp_path)).read
+    expected = (codes.float() / 2).bfloat16()
+    assert torch.equal(read("experts"), expected) and torch.equal(read("experts", 1), expected[1])
+
+
 @pytest.mark.parametrize("config", [
     {"quant_method": "gptq", "bits": 4}, {"quant_method": "awq", "bits": 4},
     {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {}}}, {},
     {"quant_method": "bitsandbytes", "load_in_4bit": True}, "fp8",
+    {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": ["FP8"]},
+    {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": {"weights": 8}}},
 ])  # fmt: skip
 def test_other_formats_are_refused(config: object, tmp_path: Path) -> None:
     source = write(tmp_path / "source", "llama", lambda key, x: {key: x})

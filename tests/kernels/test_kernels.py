@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from canopyq.kernels import activations, cpu_int4, cpu_int8, dispatch
+from canopyq.kernels import activations, cpu_int4, cpu_int8, dispatch, operator
 from canopyq.kernels.cuda import launch, w8a8
 from canopyq.kernels.dispatch import KERNELS, Kernel
 from canopyq.kernels.spec import LinearSpec
@@ -273,6 +273,26 @@ def test_few_rows_and_many_rows_agree() -> None:
 
 def test_an_empty_batch_passes_through() -> None:
     assert QuantizedLinear(weight_of(WEIGHTS["int4 g32"], 64, 256))(torch.empty(0, 3, 256)).shape == (0, 3, 64)
+
+
+@pytest.mark.parametrize("activations", [None, Scheme("int8", "token", symmetric=True)])
+def test_rows_beyond_what_a_kernel_counts_are_multiplied_in_parts(activations, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = QuantizedLinear(weight_of(WEIGHTS["int8 channel"], 64, 256), activations=activations)
+    x = torch.randn(40, 256, generator=torch.Generator().manual_seed(3))
+    whole, seen = layer(x), []
+    monkeypatch.setattr(operator, "MOST_ELEMENTS", 16 * 256)
+
+    def noted(kernel: Kernel) -> Kernel:
+        def run(x, *rest):
+            seen.append(len(x.data))  # of a tensor, or the codes of a quantized one
+            return kernel.run(x, *rest)
+
+        return dataclasses.replace(kernel, run=run)
+
+    layer._kernels = tuple(map(noted, layer._kernels))
+    tolerance = 4e-3 * whole.abs().max().item()  # the kernel for 16 rows rounds to bfloat16
+    torch.testing.assert_close(layer(x), whole, atol=tolerance, rtol=0)
+    assert seen == [16, 16, 8] and not layer.takes_codes_of(x)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

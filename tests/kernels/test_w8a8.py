@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -184,6 +185,23 @@ def test_int8_takes_our_kernels_and_cublas_elsewhere(capability, many, monkeypat
     kernels = dispatch.candidates(spec("w8a8"))
     assert dispatch.select(kernels, 1) is kernels[0] and kernels[0].name == KERNELS["skinny_int8"].name
     assert dispatch.select(kernels, 5000).name == many.name
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("recipe", ["w8a8", "fp8", "w4a8-g128", "w4a16-g128", "w8a16", "w8a8-asym", "nvfp4"])
+def test_some_kernel_takes_every_number_of_rows_on_any_gpu(
+    recipe: str, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows of 10 outputs ran on a kernel, and no other one in its layout takes more rows of so few outputs."""
+    monkeypatch.setattr(launch, "unavailable", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    for n, k in itertools.product((10, 64, 50257), (128, 136, 100, 4096)):
+        if k % 128 and "g128" in recipe:
+            continue
+        kernels = dispatch.candidates(spec(recipe, n, k))
+        for rows in (1, 2, 15, 16, 17, 64, 65, 1000, 10**6):
+            assert dispatch.select(kernels, rows) in kernels
 
 
 def test_fp8_goes_to_cublas_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
