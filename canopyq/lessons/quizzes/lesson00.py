@@ -19,7 +19,7 @@ QUIZ = Question(
     question=(
         f"Canopy has to run a 7B model on a card with **{card_gb} GB**. A chat of {tokens} tokens keeps a KV "
         "cache, the model's notes\n"
-        f"on the conversation so far, which takes {kv_per_token / 1e6:.2f} MB a token here: {kv_gb:.2f} GB in "
+        f"on the conversation so far, which takes {kv_per_token / 1e6:.3f} MB a token here: {kv_gb:.2f} GB in "
         "all.\n\n"
         "Which weights fit beside that cache and keep the **most bits**?"
     ),

@@ -27,8 +27,8 @@ QUIZ = Question(
         Choice(
             "b",
             "The measurement is broken: a quantized model cannot have the lower perplexity",
-            "It can: rounding moves probabilities up and down, and on one text the ups may win. The interval over "
-            "windows usually holds the other's value too.",
+            "It can: rounding moves probabilities up and down, and on one text the ups may win. An interval that stays "
+            "below says that they do on text like this, not that the model knows more.",
         ),
         Choice(
             "c",
