@@ -4,6 +4,7 @@ they are printed."""
 from __future__ import annotations
 
 import html
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -23,7 +24,8 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
     """Iterate over ``items``; after two seconds a bar with an estimate of what is left appears.
 
     It goes to stderr, but in a notebook to stdout: there stderr has a red ground, which would stay after the bar. Where
-    stderr is no terminal but a log, a line is written every `EVERY` seconds.
+    stderr is no terminal but a log, a line is written every `EVERY` seconds. Neither comes where ``TQDM_DISABLE`` is set,
+    tqdm's own variable.
     """
     if type(sys.stderr).__module__.startswith("ipykernel"):
         file = sys.stdout
@@ -51,7 +53,7 @@ def _logged(items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
     start = last = time.monotonic()
     for count, item in enumerate(items):
         now = time.monotonic()
-        if now - last >= EVERY and sys.stderr is not None:
+        if now - last >= EVERY and sys.stderr is not None and not os.environ.get("TQDM_DISABLE"):
             last = now
             of = "" if total is None else f" of {total}"
             print(f"{what}: {count}{of} done, {now - start:.0f} s", file=sys.stderr, flush=True)

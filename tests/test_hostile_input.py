@@ -64,6 +64,7 @@ PLACES = [
 @pytest.fixture
 def canopyq(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """`canopyq …` in this process, nobody at the keyboard: exit code, stdout, stderr. An exception is a failure."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # a slow machine shows progress where a fast one shows none
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["canopyq", *arguments])

@@ -474,6 +474,7 @@ def test_memory_is_that_of_one_layer() -> None:
 def canopyq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable:
     """`canopyq …` in this process."""
     monkeypatch.delenv(loading.VARIABLE, raising=False)
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # a slow machine shows progress where a fast one shows none
     ended = namedtuple("Ended", "code out err")
 
     def call(*arguments: str):
