@@ -219,7 +219,8 @@ def changed(model: nn.Module, method: str) -> str | None:
         if method == "rotation":
             rotate_(model, transaction)
         else:
-            for pair in (pair for pairs in scale_pairs(model, method).values() for pair in pairs):
+            found, _ = scale_pairs(model, method)
+            for pair in (pair for pairs in found.values() for pair in pairs):
                 rescale(pair, foldable(pair, 0.3 + 2 * torch.rand(len(pair.gain))), transaction)
     moved = float((logits(model) - before).abs().max() / before.abs().max())
     return None if moved < 1e-4 else f"moves the logits by {moved:.0e}"

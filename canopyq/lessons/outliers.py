@@ -77,7 +77,8 @@ def norm_pairs(model: nn.Module) -> list[ScalePair]:
     """
     if any(isinstance(module, QuantizedLinear) for module in checks.module("model", model).modules()):
         raise CanopyError("the model is quantized already; exaggerate its outliers first, and quantize then")
-    found = [pair for own in scale_pairs(model, "exaggerating channels").values() for pair in own if pair.is_norm]
+    pairs, _ = scale_pairs(model, "exaggerating channels")
+    found = [pair for own in pairs.values() for pair in own if pair.is_norm]
     if not found or any(pair.offset for pair in found):
         raise CanopyError(
             f"the norms of a {type(model).__name__} model are read by more than linear layers, or add to their gain"

@@ -73,8 +73,9 @@ def round_weights(
             "e.g. cq.tutor.calibration(tokenizer)"
         )
     pairs: dict[str, list[ScalePair]] = {}
+    left: dict[str, str] = {}
     if method.smoothing:
-        pairs = scale_pairs(model, {"awq": "AWQ", "smoothquant": "SmoothQuant"}[method.smoothing])
+        pairs, left = scale_pairs(model, {"awq": "AWQ", "smoothquant": "SmoothQuant"}[method.smoothing])
     by_name, global_scale = {target.name: target for target in targets}, _GlobalScales(targets)
     results: dict[str, RoundingResult] = {}
     if batches is not None and (method.needs_data or method.transforms):
@@ -91,7 +92,8 @@ def round_weights(
                 _smooth(pair, schemes, recipe, method, statistics, notes, transaction)
             if method.smoothing:
                 for name in (name for name in statistics if not notes[name]):
-                    notes[name].append("not scaled: what makes its inputs, or else reads them, cannot follow")
+                    unknown = "what makes its inputs, or else reads them, cannot follow"
+                    notes[name].append(f"not scaled: {left.get(name) or left.get(block) or unknown}")
             for name, stats in statistics.items():
                 result, values = _round(by_name[name], method, stats, notes[name], global_scale(name))
                 results[name] = result

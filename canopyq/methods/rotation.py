@@ -16,6 +16,7 @@ and Performance for Microscaling FP4 Quantization").
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import gcd
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +36,17 @@ from canopyq.utils import eval_mode
 def random_rotation(
     size: int, generator: torch.Generator, block: int | None = None, *, keep_mean: bool = False
 ) -> Tensor:
-    """An orthogonal matrix (size, size), float64, that spreads every channel over all others, or over those of its
-    ``block`` of neighbours where blocks divide the size. With ``keep_mean`` it leaves the channels' mean as it is.
+    """An orthogonal matrix (size, size), float64, that spreads every channel over all others, or over its neighbours in
+    runs of `run_of` (size, ``block``). With ``keep_mean`` it leaves the channels' mean as it is.
 
     A Hadamard matrix with random signs for a power of two; otherwise one of the odd factor's size, drawn at random, in
     Kronecker product with the Hadamard matrix of the rest.
     """
-    if block and size % block == 0:
-        parts = (random_rotation(block, generator, keep_mean=keep_mean) for _ in range(size // block))
+    if (run := run_of(size, block)) < size:
+        parts = (random_rotation(run, generator, keep_mean=keep_mean) for _ in range(size // run))
         return torch.block_diag(*parts)
+    if size == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
     if keep_mean:  # turn the mean to the first axis by a reflection, rotate all others, and turn it back
         axis = -torch.full((size,), size**-0.5, dtype=torch.float64)
         axis[0] += 1
@@ -56,6 +59,12 @@ def random_rotation(
     spread = hadamard(torch.eye(power, dtype=torch.float64), power)
     signs = torch.randint(0, 2, (size, 1), generator=generator) * 2.0 - 1
     return signs * torch.kron(mixed, spread)
+
+
+def run_of(size: int, block: int | None) -> int:
+    """How many neighbours of ``size`` channels are turned together so that none leaves its ``block``: of a head of 80
+    values and blocks of 32, where every second head begins within a block, 16. All without a block."""
+    return gcd(size, block) if block else size
 
 
 def needs_online(recipe: Recipe) -> bool:
@@ -76,12 +85,12 @@ def rotate_(
     """Rotate a model in place; its outputs stay the same, to rounding.
 
     Args:
-        model: whose blocks read the residual stream through norms alone.
+        model: that runs whole on token ids, and whose blocks read the residual stream through norms alone.
         transaction: takes the changes back if something later fails.
         seed: of the random signs.
         online: also transform what goes into down_proj while the model runs. `OnlineHadamard` hooks do it until the
             layer is quantized.
-        block: turn each block of so many neighbours in itself; None turns all channels.
+        block: turn each block of so many neighbours in itself, in the runs of `run_of`; None turns all channels.
 
     Returns:
         What was done, in lines for the report.
@@ -91,8 +100,10 @@ def rotate_(
             is for the transaction to take back.
     """
     generator = torch.Generator().manual_seed(seed)
-    pairs = scale_pairs(model, "rotation")
-    before, last = _logits(model), _last_norm(model, pairs)
+    pairs, left = scale_pairs(model, "rotation")
+    before, last = _logits(model), _last_norm(model)
+    if apart := [why for where, why in left.items() if not any(where.startswith(f"{name}.") for name in pairs)]:
+        raise CanopyError(f"{apart[0]}; rotation turns what every block reads and writes; use awq, gptq, clip or hqq")
     notes = _untie(model, transaction)
     (head,) = output_heads(model)
     hidden, final = head.weight.shape[1], model.get_submodule(last)
@@ -121,12 +132,13 @@ def rotate_(
         turn_outputs(pair.gain, pair.bias, values, transaction)
         for weight in pair.consumers.values():
             turn_inputs(weight, values, transaction)
-    sizes = ", ".join(str(size) for size in sorted({pair.head for pair in heads}))
-    notes.append(
-        f"rotated the residual stream ({hidden})"
-        + (f" and the values of each head ({sizes})" if heads else "")
-        + (f" in blocks of {block}" if block else "")
-    )
+
+    def turned(size: int) -> str:
+        return f"{size} in blocks of {run_of(size, block)}" if block else f"{size}"
+
+    sizes = ", ".join(turned(size) for size in sorted({pair.head for pair in heads}))
+    of_heads = f" and the values of each head ({sizes})" if heads else ""
+    notes.append(f"rotated the residual stream ({turned(hidden)}){of_heads}")
     _require_same(model, before, norms, pairs)
     if online:
         values = {name for pair in heads for name in pair.consumers}
@@ -139,21 +151,22 @@ def _logits(model: nn.Module) -> Tensor:
         return next(iter(model(input_ids=probe_ids(model), use_cache=False).values())).double()
 
 
-def _last_norm(model: nn.Module, blocks: Collection[str]) -> str:
+def _last_norm(model: nn.Module) -> str:
     """The name of the norm that the output head reads.
 
     Raises:
-        CanopyError: if there is none, and for layers in blocks that did not run, of which nothing is known.
+        CanopyError: if there is none, and for layers that did not run, such as a vision tower's, of which nothing says
+            what they read or write.
     """
     names = {module: name for name, module in model.named_modules()}
     heads = [names[module] for module in output_heads(model)]
     trial = Trial(model, (), {"input_ids": probe_ids(model), "use_cache": False})
     with eval_mode(model):
         _, given, gave = trial.watched()
-    if silent := [name for name in trial.silent if any(name.startswith(f"{block}.") for block in blocks)]:
+    if trial.silent:
         raise CanopyError(
-            f"{silent[0]} does not run on token ids alone, and rotation turns all that reads the residual stream; use "
-            "awq, gptq, clip or hqq"
+            f"{trial.silent[0]} does not run on token ids alone, and rotation turns all that reads or writes the "
+            "residual stream; use awq, gptq, clip or hqq"
         )
     read = given.get((heads[0], "")) if len(heads) == 1 else None
     norm = next((norm for norm, rows in gave.items() if read is not None and reads(read, rows)), None)
@@ -165,21 +178,23 @@ def _last_norm(model: nn.Module, blocks: Collection[str]) -> str:
     return norm
 
 
-def _require_same(model: nn.Module, before: Tensor, norms: list[ScalePair], pairs: dict[str, list[ScalePair]]) -> None:
+def _require_same(model: nn.Module, before: Tensor, norms: list[ScalePair], blocks: Collection[str]) -> None:
     """Raise `CanopyError` if the logits have moved by more than rounding."""
     dtype = next(model.parameters()).dtype
     moved = float((_logits(model) - before).abs().max() / before.abs().max())
     if moved <= (1e-3 if dtype in (torch.float32, torch.float64) else 0.1):
         return
     size, folded = len(norms[0].gain), {pair.name for pair in norms}
-    others = (
-        f"{name}.{part}".lstrip(".")
-        for name in ("", *pairs)
-        for part, module in model.get_submodule(name).named_modules()
-        if (weight := getattr(module, "weight", None)) is not None and weight.shape == (size,)
-    )
-    scaling = (f"{name} scales channels for more than linear layers" for name in others if name not in folded)
-    culprit = next(scaling, "more than norms and linear layers read and write it")
+    others = [
+        name
+        for name, module in model.named_modules()
+        if (weight := getattr(module, "weight", None)) is not None and weight.shape == (size,) and name not in folded
+    ]
+    culprit = "more than norms and linear layers read and write it"
+    if others:  # the first; in a block the outermost: those inside attention may be of queries and keys
+        within = next((block for block in blocks if others[0].startswith(f"{block}.")), others[0])
+        norm = min((name for name in others if name.startswith(within)), key=lambda name: name.count("."))
+        culprit = f"{norm} scales channels for more than linear layers, as a post-norm does"
     raise CanopyError(
         f"{culprit}: rotation cannot turn the residual stream of {type(model).__name__}; use awq, gptq, clip or hqq"
     )

@@ -30,25 +30,29 @@ KEPT = 1e-3  # of what one side of a change does alone: if both do no more, they
 
 
 @torch.no_grad()
-def scale_pairs(model: nn.Module, what: str) -> dict[str, list[ScalePair]]:
-    """Block -> its pairs, in the order in which data passes them.
+def scale_pairs(model: nn.Module, what: str) -> tuple[dict[str, list[ScalePair]], dict[str, str]]:
+    """The pairs that each block of a model has.
 
     Args:
         what: needs them, for messages.
+
+    Returns:
+        Block -> its pairs, in the order in which data passes them; and what has none -> the reason: a block that does
+        not run alone, or a layer that reads a norm which cannot be rescaled.
 
     Raises:
         CanopyError: for a model that does not run block by block, or has no such pair; with the reason.
     """
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     found: dict[str, list[ScalePair]] = {}
-    reasons: dict[str, str] = {}
+    left: dict[str, str] = {}
     with eval_mode(model):
         for name, (args, kwargs) in _calls(model, what).items():
             trial = Trial(model.get_submodule(name), args, kwargs)
             try:
                 search = _searched(trial, _head_sizes(model))
             except Exception as error:  # the model's own code
-                reasons[name] = f"it does not run alone ({one_line(error)})"
+                left[name] = f"{name}: it does not run alone ({one_line(error)})"
                 continue
             shared = {
                 name
@@ -58,14 +62,14 @@ def scale_pairs(model: nn.Module, what: str) -> dict[str, list[ScalePair]]:
             }
             tensors = trial.tensors()
             found[name] = [_bind(p, tensors, name) for p in search.found if not shared & {p.name, *p.consumers}]
-            reasons |= {f"{name}.{norm}": reason for norm, reason in search.left.items()}
+            left |= {f"{name}.{layer}": f"{name}.{reason}" for layer, reason in search.left.items()}
     if not any(found.values()):
-        where, why = next(iter(reasons.items()), (type(model).__name__, "no layer alone reads a norm or another layer"))
+        why = next(iter(left.values()), f"{type(model).__name__}: no layer alone reads a norm or another layer")
         raise CanopyError(
-            f"{where}: {why}; {what} folds into neighbouring weights, and finds none in {type(model).__name__}; use "
+            f"{why}; {what} folds into neighbouring weights, and finds none in {type(model).__name__}; use "
             "gptq, clip or hqq"
         )
-    return found
+    return found, left
 
 
 def probe_ids(model: nn.Module) -> Tensor:
@@ -134,7 +138,8 @@ def _searched(trial: Trial, head_sizes: list[int]) -> _Search:
 
 
 class _Search:
-    """The pairs of one block, ``found``; names are the block's own. ``left``: a norm -> why it is none."""
+    """The pairs of one block, ``found``; names are the block's own. ``left``: a layer that reads a norm -> which norm,
+    and why it cannot be rescaled."""
 
     def __init__(self, trial: Trial, head_sizes: list[int]) -> None:
         self.trial, self.head_sizes = trial, head_sizes
@@ -151,15 +156,16 @@ class _Search:
         names = [name for group in readers for name in self.names[group]]
         if not names:
             return
-        silent = [name for name in self.trial.silent if self.trial.takes_turns(name)]  # such as experts in a list
-        self.left[norm] = f"{silent[0]} was not called" if silent else "more than linear layers read it"
+        silent = self.trial.silent  # such as experts of other tokens: nothing says whether they read the norm
         channels = torch.arange(rows.shape[1], device=rows.device)[:, None]
         pair = ScalePair(norm, *self.tensors[norm], {name: self.tensors[name][0] for name in names}, channels)
         for one in (pair, replace(pair, offset=1.0)):
             if not silent and self._keeps([one]):
-                del self.left[norm]
                 yield self.order.index(readers[0]), one
                 return
+        reason = f"{silent[0]} was not called, and may read it too" if silent else "more than linear layers read it"
+        for name in names:
+            self.left.setdefault(name, f"{norm}: {reason}")
 
     def _of_linear(self, group: Group) -> Iterator[tuple[int, ScalePair]]:
         """The pairs of a linear layer, or of each expert in one projection, with the layers that read all its outputs;

@@ -74,11 +74,6 @@ class Trial:
 
         return hook
 
-    def takes_turns(self, name: str) -> bool:
-        """Whether a module is in one of several parts that a list holds, such as experts."""
-        ends = [name.rsplit(".", cut)[0] for cut in range(1, name.count(".") + 1)]
-        return any(isinstance(self.block.get_submodule(end), nn.ModuleList) for end in ends)
-
     def tensors(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Layer -> its weight (N, K) and bias, as views; a norm -> its gain and bias."""
         found: dict[str, tuple[Tensor, Tensor | None]] = {}

@@ -20,7 +20,8 @@ MODELS = {
     "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**COMMON)),
     "granite": lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**COMMON, attention_multiplier=0.2)),
     "cohere": lambda: tf.CohereForCausalLM(tf.CohereConfig(**COMMON)),
-    "olmo2": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**COMMON)),
+    "olmo2": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**COMMON | {"head_dim": 24})),
+    "qwen3 of small heads": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**COMMON | {"head_dim": 24})),
     "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**COMMON)),
     "opt": lambda: tf.OPTForCausalLM(
         tf.OPTConfig(vocab_size=96, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
@@ -30,10 +31,16 @@ MODELS = {
     "falcon": lambda: tf.FalconForCausalLM(tf.FalconConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2,
                                                            num_attention_heads=4)),
     "bert": lambda: tf.BertLMHeadModel(tf.BertConfig(**COMMON, is_decoder=True)),
+    "roberta": lambda: tf.RobertaPreLayerNormForCausalLM(tf.RobertaPreLayerNormConfig(**COMMON, is_decoder=True)),
     "gpt_oss": lambda: tf.GptOssForCausalLM(
         tf.GptOssConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2)
     ),
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=96, n_positions=64, n_embd=64, n_layer=2, n_head=2)),
+    "llava": lambda: tf.LlavaForConditionalGeneration(  # whose vision tower has the width of its text
+        tf.LlavaConfig(text_config=tf.LlamaConfig(**COMMON), vision_config=tf.CLIPVisionConfig(
+            hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28,
+            patch_size=14), image_token_index=90)
+    ),
     "mixtral": lambda: tf.MixtralForCausalLM(
         tf.MixtralConfig(**COMMON, num_local_experts=3, num_experts_per_tok=2)
     ),
@@ -49,7 +56,7 @@ def make() -> Callable[[str], nn.Module]:
         model = MODELS[name]().eval()
         with torch.no_grad():
             for module in model.modules():
-                if "Norm" in type(module).__name__:
+                if type(module).__name__.endswith("Norm"):
                     module.weight.copy_((0.5 + torch.rand_like(module.weight)).to(torch.bfloat16))
                 for name, parameter in module.named_parameters(recurse=False):
                     if name.endswith("bias"):

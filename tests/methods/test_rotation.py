@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+import canopyq as cq
 from canopyq.errors import CanopyError
 from canopyq.methods.equivalence import foldable, rescale
 from canopyq.methods.rotation import random_rotation, rotate_
@@ -59,6 +62,24 @@ def test_a_rotation_in_blocks_leaves_the_logits(make, ids) -> None:
     assert any("in blocks of 16" in note for note in notes) and any("transform of 16" in note for note in notes)
 
 
+def test_runs_that_do_not_divide_a_head_stay_in_the_blocks_of_all_heads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rotation = torch.block_diag(*[random_rotation(80, generator, block=32, keep_mean=mean) for mean in (False, True)])
+    inside = torch.block_diag(*[torch.ones(32, 32)] * 5).bool()
+    assert (rotation[~inside] == 0).all() and (rotation != 0).sum() == 160 * 16
+    assert torch.equal(random_rotation(3, generator, block=2, keep_mean=True), torch.eye(3, dtype=torch.float64))
+
+
+@torch.no_grad()
+def test_the_report_of_a_rotation_says_how_far_each_part_was_turned(make, ids) -> None:
+    model = make("qwen3 of small heads")
+    before = model(ids[0]).logits
+    with Transaction() as transaction:
+        (note,) = (note for note in rotate_(model, transaction, block=16) if "residual" in note)
+    torch.testing.assert_close(model(ids[0]).logits, before, rtol=1e-4, atol=1e-4)
+    assert "96 in blocks of 16" in note and "24 in blocks of 8" in note
+
+
 TURNED = ["llama", "llama tied", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "gpt2", "opt", "phi3", "cohere",
           "falcon", "gpt_neox", "granite", "gpt_oss"]  # fmt: skip
 
@@ -98,7 +119,7 @@ PAIRS = {  # of each block: norms with what reads them, and linear layers with n
 def test_rescaling_every_pair_leaves_the_logits(name: str, make, ids) -> None:
     model = make(name)
     before, weights = model(ids[0]).logits, {name: value.clone() for name, value in model.state_dict().items()}
-    found = scale_pairs(model, "AWQ")
+    found, _ = scale_pairs(model, "AWQ")
     for key, value in model.state_dict().items():
         assert torch.equal(value, weights[key]) and value.dtype == weights[key].dtype
     with Transaction() as transaction:
@@ -117,14 +138,71 @@ def test_rescaling_every_pair_leaves_the_logits(name: str, make, ids) -> None:
 
 @pytest.mark.parametrize(
     ("name", "culprit"), [("gemma2", "post_attention_layernorm"), ("olmo2", "post_attention_layernorm"),
-                          ("bert", "LayerNorm")])  # fmt: skip
+                          ("bert", "embeddings.LayerNorm"), ("roberta", "embeddings.LayerNorm"),
+                          ("llava", "vision_tower")])  # fmt: skip
 @torch.no_grad()
 def test_rotation_refuses_a_stream_that_cannot_be_turned(name: str, culprit: str, make, ids) -> None:
     model = make(name)
-    before = model(ids[0]).logits
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(CanopyError, match=culprit), Transaction() as transaction:
         rotate_(model, transaction)
-    assert torch.equal(model(ids[0]).logits, before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Halves(torch.nn.Module):
+    """An MLP for text, and one for images that nothing calls on token ids, as in Ernie 4.5 VL."""
+
+    def __init__(self, mlp: torch.nn.Module) -> None:
+        super().__init__()
+        self.text, self.vision, self.seen = mlp, copy.deepcopy(mlp), "text"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return getattr(self, self.seen)(x)
+
+
+@torch.no_grad()
+def test_a_norm_that_an_uncalled_layer_may_read_is_left(make, ids) -> None:
+    model = make("llama")
+    for layer in model.model.layers:
+        layer.mlp = Halves(layer.mlp)
+    halves = [layer.mlp for layer in model.model.layers]
+
+    def logits(seen: str) -> torch.Tensor:
+        for half in halves:
+            half.seen = seen
+        return model(ids[0]).logits
+
+    before = {seen: logits(seen) for seen in ("vision", "text")}
+    found, left = scale_pairs(model, "AWQ")
+    assert "vision" in left["model.layers.0.mlp.text.gate_proj"]
+    with Transaction() as transaction:
+        for pair in (pair for own in found.values() for pair in own):
+            rescale(pair, torch.rand(len(pair.groups)) + 0.5, transaction)
+    for seen in before:
+        torch.testing.assert_close(logits(seen), before[seen], rtol=1e-4, atol=1e-4)
+
+
+class Picky(torch.nn.Module):
+    """An MLP that computes in bfloat16 alone, so that no trial in another dtype works."""
+
+    def __init__(self, mlp: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = mlp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.bfloat16:
+            raise RuntimeError("this kernel knows bfloat16 alone")
+        return self.inner(x)
+
+
+def test_why_a_block_is_left_is_said(make, ids) -> None:
+    model = make("llama").bfloat16()
+    model.model.layers[1].mlp = Picky(model.model.layers[1].mlp)
+    with pytest.raises(CanopyError, match=r"layers\.1: .*knows bfloat16 alone"), Transaction() as transaction:
+        rotate_(model, transaction)
+    report = cq.quantize_(model, "w4a16-g32", method="awq", calibration=ids)
+    for layer in report.layers:
+        assert any("knows bfloat16 alone" in note for note in layer.notes) == ("layers.1." in layer.name)
 
 
 def test_models_without_blocks_or_pairs_are_refused() -> None:
