@@ -72,7 +72,7 @@ def rescale(pair: ScalePair, scales: Tensor, transaction: Transaction) -> None:
 def divide(pair: ScalePair, scales: Tensor, transaction: Transaction) -> None:
     """One side of `rescale`: the producer's channels divided by ``scales``, float64 (channels of the producer,)."""
     by = scales if pair.is_norm else scales[:, None]
-    transaction.change(pair.gain, (pair.gain + pair.offset) / by - pair.offset)
+    transaction.change(pair.gain, (pair.gain.double() + pair.offset) / by - pair.offset)
     if pair.bias is not None:
         transaction.change(pair.bias, pair.bias / scales)
 

@@ -149,6 +149,20 @@ def test_rotation_refuses_a_stream_that_cannot_be_turned(name: str, culprit: str
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@torch.no_grad()
+def test_gains_in_bfloat16_are_rounded_once(make) -> None:
+    model = make("gemma").bfloat16()
+    found, _ = scale_pairs(model, "AWQ")
+    norms = [pair for own in found.values() for pair in own if pair.is_norm]
+    assert len(norms) == 4
+    for pair in norms:
+        gain = pair.gain.copy_(torch.randn(len(pair.gain)) * 0.3).double() + 1
+        scales = foldable(pair, torch.rand(len(gain)) * 4 + 0.1)
+        with Transaction() as transaction:
+            rescale(pair, scales, transaction)
+        assert torch.equal(pair.gain, (gain / scales - 1).bfloat16())
+
+
 class Halves(torch.nn.Module):
     """An MLP for text, and one for images that nothing calls on token ids, as in Ernie 4.5 VL."""
 
