@@ -32,6 +32,11 @@ MODELS = {
                                                            num_attention_heads=4)),
     "bert": lambda: tf.BertLMHeadModel(tf.BertConfig(**COMMON, is_decoder=True)),
     "roberta": lambda: tf.RobertaPreLayerNormForCausalLM(tf.RobertaPreLayerNormConfig(**COMMON, is_decoder=True)),
+    "nemotron_h": lambda: tf.NemotronHForCausalLM(  # experts without a gate
+        tf.NemotronHConfig(**{name: size for name, size in COMMON.items() if name != "num_hidden_layers"},
+                           layers_block_type=["moe", "attention"], n_routed_experts=4, num_experts_per_tok=2,
+                           moe_intermediate_size=64, moe_shared_expert_intermediate_size=64)
+    ),
     "gpt_oss": lambda: tf.GptOssForCausalLM(
         tf.GptOssConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2)
     ),

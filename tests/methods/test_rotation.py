@@ -136,6 +136,17 @@ def test_rescaling_every_pair_leaves_the_logits(name: str, make, ids) -> None:
     torch.testing.assert_close(model(ids[0]).logits, before, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_experts_without_a_gate_have_pairs(make, ids) -> None:
+    model = make("nemotron_h")
+    before, (found, left) = model(ids[0]).logits, scale_pairs(model, "AWQ")
+    assert not left and any("experts" in name for pair in found["model.layers.0"] for name in pair.consumers)
+    with Transaction() as transaction:
+        for pair in (pair for own in found.values() for pair in own):
+            rescale(pair, torch.rand(len(pair.groups)) + 0.5, transaction)
+    torch.testing.assert_close(model(ids[0]).logits, before, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "culprit"), [("gemma2", "post_attention_layernorm"), ("olmo2", "post_attention_layernorm"),
                           ("bert", "embeddings.LayerNorm"), ("roberta", "embeddings.LayerNorm"),

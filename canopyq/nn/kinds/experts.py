@@ -99,7 +99,7 @@ class Experts(Kind):
         self, module: nn.Module, number: int, x: Tensor, token: Tensor, parts: Collection[str]
     ) -> Iterator[tuple[list[str], Tensor, Tensor]]:
         first = self._first(module)
-        yield [f"{number}.gate_proj", f"{number}.up_proj"], x, token
+        yield [part for part in (f"{number}.gate_proj", f"{number}.up_proj") if part in parts], x, token
         if f"{number}.down_proj" not in parts or not len(token):
             return
         weight, bias = getattr(module, first)[number], getattr(module, f"{first}_bias", None)
