@@ -24,8 +24,8 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
     """Iterate over ``items``; after two seconds a bar with an estimate of what is left appears.
 
     It goes to stderr, but in a notebook to stdout: there stderr has a red ground, which would stay after the bar. Where
-    stderr is no terminal but a log, a line is written every `EVERY` seconds. Neither comes where ``TQDM_DISABLE`` is set,
-    tqdm's own variable.
+    stderr is no terminal but a log, a line is written every `EVERY` seconds. Where ``TQDM_DISABLE`` is set, tqdm's own
+    variable, neither comes.
     """
     if type(sys.stderr).__module__.startswith("ipykernel"):
         file = sys.stdout
