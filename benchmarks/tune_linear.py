@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from benchmarks.linear import HELD_OUT, SHAPES
 from canopyq.errors import CanopyError
 from canopyq.evaluate.tune import CODES, FORMATS, Layer
-from canopyq.kernels.cuda import costs, nvrtc, selection, tiles, w4a8, w8a8, weight_only
+from canopyq.kernels.cuda import costs, nvrtc, selection, tiles, w4a8, w8a8_launch, weight_only_launch
 from canopyq.kernels.cuda.costs import Product
 from canopyq.kernels.cuda.tiles import (
     CodesTile,
@@ -265,11 +265,11 @@ def compiles(job: tuple[str, Tile]) -> bool:
     if isinstance(tile, CodesTile | WideTile):
         integers = recipe == "w8a8"
         if isinstance(tile, WideTile):
-            file, constants = "wide_int8.cu", w8a8.wide_constants(torch.float32, BF16, tile)
+            file, constants = "wide_int8.cu", w8a8_launch.wide_constants(torch.float32, BF16, tile)
         else:
             file, constants = (
                 "w8a8_wgmma.cu",
-                w8a8.wgmma_constants(FORMATS[recipe], torch.float32, BF16, tile),
+                w8a8_launch.wgmma_constants(FORMATS[recipe], torch.float32, BF16, tile),
             )
         found = nvrtc.compile(file, constants, "sm_90a", extra=tiles.codes_product_source(integers, tile.tokens))
     elif isinstance(tile, W4A8Tile):
@@ -279,14 +279,15 @@ def compiles(job: tuple[str, Tile]) -> bool:
         )
         found = nvrtc.compile("w4a8.cu", constants, "sm_90a", extra=extra)
     elif isinstance(tile, SkinnyTile):
-        found = nvrtc.compile("skinny.cu", w8a8.skinny_constants(FORMATS[recipe], 1, torch.float32, BF16), "sm_90a")
+        constants = w8a8_launch.skinny_constants(FORMATS[recipe], 1, torch.float32, BF16)
+        found = nvrtc.compile("skinny.cu", constants, "sm_90a")
     else:
-        constants = weight_only.constants(int(recipe[1]), GROUP[recipe], False, BF16, BF16)
+        constants = weight_only_launch.constants(int(recipe[1]), GROUP[recipe], False, BF16, BF16)
         if isinstance(tile, DecodeTile):
-            found = nvrtc.compile("decode.cu", constants | weight_only.decode_constants(tile), "sm_90a")
+            found = nvrtc.compile("decode.cu", constants | weight_only_launch.decode_constants(tile), "sm_90a")
         else:
             streams = isinstance(tile, StreamKTile)
-            own = weight_only.stream_k_constants(tile) if streams else weight_only.warpgroup_constants(tile)
+            own = (weight_only_launch.stream_k_constants if streams else weight_only_launch.warpgroup_constants)(tile)
             extra = tiles.product_source(tile.tokens, True)
             found = nvrtc.compile(f"{tile.KERNEL}.cu", constants | own, "sm_90a", extra=extra)
     return found.spilled == 0 and not found.warnings

@@ -122,7 +122,7 @@ def find_shape(model: str | int | float) -> tuple[str, ModelShape]:
     if key.lower() in MODEL_SHAPES:
         return key.lower(), MODEL_SHAPES[key.lower()]
     if (as_path(key) / "config.json").is_file():
-        from canopyq.checkpoint.files import read_json
+        from canopyq.checkpoint.headers import read_json
         from canopyq.checkpoint.skeleton import read_model_config
 
         folder = as_path(key)

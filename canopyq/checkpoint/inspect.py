@@ -10,7 +10,8 @@ import torch
 
 from canopyq import checks
 from canopyq.checkpoint.config import Group, Quantization, read_config
-from canopyq.checkpoint.files import Checkpoint, Reader, TensorInfo, read_json
+from canopyq.checkpoint.files import Checkpoint, Reader
+from canopyq.checkpoint.headers import TensorInfo, read_json
 from canopyq.checkpoint.load import compare, expected, raise_without_place
 from canopyq.checkpoint.readers import groups_of, notes, readers, split_over
 from canopyq.errors import CanopyError, cut, printable

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from canopyq import checks
 from canopyq.checkpoint.config import Group, Quantization, read_config
-from canopyq.checkpoint.files import GENERATION, Checkpoint, Reader, raise_not_finite, read_json
+from canopyq.checkpoint.files import GENERATION, Checkpoint, Reader, raise_not_finite
+from canopyq.checkpoint.headers import read_json
 from canopyq.checkpoint.layout import check, from_disk, input_from_disk
 from canopyq.checkpoint.names import Names, names_of, part_shape, tied, without_place
 from canopyq.checkpoint.pretrained import teach_transformers

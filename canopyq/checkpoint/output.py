@@ -18,7 +18,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from canopyq.checkpoint.files import CONFIG, DTYPES, Checkpoint, TensorInfo, as_path, raise_not_finite, read_json
+from canopyq.checkpoint.files import CONFIG, Checkpoint, as_path, raise_not_finite
+from canopyq.checkpoint.headers import DTYPES, TensorInfo, read_json
 from canopyq.disk import write_atomic
 from canopyq.errors import CanopyError
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from canopyq.checkpoint.config import read_config, write_config
 from canopyq.checkpoint.derived import converted, dequantized, experts_apart
-from canopyq.checkpoint.files import Checkpoint, TensorInfo
+from canopyq.checkpoint.files import Checkpoint
 from canopyq.checkpoint.groups import Layer, cache_note, grouped, ignored
+from canopyq.checkpoint.headers import TensorInfo
 from canopyq.checkpoint.layout import disk_format, expected
 from canopyq.checkpoint.names import Names, foreign_names, names_of, part_shape, without_place
 from canopyq.checkpoint.readers import readers

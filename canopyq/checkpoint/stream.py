@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from canopyq import checks
-from canopyq.checkpoint.files import CONFIG, GENERATION, INDEX, Checkpoint, raise_not_finite, read_json
+from canopyq.checkpoint.files import CONFIG, GENERATION, INDEX, Checkpoint, raise_not_finite
+from canopyq.checkpoint.headers import read_json
 from canopyq.checkpoint.layout import disk_format, to_disk
 from canopyq.checkpoint.output import Work, Writer, fingerprint, refuse_not_empty
 from canopyq.checkpoint.plan import SHARD_BYTES, Plan, Step, make_plan

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from canopyq import checks
 from canopyq.errors import CanopyError
-from canopyq.kernels.cuda import fragments, launch, selection, w4a8, w8a8, weight_only
+from canopyq.kernels.cuda import fragments, launch, selection, w4a8, w8a8, w8a8_launch, weight_only_launch
 from canopyq.kernels.cuda.costs import Product
 from canopyq.kernels.cuda.quantize_rows import quantize_rows
 from canopyq.kernels.cuda.selection import Choice
@@ -75,7 +75,7 @@ class Layer:
             packed = (w4a8 if recipe in FORMATS else fragments).prepack(quantized)
             first = (packed["weight_fragments"], packed["weight_scale"])
             group = quantized.scheme.granularity.group_size or 0
-            self.weight = weight_only.describe(*first, None, n, quantized.scheme.format.bits, group)
+            self.weight = weight_only_launch.describe(*first, None, n, quantized.scheme.format.bits, group)
             self.exact = quantized.dequantize(torch.float32)
         nbytes = sum(part.nbytes for part in first)
         self.copies = [first, *(tuple(part.clone() for part in first) for _ in range(rotations(nbytes) - 1))]
@@ -88,9 +88,9 @@ class Layer:
         """x (rows, k) bfloat16 -> (rows, n), with the quantization of x if it has one."""
         if self.recipe not in FORMATS:
             if tile is None:
-                return F.linear(x, weight_only.run_dequantize(*own, None, self.weight, self.k, BF16))
-            run = {DecodeTile: weight_only.run_decode, StreamKTile: weight_only.run_stream_k}
-            return run.get(type(tile), weight_only.run_warpgroup)(x, *own, None, self.weight, tile)
+                return F.linear(x, weight_only_launch.run_dequantize(*own, None, self.weight, self.k, BF16))
+            run = {DecodeTile: weight_only_launch.run_decode, StreamKTile: weight_only_launch.run_stream_k}
+            return run.get(type(tile), weight_only_launch.run_warpgroup)(x, *own, None, self.weight, tile)
         codes, scale = quantize_rows(x, FORMATS[self.recipe])
         if self.weight is not None:
             return w4a8.run(codes, scale, *own, None, self.weight, BF16, tile)
@@ -99,7 +99,8 @@ class Layer:
             return torch._scaled_mm(codes, own[0].t(), **scales, out_dtype=BF16, use_fast_accum=True)
         if isinstance(tile, SkinnyTile):
             return w8a8.skinny_linear(codes, scale, *own, BF16)
-        return (w8a8.run_wide if isinstance(tile, WideTile) else w8a8.run_wgmma)(codes, scale, *own, BF16, tile)
+        run = w8a8_launch.run_wide if isinstance(tile, WideTile) else w8a8_launch.run_wgmma
+        return run(codes, scale, *own, BF16, tile)
 
     def wanted(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The product in ``dtype``, of the codes of x if it is quantized."""

@@ -128,7 +128,8 @@ def _not_a_checkpoint(place: Path, started: float) -> Finding | None:
 
 
 def _not_mine(place: Path, started: float) -> Finding | None:
-    from canopyq.checkpoint.files import Checkpoint, read_json
+    from canopyq.checkpoint.files import Checkpoint
+    from canopyq.checkpoint.headers import read_json
     from canopyq.checkpoint.save import NOTE
     from canopyq.tutor import path
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from canopyq.checkpoint import output
-from canopyq.checkpoint.files import DTYPES, INDEX, SINGLE, Checkpoint, read_header
+from canopyq.checkpoint.files import INDEX, SINGLE, Checkpoint
+from canopyq.checkpoint.headers import DTYPES, read_header
 from canopyq.checkpoint.output import refuse_not_empty, whole_or_absent
 from canopyq.errors import CanopyError
 
@@ -126,7 +127,7 @@ def test_a_file_that_cannot_be_mapped(folder: Path, monkeypatch: pytest.MonkeyPa
     def no_memory(*arguments: object, **options: object) -> None:
         raise MemoryError("Cannot allocate memory (os error 12)")
 
-    monkeypatch.setattr("canopyq.checkpoint.files.safe_open", no_memory)
+    monkeypatch.setattr("canopyq.checkpoint.headers.safe_open", no_memory)
     with pytest.raises(CanopyError, match=SINGLE):
         read_header(folder / SINGLE)
 

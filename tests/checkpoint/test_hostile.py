@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import canopyq as cq
-from canopyq.checkpoint.files import CONFIG, DEEPEST, FEW, SINGLE, read_json
+from canopyq.checkpoint.files import CONFIG, SINGLE
+from canopyq.checkpoint.headers import DEEPEST, FEW, read_json
 from canopyq.checkpoint.output import whole_or_absent
 from canopyq.checkpoint.stream import quantize_checkpoint
 from canopyq.errors import CanopyError

@@ -9,7 +9,7 @@ import torch
 
 from canopyq.errors import CanopyError
 from canopyq.kernels import dispatch, reference
-from canopyq.kernels.cuda import selection, weight_only
+from canopyq.kernels.cuda import selection, weight_only, weight_only_launch
 from canopyq.kernels.cuda.fragments import FRAGMENTS, prepack
 from canopyq.kernels.cuda.tiles import StreamKTile
 from canopyq.kernels.dispatch import KERNELS
@@ -113,7 +113,7 @@ def test_stream_k_however_the_work_is_shared_out(weight: tuple[str, str, bool], 
         layer = layer_of(name, granularity, symmetric, n, k)
         exact_weight = layer.quantized_weight.dequantize(torch.float64).t()
         own, scale, zero, *rest = weight_only._arguments(layer.packed, layer.spec)
-        described = weight_only.describe(own, scale, zero, *rest)
+        described = weight_only_launch.describe(own, scale, zero, *rest)
         for tile in {tile for tile, _ in selection.palette("w4a16") if isinstance(tile, StreamKTile)}:
             fitted = replace(tile.fitted(described), parts=parts)
             for rows in (1, fitted.tokens - 3, 2 * fitted.tokens + 5):
@@ -122,11 +122,11 @@ def test_stream_k_however_the_work_is_shared_out(weight: tuple[str, str, bool], 
                     x[:, k:] = 0
                     poison = torch.full((rows, n), float("nan"), device="cuda", dtype=dtype)
                     del poison
-                    y = weight_only.run_stream_k(x, own, scale, zero, described, fitted)
+                    y = weight_only_launch.run_stream_k(x, own, scale, zero, described, fitted)
                     exact = x[:, :k].double() @ exact_weight
                     error = float((y.double() - exact).norm() / exact.norm())
                     assert error <= MOST[dtype], (fitted, rows, dtype, error)
-                    assert torch.equal(y, weight_only.run_stream_k(x, own, scale, zero, described, fitted))
+                    assert torch.equal(y, weight_only_launch.run_stream_k(x, own, scale, zero, described, fitted))
 
 
 def test_two_streams_at_a_time_do_not_meet() -> None:

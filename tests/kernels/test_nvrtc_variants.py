@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from canopyq.kernels.cuda import nvrtc, quantize_rows, selection, tiles, w8a8, weight_only
+from canopyq.kernels.cuda import nvrtc, quantize_rows, selection, tiles, w8a8_launch, weight_only_launch
 from canopyq.kernels.cuda.tiles import DecodeTile, StreamKTile, WarpgroupTile, Weight
 
 pytestmark = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
@@ -17,12 +17,13 @@ Job = tuple[str, dict, str, str]
 
 
 def decode(tile: DecodeTile, arch: str, bits: int, group: int, asymmetric: bool, x: torch.dtype) -> Job:
-    constants = weight_only.constants(bits, group, asymmetric, x, BF16) | weight_only.decode_constants(tile)
-    return "decode.cu", constants, arch, ""
+    constants = weight_only_launch.constants(bits, group, asymmetric, x, BF16)
+    return "decode.cu", constants | weight_only_launch.decode_constants(tile), arch, ""
 
 
 def warpgroup(tile: WarpgroupTile, bits: int, group: int, asymmetric: bool, x: torch.dtype) -> Job:
-    constants = weight_only.constants(bits, group, asymmetric, x, BF16) | weight_only.warpgroup_constants(tile)
+    constants = weight_only_launch.constants(bits, group, asymmetric, x, BF16)
+    constants |= weight_only_launch.warpgroup_constants(tile)
     return "warpgroup.cu", constants, "sm_90a", tiles.product_source(tile.tokens, x == BF16)
 
 
@@ -41,7 +42,8 @@ def check(found: dict[str, nvrtc.Compiled]) -> None:
 
 
 def stream_k(tile: StreamKTile, bits: int, group: int, asymmetric: bool, x: torch.dtype) -> Job:
-    constants = weight_only.constants(bits, group, asymmetric, x, BF16) | weight_only.stream_k_constants(tile)
+    constants = weight_only_launch.constants(bits, group, asymmetric, x, BF16)
+    constants |= weight_only_launch.stream_k_constants(tile)
     return "stream_k.cu", constants, "sm_90a", tiles.product_source(tile.tokens, x == BF16)
 
 
@@ -102,19 +104,19 @@ def test_the_stream_k_kernel_for_every_weight() -> None:
 def test_dequantizing() -> None:
     jobs = []
     for arch, bits, out in (("sm_80", 4, BF16), ("sm_90a", 8, FP16), ("sm_100", 4, torch.float32)):
-        constants = weight_only.constants(bits, 128, True, out, BF16) | {"WIDE": int(out == torch.float32)}
+        constants = weight_only_launch.constants(bits, 128, True, out, BF16) | {"WIDE": int(out == torch.float32)}
         jobs.append(("dequantize.cu", constants, arch, ""))
     check(compile_all(jobs))
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"])
 def test_what_needs_no_hopper_instructions_compiles_for_every_gpu(arch: str) -> None:
-    dequantize = weight_only.constants(4, 128, False, BF16, BF16) | {"WIDE": 0}
+    dequantize = weight_only_launch.constants(4, 128, False, BF16, BF16) | {"WIDE": 0}
     step = {"ELEMENT_BF16": 1, "HEAD_DIM": 128, "GROUP_HEADS": 4, "CLUSTER": 1 if arch.startswith("sm_8") else 8}
     jobs = [
         decode(DecodeTile(2, 1, 8, 4, 1, 2), arch, 8, 0, False, FP16),
         ("dequantize.cu", dequantize, arch, ""),
-        ("skinny.cu", w8a8.skinny_constants("int8", 2, BF16, BF16), arch, ""),
+        ("skinny.cu", w8a8_launch.skinny_constants("int8", 2, BF16, BF16), arch, ""),
         ("quantize_rows.cu", quantize_rows.constants("int8", BF16, 0, 256, 4), arch, ""),
         ("decode_step.cu", step, arch, ""),
         ("append.cu", {"CODE": 4, "HEAD_DIM": 128, "ELEMENT_BF16": 1}, arch, ""),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from canopyq.errors import CanopyError
-from canopyq.kernels.cuda import launch, nvrtc, quantize_rows, w8a8
+from canopyq.kernels.cuda import launch, nvrtc, quantize_rows, w8a8, w8a8_launch
 from canopyq.kernels.dispatch import KERNELS, Kernel
 from canopyq.kernels.spec import LinearSpec
 from canopyq.nn.linear import QuantizedLinear
@@ -155,7 +155,7 @@ class TestOnAGpu:
 
 VARIANTS = (
     [
-        ("skinny.cu", w8a8.skinny_constants(format, tiles, BF16, BF16), arch)
+        ("skinny.cu", w8a8_launch.skinny_constants(format, tiles, BF16, BF16), arch)
         for format, tiles, arch in (
             *(("int8", t, "sm_90a") for t in (1, 2)),
             *(("fp8_e4m3", t, "sm_90a") for t in (1, 2)),

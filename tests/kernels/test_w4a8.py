@@ -10,7 +10,7 @@ from torch import Tensor
 
 from canopyq.errors import CanopyError
 from canopyq.kernels import dispatch
-from canopyq.kernels.cuda import launch, nvrtc, selection, tiles, w4a8, weight_only
+from canopyq.kernels.cuda import launch, nvrtc, selection, tiles, w4a8, weight_only, weight_only_launch
 from canopyq.kernels.cuda.quantize_rows import quantize_rows
 from canopyq.kernels.cuda.tiles import W4A8Tile, Weight
 from canopyq.kernels.spec import LinearSpec
@@ -183,7 +183,7 @@ class TestOnAGpu:
             exact = x.dequantize(torch.float64).cuda() @ weight.dequantize(torch.float64).cuda().t()
             packed = w4a8.prepack(weight.to("cuda"))
             parts = packed["weight_fragments"], packed["weight_scale"], packed.get("weight_zero_point")
-            own = weight_only.describe(*parts, n, 4, weight.scheme.granularity.group_size or 0)
+            own = weight_only_launch.describe(*parts, n, 4, weight.scheme.granularity.group_size or 0)
             arguments = x.data.cuda(), x.scale.cuda(), *parts, own, torch.float32, tile.fitted(own)
             poison = torch.full((m, n), float("nan"), device="cuda")
             del poison

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from canopyq.errors import CanopyError
 from canopyq.kernels import dispatch
-from canopyq.kernels.cuda import launch, nvrtc, tiles, w8a8
+from canopyq.kernels.cuda import launch, nvrtc, tiles, w8a8, w8a8_launch
 from canopyq.kernels.cuda.quantize_rows import quantize_rows
 from canopyq.kernels.cuda.tiles import CodesTile, WideTile
 from canopyq.kernels.dispatch import KERNELS
@@ -59,11 +59,11 @@ class TestOnAGpu:
             x, x_scale, exact_x = codes(m, k, format, 1)
             w, w_scale, exact_w = codes(n, k, format, 2)
             fitted = tile.fitted(k)
-            y = w8a8.run_wgmma(x, x_scale, w, w_scale, torch.float32, fitted)
+            y = w8a8_launch.run_wgmma(x, x_scale, w, w_scale, torch.float32, fitted)
             exact = exact_x @ exact_w.t()
             error = float((y.double() - exact).norm() / exact.norm())
             assert error < (1e-6 if format == "int8" else 2e-3), (m, n, k, error)
-            assert torch.equal(y, w8a8.run_wgmma(x, x_scale, w, w_scale, torch.float32, fitted))
+            assert torch.equal(y, w8a8_launch.run_wgmma(x, x_scale, w, w_scale, torch.float32, fitted))
 
     @pytest.mark.parametrize("tile", WIDE, ids=str)
     @pytest.mark.parametrize("output", [FP16, BF16], ids=str)
@@ -72,11 +72,11 @@ class TestOnAGpu:
         for m, n, k in ((1, 64, 128), (67, 328, 528), (300, 1000, 2064), (3000, 4096, 1024), (1500, 7000, 16)):
             x, x_scale, exact_x = codes(m, k, "int8", 1)
             w, w_scale, exact_w = codes(n, k, "int8", 2)
-            y = w8a8.run_wide(x, x_scale, w, w_scale, output, tile)
+            y = w8a8_launch.run_wide(x, x_scale, w, w_scale, output, tile)
             exact = exact_x @ exact_w.t()
             assert float((y.double() - exact).norm() / exact.norm()) < {FP16: 6e-4, BF16: 4e-3}[output], (m, n, k)
-            assert torch.equal(y, w8a8.run_wide(x, x_scale, w, w_scale, output, tile))
-            plain = w8a8.run_wgmma(x, x_scale, w, w_scale, output, LARGE[0].fitted(k))
+            assert torch.equal(y, w8a8_launch.run_wide(x, x_scale, w, w_scale, output, tile))
+            plain = w8a8_launch.run_wgmma(x, x_scale, w, w_scale, output, LARGE[0].fitted(k))
             assert torch.equal(y, plain)
 
     @pytest.mark.parametrize("output", [FP16, BF16, torch.float32], ids=str)
@@ -129,7 +129,7 @@ class TestOnAGpu:
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 @pytest.mark.parametrize(("format", "tile"), EVERY[::2], ids=str)
 def test_it_compiles_without_spilling(format: str, tile: CodesTile) -> None:
-    constants = w8a8.wgmma_constants(format, torch.float32, BF16, tile)
+    constants = w8a8_launch.wgmma_constants(format, torch.float32, BF16, tile)
     extra = tiles.codes_product_source(format == "int8", tile.tokens)
     found = nvrtc.compile("w8a8_wgmma.cu", constants, "sm_90a", extra=extra)
     assert found.spilled == 0 and not found.warnings
@@ -138,7 +138,8 @@ def test_it_compiles_without_spilling(format: str, tile: CodesTile) -> None:
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 @pytest.mark.parametrize("tile", WIDE, ids=str)
 def test_the_kernel_for_many_rows_compiles_without_spilling(tile: WideTile) -> None:
-    constants, extra = w8a8.wide_constants(torch.float32, BF16, tile), tiles.codes_product_source(True, tile.tokens)
+    constants = w8a8_launch.wide_constants(torch.float32, BF16, tile)
+    extra = tiles.codes_product_source(True, tile.tokens)
     found = nvrtc.compile("wide_int8.cu", constants, "sm_90a", extra=extra)
     assert found.spilled == 0 and not found.warnings
     assert tile.shared + 640 <= tiles.SHARED  # barriers and scales beside it
@@ -147,7 +148,7 @@ def test_the_kernel_for_many_rows_compiles_without_spilling(tile: WideTile) -> N
 @given(st.sampled_from(["int8", "fp8_e4m3"]), st.integers(1, 5000), st.integers(1, 40_000), st.integers(1, 2500))
 def test_every_shape_gets_a_tile_that_fits(format: str, m: int, n: int, sixteens: int) -> None:
     k = 16 * sixteens
-    tile = w8a8.choose(format, m, n, k, torch.float32)
+    tile = w8a8_launch.choose(format, m, n, k, torch.float32)
     assert (
         isinstance(tile, CodesTile)
         and tile.stages >= 2
@@ -160,12 +161,12 @@ def test_every_shape_gets_a_tile_that_fits(format: str, m: int, n: int, sixteens
 
 
 def test_results_that_the_copy_engine_cannot_store_go_to_the_other_kernel() -> None:
-    assert w8a8.wide_unsupported_reason(4096, BF16) is None
-    assert "float32" in w8a8.wide_unsupported_reason(
+    assert w8a8_launch.wide_unsupported_reason(4096, BF16) is None
+    assert "float32" in w8a8_launch.wide_unsupported_reason(
         4096, torch.float32
-    ) and "multiples of 8" in w8a8.wide_unsupported_reason(4100, BF16)
+    ) and "multiples of 8" in w8a8_launch.wide_unsupported_reason(4100, BF16)
     for n, dtype in ((4096, torch.float32), (4100, BF16)):
-        assert isinstance(w8a8.choose("int8", 5000, n, 4096, dtype), CodesTile)
+        assert isinstance(w8a8_launch.choose("int8", 5000, n, 4096, dtype), CodesTile)
 
 
 def test_a_stage_never_holds_less_than_two_tiles() -> None:

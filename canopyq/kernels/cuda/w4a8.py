@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from canopyq.errors import CanopyError
-from canopyq.kernels.cuda import fragments, launch, selection, tiles, weight_only
+from canopyq.kernels.cuda import fragments, launch, selection, tiles, weight_only, weight_only_launch
 from canopyq.kernels.cuda.costs import Product
 from canopyq.kernels.cuda.tiles import STEP, W4A8Tile, Weight
-from canopyq.kernels.cuda.w8a8 import FLOAT_CONSTANTS
+from canopyq.kernels.cuda.w8a8_launch import FLOAT_CONSTANTS
 from canopyq.kernels.spec import LinearSpec, PackedWeight, WeightLayout
 from canopyq.tensor import packing
 from canopyq.tensor.quantized_tensor import QuantizedTensor
@@ -132,7 +132,7 @@ def w4a8_linear(
         return x.new_empty(m, n, dtype=dtype)
     x, x_scale = x.contiguous(), x_scale.contiguous()
     x = x.clone() if x.data_ptr() % 16 else x
-    weight = weight_only.describe(codes, scale, zero, n, 4, group)
+    weight = weight_only_launch.describe(codes, scale, zero, n, 4, group)
     tile = selection.choose(product_of(weight, k, m, launch.multiprocessors(x.device.index))).tile
     return run(x, x_scale, codes, scale, zero, weight, dtype, tile)
 
